@@ -1,0 +1,1 @@
+"""Ready-made distributions, processes and networks."""

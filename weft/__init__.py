@@ -1,0 +1,1 @@
+"""Weft: a probabilistic programming language inside JAX."""
