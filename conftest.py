@@ -1,0 +1,40 @@
+"""What all test runs share: two CPU devices, a compilation cache, doctests run as weft.*."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+_DEVICES = "--xla_force_host_platform_device_count"
+
+# These are read once, when JAX's backend starts, hence before anything imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=2".strip()
+
+import jax  # noqa: E402
+
+_CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collect_file(file_path: Path) -> None:
+    """Let doctests of `ppl/x.py` run in the module `weft.ppl.x` that the tests import.
+
+    Pytest names a module after its folder, and would import a second copy of the package as
+    `ppl.x`, with a second set of primitives and pytree classes. A module that fails to import is
+    left to pytest to report.
+    """
+    parts = file_path.relative_to(ROOT).with_suffix("").parts if ROOT in file_path.parents else ()
+    if file_path.suffix != ".py" or not parts or parts[0] not in ("ppl", "inference", "models"):
+        return
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    name = ".".join(parts)
+    try:
+        sys.modules.setdefault(name, importlib.import_module(f"weft.{name}"))
+    except Exception:
+        return

@@ -1,0 +1,34 @@
+"""Fixtures for the tests."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Run the test in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Forbid implicit dtype and rank promotion.
+
+    Not the default for all tests: NumPyro's own `log_prob` and `sample` promote implicitly, dtypes
+    in its discrete distributions and in `LKJCholesky`, ranks in everything with an event shape. Use
+    it for tests of Weft's own arithmetic, over sites such as `Normal`.
+    """
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def two_devices() -> list[jax.Device]:
+    """Two (fake) CPU devices, which `conftest.py` at the root of the repository asks for."""
+    devices = jax.devices("cpu")
+    if len(devices) < 2:
+        pytest.skip("XLA_FLAGS was set by hand to fewer than two host devices")
+    return devices[:2]
