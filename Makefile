@@ -40,6 +40,15 @@ format: $(VENV)/.dev  ## let ruff reformat and mend what it can
 docs: $(VENV)/.dev build/tree  ## the documentation, into site/
 	$(BIN)/mkdocs build --strict --quiet
 
+notebooks: $(VENV)/.test  ## run every example headless and at a small size
+	@for file in examples/*.py; do \
+	  echo "== $$file"; WEFT_FAST=1 MPLBACKEND=Agg $(BIN)/python $$file || exit 1; done
+
+wheel: $(VENV)/.test  ## build a wheel into dist/ and check what it holds
+	@rm -rf dist build/lib build/bdist.*
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python .ci/check_wheel.py dist/weft-*.whl
+
 bench: $(VENV)/.test  ## compiled cost and run time against hand-written JAX and NumPyro
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 

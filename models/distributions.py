@@ -1,0 +1,12 @@
+"""Distributions for sites: NumPyro's, under one import with Weft's own.
+
+A site takes any pytree with `sample(key)` and `log_prob(value)`; nothing has to stand here to be used.
+
+Example:
+    >>> import jax
+    >>> from weft.models import distributions as dist
+    >>> dist.Normal(0.0, 1.0).sample(jax.random.key(0)).shape
+    ()
+"""
+
+from numpyro.distributions import *  # noqa: F403
