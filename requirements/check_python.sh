@@ -5,7 +5,9 @@ python=$1
 
 complain() {
     echo "error: $1" >&2
-    for other in python3.13 python3.12 python3.11 python3; do
+    pyenv=${PYENV_ROOT:-$HOME/.pyenv}/versions
+    for other in "$pyenv/${python#python}".*/bin/python python3.13 python3.12 python3.11 python3 \
+        "$pyenv"/3.1[1-9].*/bin/python; do
         if [ "$other" != "$python" ] && usable "$other"; then
             echo "       try: make PYTHON=$other ..." >&2
             exit 1
