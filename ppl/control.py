@@ -1,0 +1,170 @@
+"""Scopes, and control flow that holds sites under ``jax.vmap``.
+
+``scope_p`` is a nested program: its choices land under its name. ``lanes_p`` is a control-flow equation (cond, scan, while
+or scope) that holds sites and stands under vmap, kept with its *un-vmapped* body. Left to JAX, a ``cond`` with a mapped
+predicate becomes a select and the staged jaxpr no longer tells which branch was taken; a vmapped scan becomes one scan
+over a batched body, and its lanes are no longer separate series. So the batching rules of the three primitives are
+wrapped here: an equation without sites goes to JAX's own rule untouched.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, mlir
+
+from .compat import (
+    Primitive,
+    ShapedArray,
+    cond_p,
+    fancy_primitive_batchers,
+    inner_jaxprs,
+    open_jaxpr,
+    scan_p,
+    while_p,
+)
+from .errors import GradientError, ModelError
+from .sites import Lane, lane_shape, site_p, stack_lane
+
+# --- which jaxprs hold sites ------------------------------------------------------------------------------------------
+
+_holds: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def holds_sites(jaxpr: Any) -> bool:
+    """Whether a site stands anywhere in a jaxpr."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    known = _holds.get(jaxpr)
+    if known is None:
+        known = _holds[jaxpr] = any(eqn_holds_sites(eqn) for eqn in jaxpr.eqns)
+    return known
+
+
+def eqn_holds_sites(eqn: Any) -> bool:
+    return eqn.primitive in (site_p, scope_p) or any(holds_sites(j) for j in inner_jaxprs(eqn))
+
+
+# --- a nested program -------------------------------------------------------------------------------------------------
+
+scope_p = Primitive("scope")
+scope_p.multiple_results = True
+"""Parameters: ``name`` (None for an anonymous run, ``draw``), ``jaxpr`` (closed, no constants), ``outs`` (avals)."""
+
+
+@scope_p.def_abstract_eval
+def _(*_: Any, name: str | None, jaxpr: Any, outs: tuple[Any, ...]) -> list[ShapedArray]:
+    return [ShapedArray(o.shape, o.dtype) for o in outs]
+
+
+@scope_p.def_impl
+def _outside(*_: Any, name: str | None, **__: Any) -> Any:
+    raise ModelError(
+        f"the nested program {name!r} is sampled outside a program: decorate the function with @gen and run it with "
+        "model(*args).simulate(key)"
+        if name is not None
+        else "draw(program) stands outside an expectation: put it into a function and call expect(f)(key, *args)"
+    )
+
+
+mlir.register_lowering(scope_p, lambda ctx, *_, **params: _outside(**params))
+
+
+# --- control flow under vmap ------------------------------------------------------------------------------------------
+
+lanes_p = Primitive("lanes")
+lanes_p.multiple_results = True
+"""Parameters: ``jaxpr`` (closed, of one equation, for one lane) and ``lanes`` (innermost first)."""
+
+
+@lanes_p.def_abstract_eval
+def _(*_: Any, jaxpr: Any, lanes: tuple[Lane, ...]) -> list[ShapedArray]:
+    return [ShapedArray(lane_shape(lanes) + o.shape, o.dtype) for o in jaxpr.out_avals]
+
+
+@lanes_p.def_impl
+def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
+    raise ModelError("control flow that holds sites stands outside a program: decorate the function with @gen")
+
+
+mlir.register_lowering(lanes_p, lambda ctx, *_, **params: lanes_p.impl(**params))
+
+
+def _batch_lanes(axis_data: Any, args: Any, dims: Any, *, jaxpr: Any, lanes: Any) -> Any:
+    args, lanes = stack_lane(axis_data, args, dims, lanes)
+    outs = lanes_p.bind(*args, jaxpr=jaxpr, lanes=lanes)
+    return outs, [0] * len(outs)
+
+
+fancy_primitive_batchers[lanes_p] = _batch_lanes
+
+
+def _keep_unmapped(primitive: Primitive) -> Any:
+    """A batching rule that binds ``lanes_p`` around the un-vmapped equation."""
+
+    def rule(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+        lane_avals = [
+            jax.ShapeDtypeStruct(
+                jnp.shape(a) if d is None else jnp.shape(a)[:d] + jnp.shape(a)[d + 1 :], jnp.result_type(a)
+            )
+            for a, d in zip(args, dims, strict=True)
+        ]
+        jaxpr = jax.make_jaxpr(lambda *xs: primitive.bind(*xs, **params))(*lane_avals)
+        if not args:  # nothing to be batched by, were there another vmap around
+            args, dims = [jnp.zeros(())], [None]
+            jaxpr = jax.make_jaxpr(lambda _: primitive.bind(**params))(jnp.zeros(()))
+        return _batch_lanes(axis_data, args, dims, jaxpr=jaxpr, lanes=())
+
+    return rule
+
+
+def _intercept(primitive: Primitive) -> None:
+    original = fancy_primitive_batchers[primitive]
+    keep = _keep_unmapped(primitive)
+
+    def rule(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
+        jaxprs = [
+            item
+            for value in params.values()
+            for item in (value if isinstance(value, (tuple, list)) else (value,))
+            if hasattr(item, "eqns") or hasattr(item, "jaxpr")
+        ]
+        if any(holds_sites(j) for j in jaxprs):
+            return keep(axis_data, args, dims, **params)
+        return original(axis_data, args, dims, **params)
+
+    fancy_primitive_batchers[primitive] = rule
+
+
+for _primitive in (cond_p, scan_p, while_p):
+    _intercept(_primitive)
+fancy_primitive_batchers[scope_p] = _keep_unmapped(scope_p)
+
+
+# --- derivatives through any of these ---------------------------------------------------------------------------------
+
+
+def _refuse_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    names = ", ".join(repr(n) for n in site_names(params.get("jaxpr"))) or repr(params.get("name"))
+    raise GradientError(
+        f"jax.grad, jvp or linearize goes through a part of a model that holds the sites {names}, which have no value yet. "
+        "Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, ...)"
+    )
+
+
+ad.primitive_jvps[scope_p] = _refuse_jvp
+ad.primitive_jvps[lanes_p] = _refuse_jvp
+
+
+def site_names(jaxpr: Any) -> list[str]:
+    """Names of all sites in a jaxpr, nested ones dotted (for messages)."""
+    names: list[str] = []
+    for eqn in open_jaxpr(jaxpr)[0].eqns if jaxpr is not None else ():
+        if eqn.primitive is site_p:
+            names.append(eqn.params["spec"].name)
+        else:
+            prefix = f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""
+            names += [prefix + n for j in inner_jaxprs(eqn) for n in site_names(j)]
+    return names

@@ -1,0 +1,289 @@
+"""Handlers: what a site gives when a program is simulated, scored, conditioned or moved to unconstrained space."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from numpyro.distributions import biject_to
+
+from .errors import AddressError, DensityError, GradientError
+from .interpreter import Context, Handler, Records, walk_while
+from .sites import Site
+
+
+class Given(NamedTuple):
+    """A given choice: its value, and where it is given (everywhere, if ``where`` is None).
+
+    With ``drop``, what is not given does not count: no latent choice, no density.
+    """
+
+    value: Any
+    where: Any = None
+    drop: Any = None
+
+
+class Free(NamedTuple):
+    """A latent choice by its unconstrained value ``z``; where ``where`` is true the choice is given as ``value``."""
+
+    z: Any
+    value: Any = None
+    where: Any = None
+
+
+def conditioned(site: Site, given: Any) -> Any:
+    """What is given at a site, the values that ``condition`` fixed there included."""
+    if "value" not in site.parts:
+        return given
+    value = site.part("value")
+    if "observed" not in site.parts:
+        return Given(value)
+    where = site.part("observed")
+    if given is None:
+        return Given(value, where)
+    if isinstance(given, Free):
+        return Free(given.z, value, where)
+    return Given(jnp.where(expand(where, value), value, given.value))
+
+
+def expand(where: Any, value: jax.Array) -> jax.Array:
+    """Broadcast a mask of batch shape over the event axes of a value."""
+    where = jnp.asarray(where)
+    return where.reshape(where.shape + (1,) * (value.ndim - where.ndim))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Handler):
+    """Simulate, score, or anything between: given choices are taken, the others drawn.
+
+    The terms are ``log_density``, the log density of all choices, and ``log_weight``, that of the given ones.
+
+    Attributes:
+        record: ``"value"``, ``"log_density"`` or None.
+        gradients: refuse derivatives through draws that are not reparametrised.
+    """
+
+    record: str | None = "value"
+    gradients: bool = False
+
+    @property
+    def records(self) -> bool:  # type: ignore[override]
+        return self.record is not None
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(()), "log_weight": jnp.zeros(())}
+
+    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+        if site.spec.kind == "deterministic":
+            value = site.part("value")
+            return value, {"value": value} if self.record == "value" else None, {}
+        if site.spec.kind == "factor":
+            weight = site.part("weight")
+            counted = site.weigh(weight)
+            terms = {"log_density": jnp.sum(counted), "log_weight": jnp.sum(counted)}
+            return weight, {"value": counted} if self.record == "log_density" else None, terms
+        fixed = "value" in site.parts
+        given = conditioned(site, given)
+        value = self.value(site, key, given)
+        if site.spec.hidden and not fixed:  # the density of what is not recorded is not known
+            return value, None, {"log_density": jnp.nan, "log_weight": 0.0}
+        log_prob = site.weigh(site.log_prob(value))
+        terms = {}
+        if given is None:
+            terms["log_density"] = jnp.sum(log_prob)
+        else:
+            seen = log_prob if given.where is None else jnp.where(given.where, log_prob, 0)
+            terms["log_weight"] = jnp.sum(seen)
+            terms["log_density"] = terms["log_weight"] if given.drop is not None else jnp.sum(log_prob)
+        if self.record is None or (fixed and "observed" not in site.parts and self.record == "value"):
+            return value, None, terms
+        record = {"value": value if self.record == "value" else log_prob}
+        if "where" in site.parts:
+            where = site.over_lanes(lambda p: jnp.broadcast_to(p["where"], jnp.shape(log_prob)[len(site.lanes) :]))
+            record["active"] = where
+        return value, record, terms
+
+    def value(self, site: Site, key: Any, given: Given | None) -> jax.Array:
+        if given is not None and (given.where is None or given.drop is not None):
+            return jnp.asarray(given.value).astype(site.spec.dtype)
+        if key is None:
+            raise AddressError(f"the choice {'.'.join(site.address)!r} is missing and there is no key to draw it with")
+        value = self.draw(site, key)
+        if given is None:
+            return value
+        return jnp.where(expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value)
+
+    def draw(self, site: Site, key: Any) -> jax.Array:
+        try:
+            value = site.draw(key)
+        except NotImplementedError as e:
+            raise DensityError(
+                f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled ({e or 'it is improper'}); it can "
+                "stand in a target, where its choice is given or inferred"
+            ) from None
+        if self.gradients and not site.spec.reparametrised:
+            return no_gradient(site, value)
+        return value
+
+    def loop(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+        outs, records, _ = walk_while(eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients)))
+        return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}
+
+
+def no_gradient(site: Site, value: jax.Array) -> jax.Array:
+    """``value``, with an error when a derivative is asked with respect to the parameters it was drawn with."""
+    address, label = ".".join(site.address), site.spec.label
+    n = site.spec.num_distribution_arrays
+    parameters = [x for x in site.operands[:n] if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+
+    @jax.custom_jvp
+    def drawn(value: Any, parameters: Any) -> Any:
+        return value
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        if not all(isinstance(t, SymbolicZero) for t in tangents[1]):
+            raise GradientError(
+                f"a gradient is needed through the choice {address!r}, but a draw of {label} is not reparametrised, so the "
+                "gradient would be silently wrong. Use a reparametrised distribution there, sum the choice out "
+                "(marginalize), or stop the gradient of its parameters"
+            )
+        inexact = jnp.issubdtype(primals[0].dtype, jnp.inexact)
+        zero = jnp.zeros_like(primals[0]) if inexact else np.zeros(primals[0].shape, jax.dtypes.float0)
+        return primals[0], zero
+
+    drawn.defjvp(rule, symbolic_zeros=True)
+    return drawn(jax.lax.stop_gradient(value), parameters)
+
+
+# --- unconstrained space ----------------------------------------------------------------------------------------------
+
+
+def bijection(d: Any, address: str) -> Any:
+    """NumPyro's bijection from R^n to the support of ``d``.
+
+    Raises:
+        DensityError: if the site is discrete, or its support has none.
+    """
+    label = type(d).__name__
+    if getattr(d, "is_discrete", False):
+        raise DensityError(
+            f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient there: give its "
+            "value (observe or condition it), sum it out (marginalize), or use an algorithm for discrete choices "
+            "(importance, enumeration)"
+        )
+    try:
+        return biject_to(d.support)
+    except (NotImplementedError, AttributeError) as e:
+        raise DensityError(
+            f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no bijection from R^n "
+            f"({e}); reparametrise the site or give its value"
+        ) from None
+
+
+def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(x, log |dx/dz|)`` with the log-Jacobian summed over event axes, shape ``lanes + batch_shape``."""
+    address, batch_ndim = ".".join(site.address), site.spec.batch_ndim
+
+    def one(payload: Any, z: Any) -> Any:
+        transform = bijection(payload["d"], address)
+        x = transform(z)
+        jacobian = jnp.asarray(transform.log_abs_det_jacobian(z, x))
+        batch = site.spec.shape[:batch_ndim]
+        jacobian = jnp.broadcast_to(jacobian, batch) if jacobian.ndim < batch_ndim else jacobian
+        return x.astype(site.spec.dtype), jnp.sum(jacobian.reshape(*batch, -1), -1)
+
+    return site.over_lanes(one, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconstrain(Handler):
+    """The density of a target on R^n: latent choices come as ``Free``, the others as ``Given``.
+
+    An idle latent (in a branch not taken, or masked) keeps its own prior term, so that the target stays proper and the
+    law of the active choices is unchanged; where its parameters are not finite, N(0, 1) stands in on the unconstrained
+    scale.
+    """
+
+    record: bool = False
+    idle_branch: bool = False
+    skip: frozenset[tuple[str, ...]] = frozenset()
+    every_branch = True
+
+    @property
+    def records(self) -> bool:  # type: ignore[override]
+        return self.record
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(())}
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
+
+    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+        given = conditioned(site, given)
+        if isinstance(given, Free):
+            if site.address in self.skip:
+                return to_support(site, given.z)[0], None, {}
+            return self.latent(site, given)
+        value, record, terms = Evaluate("value" if self.record else None).site(site, key, given)
+        if self.idle_branch:
+            return value, None, {}
+        return value, record, {"log_density": terms["log_density"]} if terms else {}
+
+    def latent(self, site: Site, given: Free) -> Any:
+        value, jacobian = to_support(site, given.z)
+        free = True
+        if given.where is not None:
+            value = jnp.where(expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value)
+            free = ~jnp.asarray(given.where)
+        own = site.log_prob(value)
+        active = site.part("where") if "where" in site.parts else True
+        if self.idle_branch:
+            total = self.pseudo_prior(site, own + jacobian, value, given.z)
+        else:
+            term = jnp.where(active, site.weigh(own), own) if "where" in site.parts else site.weigh(own)
+            total = jnp.sum(term) + jnp.sum(jnp.where(free, jacobian, 0) if given.where is not None else jacobian)
+        record = None
+        if self.record:
+            record = {"value": value}
+            if "where" in site.parts:
+                record["active"] = jnp.broadcast_to(active, own.shape)
+        return value, record, {"log_density": total}
+
+    def pseudo_prior(self, site: Site, own: jax.Array, value: jax.Array, z: jax.Array) -> jax.Array:
+        finite = jnp.isfinite(own)
+        ndim = own.ndim
+        normal = jnp.sum((-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)).reshape(*own.shape, -1), -1) if z.ndim >= ndim else own
+        return jnp.sum(jnp.where(finite, own, normal))
+
+
+@dataclasses.dataclass(frozen=True)
+class ToUnconstrained(Handler):
+    """Record every latent choice on the unconstrained scale; choices that are not given are drawn."""
+
+    latents: frozenset[str]
+    skip: frozenset[tuple[str, ...]] = frozenset()
+    every_branch = True
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        return dataclasses.replace(self, skip=self.skip | skip)
+
+    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+        evaluate, address = Evaluate(None), ".".join(site.address)
+        if site.spec.kind != "sample":
+            return evaluate.site(site, key, given)[0], None, {}
+        given = conditioned(site, given)
+        inverse = lambda value: site.over_lanes(lambda p, x: bijection(p["d"], address).inv(x), value)  # noqa: E731
+        try:
+            value = evaluate.value(site, key, given)
+        except DensityError:  # improper: a box around zero on the unconstrained scale
+            z = jax.eval_shape(inverse, jax.ShapeDtypeStruct(site.shape, site.spec.dtype))
+            value = to_support(site, jax.random.uniform(key, z.shape, z.dtype, -2.0, 2.0))[0]
+        if address not in self.latents or site.address in self.skip:
+            return value, None, {}
+        z = inverse(value)
+        return value, {"value": jnp.where(jnp.isfinite(z), z, 0)}, {}

@@ -1,0 +1,394 @@
+"""The interpreter: walks a staged program and lets a handler decide what happens at each site.
+
+One function serves simulate, score, condition and every transform. A handler says what a site gives: a value, what to
+record of it, and terms to be summed. The rules of control flow are written once, here:
+
+- a call (jit, checkpoint) is walked in place, or as a checkpoint of the walk;
+- a ``scan`` carries what it carried, records come out stacked, the terms of all steps are summed after it;
+- a ``cond`` runs the branch that was taken; the records of all branches come out, with flags that tell which count;
+- lanes are a ``jax.vmap`` of the walk;
+- a nested program is walked with the keys, given choices and records under its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .compat import CALLS, Literal, bind, cond_p, inner_jaxprs, open_jaxpr, scan_p, scan_sizes, while_p
+from .control import eqn_holds_sites, lanes_p, scope_p
+from .sites import Site, site_p
+from .structure import (
+    anonymous_name,
+    count_anonymous,
+    derive_keys,
+    eqn_anonymous,
+    expand_key,
+    key_plan,
+    scope_names,
+    scope_plan,
+)
+
+Records = dict[str, Any]
+"""Name to what was recorded there (``{"value": ..., "active": ...}``), or to the records of a nested program."""
+
+
+class Handler:
+    """What to do at a site. Subclasses override ``site``; the rest has defaults that suit an evaluation."""
+
+    records = True
+    """Whether sites leave records."""
+
+    every_branch = False
+    """Whether the idle branches of a ``cond`` are walked as well, by the handler that ``idle(skip)`` gives."""
+
+    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+        """``(value, record or None, terms)`` of one site; the terms are summed over the program."""
+        raise NotImplementedError
+
+    def terms(self) -> dict[str, jax.Array]:
+        """The terms that the handler sums, at zero."""
+        return {}
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        """The handler of idle branches; ``skip`` are the addresses that the branch taken has."""
+        raise NotImplementedError
+
+    def scope(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+        """A nested program."""
+        return walk(eqn.params["jaxpr"], args, context.enter(eqn.params["name"]))
+
+    def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, jax.Array]]:
+        """An anonymous run of a program (``draw``): its outputs are its trace."""
+        raise NotImplementedError
+
+    def loop(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+        """A ``while_loop`` that holds sites."""
+        return walk_while(eqn, args, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the walk carries down: the handler, and the keys and given entries of the scope it stands in, by name."""
+
+    handler: Handler
+    keys: dict[str, Any]
+    given: dict[str, Any]
+    prefix: tuple[str, ...] = ()
+    axes: tuple[str | None, ...] = ()
+    anonymous: int = 0
+
+    def enter(self, name: str) -> Context:
+        return dataclasses.replace(
+            self,
+            keys=self.keys.get(name, {}),
+            given=self.given.get(name, {}),
+            prefix=(*self.prefix, name),
+            anonymous=0,
+        )
+
+    def inside(self, keys: Any, given: Any, anonymous: int, axes: tuple[str | None, ...] = ()) -> Context:
+        return dataclasses.replace(
+            self, keys=keys, given=given, anonymous=anonymous, axes=self.axes + axes
+        )
+
+    def names(self, *jaxprs: Any) -> list[str]:
+        return list(dict.fromkeys(n for j in jaxprs for n in scope_names(j, self.anonymous)))
+
+    def only(self, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {n: self.keys[n] for n in names if n in self.keys}, {n: self.given[n] for n in names if n in self.given}
+
+
+def interpret(
+    jaxpr: Any, args: list[Any], handler: Handler, key: jax.Array | None = None, given: dict[str, Any] | None = None
+) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    """Run a staged program under a handler.
+
+    Args:
+        jaxpr: a closed jaxpr.
+        args: its arguments, flat.
+        handler: what to do at a site.
+        key: typed key, where the handler draws.
+        given: nested dict of entries handed to the handler by address; under a scan or lanes their arrays lead with
+            those axes.
+
+    Returns:
+        Outputs, records and summed terms.
+    """
+    keys = {} if key is None else derive_keys(key_plan(jaxpr), key)
+    return walk(jaxpr, args, Context(handler, keys, given or {}))
+
+
+def walk(jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    """Evaluate the equations of a jaxpr in order; equations that hold no site are evaluated as they are."""
+    opened, consts = open_jaxpr(jaxpr)
+    env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
+    env.update(zip(opened.invars, args, strict=True))
+    records: Records = {}
+    terms = context.handler.terms()
+    for eqn in opened.eqns:
+        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        if eqn_holds_sites(eqn):
+            outs, found, more = _RULES.get(eqn.primitive, _call)(eqn, ins, context)
+            records.update(found)
+            terms = _add(terms, more)
+            outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
+            context = dataclasses.replace(context, anonymous=context.anonymous + eqn_anonymous(eqn))
+        else:
+            outs = bind(eqn, ins)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], records, terms
+
+
+def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {k: a[k] + b[k] if k in b else a[k] for k in a}
+
+
+def _cast(x: Any, aval: Any) -> Any:
+    dtype = getattr(aval, "dtype", None)
+    return x if dtype is None or x.dtype == dtype else jax.lax.convert_element_type(x, dtype)
+
+
+def _site(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    name = eqn.params["spec"].name
+    site = Site(eqn.params, ins, (*context.prefix, name), context.axes)
+    value, record, terms = context.handler.site(site, context.keys.get(name), context.given.get(name))
+    return [value], {} if record is None else {name: record}, terms
+
+
+def _scope(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    if eqn.params["name"] is None:
+        key = context.keys.get(anonymous_name(context.anonymous))
+        outs, terms = context.handler.anonymous(eqn, ins, key)
+        return outs, {}, terms
+    outs, records, terms = context.handler.scope(eqn, ins, context)
+    return outs, {eqn.params["name"]: records} if records else {}, terms
+
+
+def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    assert eqn.primitive.name in CALLS, eqn.primitive  # the site table refuses everything else by name
+    inner = inner_jaxprs(eqn)[0]
+    if "remat" not in eqn.primitive.name and "checkpoint" not in eqn.primitive.name:
+        return walk(inner, ins, context)
+    keys, given = context.only(context.names(inner))
+
+    def run(ins: Any, keys: Any, given: Any) -> Any:
+        return walk(inner, ins, context.inside(keys, given, context.anonymous))
+
+    settings = {k: v for k, v in eqn.params.items() if k in ("policy", "prevent_cse")}
+    return jax.checkpoint(run, **settings)(ins, keys, given)
+
+
+def _scan(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    params = eqn.params
+    num_consts, num_carry = scan_sizes(params)
+    consts, carry, xs = ins[:num_consts], ins[num_consts : num_consts + num_carry], ins[num_consts + num_carry :]
+    body = params["jaxpr"]
+    keys, given = context.only(context.names(body))
+
+    def step(carry: Any, x: Any) -> Any:
+        xs, keys, given = x
+        inside = context.inside(keys, given, context.anonymous, (None,))
+        outs, records, terms = walk(body, [*consts, *carry, *xs], inside)
+        return outs[:num_carry], (outs[num_carry:], records, terms)
+
+    carry, (ys, records, terms) = jax.lax.scan(
+        step, carry, (xs, keys, given), params["length"], params["reverse"], params["unroll"]
+    )
+    return [*carry, *ys], records, _sum(terms)
+
+
+def _sum(terms: dict[str, Any]) -> dict[str, Any]:
+    return {k: jnp.sum(v) for k, v in terms.items()}
+
+
+def _lanes(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    body, lanes = eqn.params["jaxpr"], eqn.params["lanes"]
+    keys, given = context.only(context.names(body))
+    names = tuple(lane.name for lane in lanes)
+
+    def one(ins: Any, keys: Any, given: Any) -> Any:
+        return walk(body, ins, context.inside(keys, given, context.anonymous, names))
+
+    for lane in lanes:
+        kwargs = {} if lane.name is None else {"axis_name": lane.name}
+        in_axes = ([0 if m else None for m in lane.mapped], 0, 0)
+        one = jax.vmap(one, in_axes, axis_size=lane.size, **kwargs)
+    outs, records, terms = one(ins, keys, given)
+    return outs, records, _sum(terms)
+
+
+def walk_while(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    """Run a ``while_loop``; what its sites record and what they weigh is lost, since nobody knows how many there are."""
+    params = eqn.params
+    n, m = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts, carry = ins[:n], ins[n : n + m], ins[n + m :]
+    body = params["body_jaxpr"]
+    plan = scope_plan(body, context.anonymous)
+
+    def advance(state: Any) -> Any:
+        i, carry = state
+        keys = {
+            name: expand_key(node, jax.random.fold_in(context.keys[name], i))
+            for name, node in plan.items()
+            if name in context.keys
+        }
+        outs, _, _ = walk(body, [*body_consts, *carry], context.inside(keys, {}, context.anonymous))
+        return i + 1, outs
+
+    def proceed(state: Any) -> Any:
+        return walk(params["cond_jaxpr"], [*cond_consts, *state[1]], context)[0][0]
+
+    _, carry = jax.lax.while_loop(proceed, advance, (jnp.zeros((), jnp.uint32), list(carry)))
+    return list(carry), {}, {}
+
+
+# --- branches ---------------------------------------------------------------------------------------------------------
+
+
+def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    index, *operands = ins
+    branches = eqn.params["branches"]
+    offsets = np.cumsum([0, *(count_anonymous(b) for b in branches)]) + context.anonymous
+    contexts = [context.inside(context.keys, context.given, int(o)) for o in offsets[:-1]]
+    names = list(dict.fromkeys(n for b, c in zip(branches, contexts, strict=True) for n in c.names(b)))
+    keys, given = context.only(names)
+
+    def run(i: int, operands: Any, keys: Any, given: Any) -> Any:
+        inside = context.inside(keys, given, contexts[i].anonymous)
+        outs, records, terms = walk(branches[i], operands, inside)
+        outs = [_cast(o, a) for o, a in zip(outs, branches[i].out_avals, strict=True)]
+        if not context.handler.every_branch:
+            return outs, records, terms
+        mine = set(_leaf_names(records))
+        for j, other in enumerate(branches):
+            if j != i:
+                skip = frozenset((*context.prefix, *address) for address in mine)
+                idle = dataclasses.replace(
+                    context.inside(keys, given, contexts[j].anonymous), handler=context.handler.idle(skip)
+                )
+                more, extra = _idle(other, operands, idle)
+                records, terms = _merge(records, more), _add(terms, extra)
+        return outs, records, terms
+
+    union: Records = {}
+    for i in range(len(branches)) if context.handler.records else ():
+        union = _merge(union, jax.eval_shape(lambda *a, i=i: run(i, *a)[1], operands, keys, given))
+
+    def branch(i: int) -> Any:
+        def f(operands: Any, keys: Any, given: Any) -> Any:
+            outs, records, terms = run(i, operands, keys, given)
+            return outs, _fill(records, union), terms
+
+        return f
+
+    index = jnp.clip(index, 0, len(branches) - 1)
+    outs, records, terms = jax.lax.switch(index, [branch(i) for i in range(len(branches))], operands, keys, given)
+    here = [{n for n in _leaf_names(walk_names(b))} for b in branches]
+    return outs, _flag(records, index, here), terms
+
+
+def walk_names(jaxpr: Any) -> dict[str, Any]:
+    """Names of the sites of a scope as a nested dict, nested programs included."""
+    names: dict[str, Any] = {}
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if eqn.primitive is site_p:
+            names[eqn.params["spec"].name] = {"value": None}
+        elif eqn.primitive is scope_p:
+            if eqn.params["name"] is not None:
+                names[eqn.params["name"]] = walk_names(eqn.params["jaxpr"])
+        elif eqn_holds_sites(eqn):
+            for j in inner_jaxprs(eqn):
+                names.update(walk_names(j))
+    return names
+
+
+def is_record(node: Any) -> bool:
+    """Whether a node of the records is a site's record (its key ``"value"`` is an array, or None in a listing)."""
+    return "value" in node and not isinstance(node["value"], dict)
+
+
+def _leaf_names(records: Records, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    return [
+        address
+        for name, node in records.items()
+        for address in ([(*prefix, name)] if is_record(node) else _leaf_names(node, (*prefix, name)))
+    ]
+
+
+def _merge(a: Records, b: Records) -> Records:
+    """``a`` and what ``b`` has besides."""
+    merged = dict(a)
+    for name, node in b.items():
+        if name not in merged:
+            merged[name] = node
+        elif is_record(node):
+            merged[name] = {**node, **merged[name]}
+        else:
+            merged[name] = _merge(merged[name], node)
+    return merged
+
+
+def _fill(records: Records, shapes: Records) -> Records:
+    """The records with zeros (idle, unset) for what this branch has not."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.tree.map(_cast, _merge(records, zeros), shapes)
+
+
+def _flag(records: Records, index: Any, here: list[set[tuple[str, ...]]], prefix: tuple[str, ...] = ()) -> Records:
+    """Tell for every record whether the branch that has it was taken."""
+    flagged: Records = {}
+    for name, node in records.items():
+        address = (*prefix, name)
+        if not is_record(node):
+            flagged[name] = _flag(node, index, here, address)
+            continue
+        taken = jnp.asarray([address in names for names in here])[index]
+        flagged[name] = {**node, "active": jnp.logical_and(node.get("active", True), taken)}
+    return flagged
+
+
+def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[str, Any]]:
+    """Records and terms of a branch that is not taken.
+
+    Its parameters may be infinite or not a number there: their cotangents are cut off where they are.
+    """
+
+    def run(operands: Any, given: Any) -> Any:
+        return walk(branch, operands, dataclasses.replace(context, given=given))[1:]
+
+    return run(operands, context.given) if context.keys else finite_cotangents(run)(operands, context.given)
+
+
+def finite_cotangents(f: Any) -> Any:
+    """``f`` with cotangents that are not finite replaced by zero."""
+
+    @jax.custom_vjp
+    def g(*args: Any) -> Any:
+        return f(*args)
+
+    def forward(*args: Any) -> Any:
+        return jax.vjp(f, *args)
+
+    def backward(vjp: Any, cotangent: Any) -> Any:
+        def clean(x: Any) -> Any:
+            return jnp.where(jnp.isfinite(x), x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+        return jax.tree.map(clean, vjp(cotangent))
+
+    g.defvjp(forward, backward)
+    return g
+
+
+_RULES: dict[Any, Any] = {
+    site_p: _site,
+    scope_p: _scope,
+    scan_p: _scan,
+    cond_p: _cond,
+    lanes_p: _lanes,
+    while_p: lambda eqn, ins, context: context.handler.loop(eqn, ins, context),
+}

@@ -1,0 +1,281 @@
+"""Staging: from a function to a jaxpr that compares by structure, and the cache that notices a changed global.
+
+A model is staged once for each combination of static arguments and shapes. What it captured (closed-over arrays, globals)
+becomes operands, so that the staged program is a hashable structure plus arrays: two stagings of one model over new data of
+the same shape are equal, and compiled code is shared between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .compat import Literal, Tracer, consts_first, is_jaxpr, open_jaxpr
+from .errors import ModelError
+
+# --- jaxprs by structure ----------------------------------------------------------------------------------------------
+
+
+class Code:
+    """A closed jaxpr without array constants, compared by structure, with the tree of its outputs."""
+
+    __slots__ = ("_hash", "jaxpr", "out_tree")
+
+    def __init__(self, jaxpr: Any, out_tree: Any) -> None:
+        self.jaxpr = jaxpr
+        self.out_tree = out_tree
+        self._hash: int | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(*open_jaxpr(self.jaxpr), *args))
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(_outline(self.jaxpr))
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Code)
+            and hash(self) == hash(other)
+            and self.out_tree == other.out_tree
+            and _same_jaxpr(self.jaxpr, other.jaxpr)
+        )
+
+    def __repr__(self) -> str:
+        return f"Code({len(open_jaxpr(self.jaxpr)[0].eqns)} equations)"
+
+
+def _outline(jaxpr: Any) -> tuple[Any, ...]:
+    opened, _ = open_jaxpr(jaxpr)
+    return (
+        tuple((str(v.aval.shape), str(v.aval.dtype)) for v in opened.invars),
+        tuple((e.primitive.name, tuple(str(v.aval) for v in e.outvars)) for e in opened.eqns),
+    )
+
+
+def _same_jaxpr(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    a, a_consts = open_jaxpr(a)
+    b, b_consts = open_jaxpr(b)
+    if len(a.eqns) != len(b.eqns) or len(a_consts) != len(b_consts):
+        return False
+    if not all(x is y or _same(x, y) for x, y in zip(a_consts, b_consts, strict=True)):
+        return False
+    number: dict[Any, int] = {}
+    other: dict[Any, int] = {}
+
+    def define(xs: Any, ys: Any) -> bool:
+        if len(xs) != len(ys):
+            return False
+        for x, y in zip(xs, ys, strict=True):
+            if x.aval != y.aval:
+                return False
+            number[x], other[y] = len(number), len(other)
+        return True
+
+    def read(xs: Any, ys: Any) -> bool:
+        if len(xs) != len(ys):
+            return False
+        for x, y in zip(xs, ys, strict=True):
+            if isinstance(x, Literal) != isinstance(y, Literal):
+                return False
+            if isinstance(x, Literal):
+                if x.aval != y.aval or not _same(x.val, y.val):
+                    return False
+            elif number[x] != other[y]:
+                return False
+        return True
+
+    if not (define(a.constvars, b.constvars) and define(a.invars, b.invars)):
+        return False
+    for e, f in zip(a.eqns, b.eqns, strict=True):
+        if e.primitive is not f.primitive or not read(e.invars, f.invars) or not define(e.outvars, f.outvars):
+            return False
+        if e.params.keys() != f.params.keys() or not all(_same(v, f.params[k]) for k, v in e.params.items()):
+            return False
+    return read(a.outvars, b.outvars)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two parameters of equations are the same."""
+    if a is b:
+        return True
+    if is_jaxpr(a) and is_jaxpr(b):
+        return _same_jaxpr(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, (np.ndarray, np.generic, jax.Array)):
+        x, y = np.asarray(a), np.asarray(b)
+        return x.dtype == y.dtype and np.array_equal(x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact))
+    if isinstance(a, float):
+        return a == b or (a != a and b != b)
+    if callable(a):
+        return a == b or _code_of(a) == _code_of(b)
+    return bool(a == b)
+
+
+def _code_of(f: Any, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
+    """What a callable among the parameters of an equation is made of.
+
+    Rules of custom derivatives are wrapped anew at each trace, around the same functions.
+    """
+    if id(f) in seen or len(seen) > 40:
+        return ()
+    seen = seen | {id(f)}
+    if isinstance(f, types.FunctionType):
+        cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
+        return (f.__code__, *(_code_of(c, seen) for c in cells))
+    if isinstance(f, types.MethodType):
+        return (f.__func__.__code__, _code_of(f.__self__, seen))
+    if type(f).__name__ == "WrappedFun":
+        return tuple(_code_of(x, seen) for x in (f.f, *(t[0] for t in f.transforms), *(t[1] for t in f.transforms)))
+    if isinstance(f, (tuple, list)):
+        return tuple(_code_of(x, seen) for x in f)
+    if isinstance(f, (bool, int, float, str, bytes, type(None), type)):
+        return (f,)
+    if is_jaxpr(f):
+        return (_outline(f),)
+    if hasattr(f, "__wrapped__"):
+        return _code_of(f.__wrapped__, seen)
+    try:
+        return (type(f), hash(f)) if not hasattr(f, "__dict__") else (type(f),)
+    except TypeError:
+        return (type(f),)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+# --- staging ----------------------------------------------------------------------------------------------------------
+
+
+def stage(f: Callable[..., Any], args: list[Any]) -> tuple[Code, list[Any]]:
+    """``(code, consts)`` with ``code(*consts, *args) == f(*args)``, sites and all.
+
+    ``f`` is traced anew at every call (``jax.make_jaxpr`` alone would remember a function, and serve a stale global).
+    """
+    with _watching():
+        closed, shape = jax.make_jaxpr(lambda *xs: _arrays_only(f(*xs)), return_shape=True)(*args)
+    jaxpr, consts = consts_first(closed)
+    return Code(jaxpr, jax.tree.structure(shape)), consts
+
+
+def _arrays_only(out: Any) -> Any:
+    for leaf in jax.tree.leaves(out):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, Tracer, bool, int, float, complex)):
+            raise ModelError(
+                f"a model returned a {type(leaf).__name__}; return arrays, or pytrees of arrays (a Program is sampled with "
+                "sample(name, program) to give its value)"
+            )
+    return out
+
+
+# --- what happens while a model is staged -----------------------------------------------------------------------------
+
+_built: list[dict[int, Any]] = []
+
+
+def built(program: Any) -> None:
+    """Note a program that was made while another is staged."""
+    if _built:
+        _built[-1][id(program)] = program
+
+
+def used(program: Any) -> None:
+    """Note that a program was sampled, asked or passed on."""
+    for frame in _built:
+        frame.pop(id(program), None)
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[None]:
+    from .foreign import refuse_numpyro
+
+    _built.append({})
+    try:
+        with refuse_numpyro():
+            yield
+        idle = list(_built[-1].values())
+    finally:
+        _built.pop()
+    if idle:
+        names = ", ".join(repr(p.name) for p in idle)
+        raise ModelError(
+            f"the program {names} was built inside a model but never sampled, so none of its choices are made; write "
+            f"sample(name, {idle[0].name}(...)) to nest it"
+        )
+
+
+# --- what a function captured -----------------------------------------------------------------------------------------
+
+
+def captured(root: Any) -> list[tuple[Any, Any, Any]]:
+    """Where a function reads from outside: ``(container, name, value)`` of closure cells and globals, callees included."""
+    found: list[tuple[Any, Any, Any]] = []
+    seen: set[int] = set()
+
+    def visit(x: Any) -> None:
+        if id(x) in seen or len(found) > 2000:
+            return
+        seen.add(id(x))
+        if isinstance(x, types.MethodType):
+            visit(x.__self__)
+            x = x.__func__
+        if isinstance(x, types.FunctionType):
+            if x.__module__ and x.__module__.split(".")[0] in _LIBRARIES:
+                return
+            for cell in x.__closure__ or ():
+                if _filled(cell):
+                    note(cell, "cell_contents", cell.cell_contents)
+            for name in _global_names(x.__code__):
+                if name in x.__globals__:
+                    note(x.__globals__, name, x.__globals__[name])
+        elif hasattr(x, "__wrapped__") and callable(x):
+            visit(x.__wrapped__)
+        elif type(x).__module__.startswith("weft.") and hasattr(x, "__dict__"):
+            for value in vars(x).values():
+                visit(value)
+
+    def note(container: Any, name: Any, value: Any) -> None:
+        if isinstance(value, types.ModuleType):
+            return
+        found.append((container, name, value))
+        visit(value)
+
+    visit(root)
+    return found
+
+
+_LIBRARIES = {"jax", "jaxlib", "numpy", "numpyro", "equinox", "optax", "diffrax", "blackjax", "scipy", "weft"}
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names |= _global_names(const)
+    return names
+
+
+def unchanged(snapshot: list[tuple[Any, Any, Any]]) -> bool:
+    """Whether everything captured is still the same object."""
+    for container, name, value in snapshot:
+        now = container.get(name) if isinstance(container, dict) else container.cell_contents
+        if now is not value:
+            return False
+    return True

@@ -1,0 +1,186 @@
+"""Targets: a program and data, that is an unnormalised density over the choices that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import printing
+from .addresses import unflatten
+from .compat import Tracer, as_key
+from .errors import AddressError, DensityError
+from .handlers import Given, expand
+
+from .models import Program, Trace, _generate, _log_densities, _log_density, by_axis
+from .observations import entries
+from .structure import SiteInfo
+
+if TYPE_CHECKING:
+    from .unconstrained import Unconstrained
+
+
+class Target(eqx.Module):
+    """A program with some of its choices observed: an unnormalised density over the others. A pytree.
+
+    Attributes:
+        program: the program.
+        data: what is given, by dotted address.
+        missing: for a site observed in part, the flat indices of its missing elements, where they were known when it was
+            made; they are its coordinates in unconstrained space.
+    """
+
+    program: Program
+    data: dict[str, Given]
+    missing: dict[str, jax.Array]
+
+    @property
+    def sites(self) -> dict[str, SiteInfo]:
+        """The program's table of sites."""
+        return self.program.sites
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Dotted addresses of the choices that are left; a site observed in part is among them."""
+        return tuple(a for a in self.program.latents if a not in self.data or self._partial(a))
+
+    def _partial(self, address: str) -> bool:
+        given = self.data.get(address)
+        return given is not None and given.where is not None and given.drop is None
+
+    @property
+    def observed(self) -> dict[str, Any]:
+        """Nested dict of the data, as arrays."""
+        return unflatten({a: g.value for a, g in self.data.items()})
+
+    def latent_shapes(self) -> dict[str, Any]:
+        """Nested dict of the shapes and dtypes of the latent choices."""
+        return unflatten({a: jax.ShapeDtypeStruct(self.sites[a].shape, self.sites[a].dtype) for a in self.latents})
+
+    def staged(self) -> Target:
+        """The same target, staged now: what the model captured is among its leaves and the rest compares by structure.
+
+        A function jitted over it compiles once for all data of one shape, and never sees a stale global.
+        """
+        return Target(self.program.staged(), self.data, self.missing)
+
+    def log_density(self, latents: Mapping[str, Any], key: jax.Array | None = None) -> jax.Array:
+        r"""$\log p(\text{latents}, \text{data})$, a scalar.
+
+        Args:
+            latents: nested dict of every latent choice; a site observed in part comes whole, its observed elements are
+                ignored.
+            key: for programs whose density is estimated.
+        """
+        self.program.require_density()
+        return _log_density(self.program.staged(), unflatten(self.complete(latents)))
+
+    def log_densities(self, latents: Mapping[str, Any], by: str | None = None) -> Any:
+        """Log density of each site; with ``by`` the observed sites summed to one number for every index of that axis."""
+        self.program.require_density()
+        found = _log_densities(self.program.staged(), unflatten(self.complete(latents)))
+        if by is None:
+            return found
+        from .addresses import flatten
+
+        flat = flatten(found)
+        seen = {a: v for a, v in flat.items() if a in self.data or self.sites[a].observed or self.sites[a].kind == "factor"}
+        return by_axis(self.sites, seen, by, self.program.name)
+
+    def generate(self, key: jax.Array, latents: Mapping[str, Any] | None = None) -> tuple[Trace, jax.Array]:
+        """Draw the latent choices that are not given; weigh the data and those that are."""
+        given = {**self.data, **self._latent_entries(latents or {})}
+        return _generate(self.program.staged(), as_key(key), unflatten(given))
+
+    def predict(
+        self,
+        key: jax.Array,
+        choices: Mapping[str, Any],
+        batch_size: int | None = None,
+        keep: str | Iterable[str] | None = None,
+    ) -> Trace:
+        """Draw the data anew (and the missing and unseen) for every draw of the latent choices; see ``Program.predict``."""
+        from .addresses import flatten
+
+        return self.program.predict(
+            key, {a: v for a, v in flatten(choices).items() if not self._partial(a)}, batch_size, keep
+        )
+
+    def unconstrain(self) -> Unconstrained:
+        """The target on R^n, for any sampler.
+
+        Raises:
+            DensityError: naming the site, for discrete latent choices and supports without a bijection.
+        """
+        from .unconstrained import unconstrain
+
+        return unconstrain(self)
+
+    def complete(self, latents: Mapping[str, Any]) -> dict[str, Given]:
+        """Data and all latent choices as entries by address.
+
+        Raises:
+            AddressError: for a missing or an unknown choice.
+        """
+        found = self._latent_entries(latents)
+        absent = [a for a in self.latents if a not in found]
+        if absent:
+            raise AddressError(
+                f"target of model {self.program.name!r}: missing latent choices {', '.join(map(repr, absent))}"
+            )
+        return {**self.data, **found}
+
+    def _latent_entries(self, latents: Mapping[str, Any]) -> dict[str, Given]:
+        found = entries(self.sites, latents, self.program.name)
+        for address, entry in found.items():
+            if address in self.data and not self._partial(address):
+                raise AddressError(f"target of model {self.program.name!r}: {address!r} is observed, not latent")
+            if self._partial(address):
+                data = self.data[address]
+                found[address] = Given(jnp.where(expand(data.where, entry.value), data.value, entry.value))
+        return found
+
+    def __repr__(self) -> str:
+        return printing.target(self)
+
+    def _repr_html_(self) -> str:
+        return printing.as_html(repr(self))
+
+
+def condition_program(program: Program, choices: Mapping[str, Any]) -> Target:
+    """``program.given(choices)``."""
+    program.require_density()
+    data = entries(program.sites, choices, program.name, data=True)
+    missing = {}
+    for address, given in data.items():
+        if given.drop is not None:
+            _require_unread(program, address, given)
+        elif given.where is not None and not isinstance(given.where, Tracer):
+            missing[address] = jnp.asarray(np.flatnonzero(~np.asarray(given.where)), jnp.int32)
+    # a site observed whole through a mask is observed
+    for address, index in list(missing.items()):
+        if index.size == 0:
+            data[address] = Given(data[address].value)
+            del missing[address]
+    return Target(program, data, missing)
+
+
+def _require_unread(program: Program, address: str, given: Given) -> None:
+    """``missing="drop"`` is right where no other density reads the site."""
+    if given.where is not None and not isinstance(given.where, Tracer) and np.all(np.asarray(given.where)):
+        return
+    from .dependence import readers
+
+    code, _ = program.code()
+    found = readers(code.jaxpr, address)
+    if found:
+        raise DensityError(
+            f"model {program.name!r}: the missing elements of {address!r} cannot be dropped, since {', '.join(map(repr, found))} "
+            "depend on the site; impute them: observed(y, where=mask, missing='impute')"
+        )
+
+
