@@ -1,6 +1,13 @@
 """The language: sites, staging, the interpreter, models, transforms, expectations."""
 
+from .errors import AddressError as AddressError
+from .errors import DensityError as DensityError
+from .errors import GradientError as GradientError
+from .errors import ModelError as ModelError
+from .errors import ObservationError as ObservationError
 from .errors import WeftError as WeftError
+from .expectations import Expectation as Expectation
+from .expectations import expect as expect
 from .language import deterministic as deterministic
 from .language import draw as draw
 from .language import factor as factor
@@ -11,6 +18,24 @@ from .models import Model as Model
 from .models import Program as Program
 from .models import Trace as Trace
 from .models import gen as gen
+from .observations import Observed as Observed
 from .observations import observed as observed
+from .reparam import Affine as Affine
+from .reparam import LocScale as LocScale
+from .reparam import Reparam as Reparam
+from .reparam import Transform as Transform
+from .reparam import noncentered as noncentered
+from .reparam import reparametrize as reparametrize
+from .structure import Axis as Axis
+from .structure import SiteInfo as SiteInfo
 from .targets import Target as Target
+from .transforms import block as block
+from .transforms import condition as condition
+from .transforms import do as do
+from .transforms import mask as mask
+from .transforms import replay as replay
+from .transforms import scale as scale
+from .transforms import scope as scope
+from .transforms import with_gradients as with_gradients
+from .unconstrained import FlatUnconstrained as FlatUnconstrained
 from .unconstrained import Unconstrained as Unconstrained

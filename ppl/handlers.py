@@ -129,6 +129,17 @@ class Evaluate(Handler):
             return no_gradient(site, value)
         return value
 
+    def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
+        from .models import run_program
+
+        if key is None:
+            raise DensityError(
+                "the program runs another one in place (draw), whose choices have no address, so its density is not known "
+                "without a key; nest it with sample(name, program) instead"
+            )
+        trace, _ = run_program(eqn.params["jaxpr"], args, Evaluate("value", self.gradients), key)
+        return jax.tree.leaves(trace), {"log_density": jnp.nan}
+
     def loop(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
         outs, records, _ = walk_while(eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients)))
         return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}

@@ -26,6 +26,7 @@ class Code:
     """A closed jaxpr without array constants, compared by structure, with the tree of its outputs."""
 
     __slots__ = ("_hash", "jaxpr", "out_tree")
+    consts = ()
 
     def __init__(self, jaxpr: Any, out_tree: Any) -> None:
         self.jaxpr = jaxpr

@@ -1,1 +1,32 @@
 """Weft: a probabilistic programming language inside JAX."""
+
+from weft import inference as inference
+from weft import models as models
+from weft import ppl as ppl
+from weft.inference import kernels as kernels
+from weft.inference import load as load
+from weft.ppl import Model as Model
+from weft.ppl import Program as Program
+from weft.ppl import Target as Target
+from weft.ppl import Trace as Trace
+from weft.ppl import Unconstrained as Unconstrained
+from weft.ppl import WeftError as WeftError
+from weft.ppl import block as block
+from weft.ppl import condition as condition
+from weft.ppl import deterministic as deterministic
+from weft.ppl import do as do
+from weft.ppl import draw as draw
+from weft.ppl import expect as expect
+from weft.ppl import factor as factor
+from weft.ppl import gen as gen
+from weft.ppl import loop as loop
+from weft.ppl import mask as mask
+from weft.ppl import noncentered as noncentered
+from weft.ppl import observed as observed
+from weft.ppl import reparametrize as reparametrize
+from weft.ppl import repeat as repeat
+from weft.ppl import replay as replay
+from weft.ppl import sample as sample
+from weft.ppl import scale as scale
+from weft.ppl import scope as scope
+from weft.ppl import with_gradients as with_gradients

@@ -1,0 +1,357 @@
+"""Transforms of models: ``condition``, ``do``, ``block``, ``scope``, ``scale``, ``mask``, ``replay``, ``with_gradients``.
+
+Each takes a model, or any function with sites, and returns the same kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .addresses import Address, covers, dotted, flatten, unflatten, unknown
+from .errors import AddressError
+from .handlers import Given
+from .interpreter import Handler
+from .models import Trace, check_name
+from .observations import Observed, entries
+from .rewriting import Rewrite, Transformed, rebind_scope, transform
+from .sites import Site, SiteSpec
+from .structure import SiteInfo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _arrays(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted addresses to arrays (or Given), so that a transformed model is a pytree of them."""
+    return {
+        a: Given(jnp.asarray(v.value), jnp.asarray(v.where), True if v.missing == "drop" else None)
+        if isinstance(v, Observed)
+        else v
+        for a, v in flatten(choices).items()
+    }
+
+
+# --- condition, do, replay --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fix(Rewrite):
+    def payload(self, site: Site, payload: dict[str, Any], given: Given | None) -> dict[str, Any]:
+        if given is None:
+            return payload
+        payload["value"] = given.value
+        if given.where is not None:
+            payload["observed"] = given.where
+        return payload
+
+
+class _Condition(Transformed):
+    choices: dict[str, Any]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        return _Fix(), unflatten(entries(table, self.choices, _name(self.inner), data=True))
+
+
+def condition(model: F, choices: Mapping[str, Any]) -> F:
+    r"""Fix choices inside a model and keep their density: $p(x_{\text{rest}}, x_{\text{fixed}})$, unnormalised.
+
+    Args:
+        model: a model or a function with sites.
+        choices: nested dict of values, or ``observed(y, where=mask)``.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import condition, gen, sample
+        >>> @gen
+        ... def pair():
+        ...     x = sample("x", dist.Normal(0.0, 1.0))
+        ...     return sample("y", dist.Normal(x, 1.0))
+        >>> condition(pair, {"y": 2.0})().latents
+        ('x',)
+    """
+    return transform(model, lambda f: _Condition(f, _arrays(choices)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Set(Rewrite):
+    def site(self, site: Site, key: Any, given: Given | None) -> tuple[jax.Array, None, dict[str, Any]]:
+        if given is None:
+            return self.emit(site), None, {}
+        return jnp.asarray(given.value).astype(site.spec.dtype), None, {}
+
+
+class _Do(Transformed):
+    choices: dict[str, Any]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        return _Set(), unflatten(entries(table, self.choices, _name(self.inner), data=True))
+
+
+def do(model: F, choices: Mapping[str, Any]) -> F:
+    """Intervene: the sites become constants without a density (Pearl's do).
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import do, gen, sample
+        >>> @gen
+        ... def pair():
+        ...     x = sample("x", dist.Normal(0.0, 1.0))
+        ...     return sample("y", dist.Normal(x, 1.0))
+        >>> do(pair, {"x": 3.0})().latents
+        ('y',)
+    """
+    return transform(model, lambda f: _Do(f, _arrays(choices)))
+
+
+def replay(model: F, trace: Trace | Mapping[str, Any]) -> F:
+    """Run a model with the choices that another trace has at the same addresses, as ``do`` does; others are free.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, replay, sample
+        >>> @gen
+        ... def model():
+        ...     return sample("x", dist.Normal(0.0, 1.0))
+        >>> trace = model().simulate(jax.random.key(0))
+        >>> bool(replay(model, trace)().simulate(jax.random.key(1)).value == trace.value)
+        True
+    """
+    choices = trace.choices if isinstance(trace, Trace) else trace
+    return transform(model, lambda f: _Replay(f, _arrays(choices)))
+
+
+class _Replay(Transformed):
+    choices: dict[str, Any]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        here = {a: v for a, v in self.choices.items() if a in table}
+        return _Set(), unflatten(entries(table, here, _name(self.inner)))
+
+
+# --- block, scope -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hide(Rewrite):
+    addresses: frozenset[str] = frozenset()
+
+    def spec(self, site: Site, spec: SiteSpec) -> SiteSpec:
+        if ".".join(site.address) in self.addresses:
+            return dataclasses.replace(spec, hidden=True)
+        return spec
+
+
+class _Block(Transformed):
+    patterns: tuple[str, ...] = eqx.field(static=True)
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        return _Hide(frozenset(_covered(self.patterns, table, _name(self.inner)))), {}
+
+
+def block(model: F, *addresses: Address) -> F:
+    """Hide choices: they are still made, but not recorded, and the program has no density at hand any more.
+
+    Args:
+        model: a model or a function with sites.
+        addresses: which ones, wildcards allowed; all of them if none is named.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import block, gen, sample
+        >>> @gen
+        ... def pair():
+        ...     x = sample("x", dist.Normal(0.0, 1.0))
+        ...     return sample("y", dist.Normal(x, 1.0))
+        >>> list(block(pair, "x")().simulate(jax.random.key(0)).choices)
+        ['y']
+    """
+    return transform(model, lambda f: _Block(f, tuple(map(dotted, addresses or ("**",)))))
+
+
+class _Scope(Transformed):
+    name: str = eqx.field(static=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return rewrite_in_scope(self.inner, self.name, args, kwargs)
+
+
+def rewrite_in_scope(function: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    tree: list[Any] = []
+
+    def run(*leaves: Any) -> list[Any]:
+        out = function(*args, **kwargs)
+        flat, treedef = jax.tree.flatten(out)
+        tree.append(treedef)
+        return flat
+
+    outs = rebind_scope(name, run, [])
+    return jax.tree.unflatten(tree[-1], outs)
+
+
+def scope(model: F, name: str) -> F:
+    """Put all choices of a function under a name.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample, scope
+        >>> def noise():
+        ...     return sample("x", dist.Normal(0.0, 1.0))
+        >>> @gen
+        ... def two():
+        ...     return scope(noise, "a")() + scope(noise, "b")()
+        >>> two().latents
+        ('a.x', 'b.x')
+    """
+    check_name(name)
+    return transform(model, lambda f: _Scope(f, name))
+
+
+# --- scale, mask ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Multiply(Rewrite):
+    """Multiplies a site's scale by the factors whose key names one of its axes, or covers its address."""
+
+    factors: tuple[tuple[str, Any], ...] = ()
+
+    def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
+        if site.spec.kind == "deterministic":
+            return payload
+        for key, value in self.factors:
+            if key in site.axis_names or covers(key, ".".join(site.address)):
+                payload["scale"] = payload.get("scale", 1.0) * value
+        return payload
+
+
+class _Scale(Transformed):
+    factors: dict[str, Any]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        known = {a.name for s in table.values() for a in s.axes if a.name}
+        for key in self.factors:
+            if key not in known and not any(covers(key, a) for a in table):
+                raise AddressError(unknown(key, [*sorted(known), *table], f" (axis or site) in model {_name(self.inner)!r}"))
+        return _Multiply(tuple(self.factors.items())), {}
+
+
+def scale(model: F, factors: Any) -> F:
+    r"""Multiply log densities of sites: $c \log p$, for minibatches and tempering.
+
+    Args:
+        model: a model or a function with sites.
+        factors: a number for every site; or a dict from names of axes (``{"row": N / B}`` scales every site under that
+            axis, once) or addresses to numbers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, sample, scale
+        >>> @gen
+        ... def model(x):
+        ...     f = lambda m: sample("y", dist.Normal(m, 1.0))
+        ...     return jax.vmap(f, axis_name="row")(x)
+        >>> y = {"y": jnp.zeros(2)}
+        >>> a, b = model(jnp.ones(2)), scale(model, {"row": 5.0})(jnp.ones(2))
+        >>> bool(jnp.isclose(5 * a.log_density(y), b.log_density(y)))
+        True
+    """
+    factors = dict(factors) if isinstance(factors, Mapping) else {"**": factors}
+    return transform(model, lambda f: _Scale(f, {dotted(k): jnp.asarray(v, float) for k, v in factors.items()}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask(Rewrite):
+    addresses: frozenset[str] = frozenset()
+
+    def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
+        if given is not None:
+            payload["where"] = jnp.logical_and(payload.get("where", True), given)
+        return payload
+
+
+class _Masked(Transformed):
+    where: dict[str, Any]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        found: dict[str, Any] = {}
+        for pattern, where in self.where.items():
+            for address in _covered((pattern,), table, _name(self.inner)):
+                info = table[address]
+                if info.kind == "deterministic":
+                    continue
+                if jnp.ndim(where) and jnp.shape(where) != info.batch_shape[: jnp.ndim(where)]:
+                    raise AddressError(
+                        f"mask of {address!r}: expected a scalar or leading axes of {info.batch_shape}, got shape {jnp.shape(where)}"
+                    )
+                lead = jnp.reshape(where, jnp.shape(where) + (1,) * (len(info.batch_shape) - jnp.ndim(where)))
+                found[address] = jnp.broadcast_to(lead, info.batch_shape)
+        return _Mask(), unflatten(found)
+
+
+def mask(model: F, where: Any) -> F:
+    """Count sites only where a mask is true; elsewhere their choices are idle (``trace.active``) and weigh nothing.
+
+    Args:
+        model: a model or a function with sites.
+        where: booleans for every site, or a dict from addresses to booleans of (leading axes of) the site's shape.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, mask, repeat, sample
+        >>> @gen
+        ... def model():
+        ...     return repeat(lambda: sample("y", dist.Normal(0.0, 1.0)), 2)
+        >>> half = mask(model, {"y": jnp.array([True, False])})()
+        >>> round(float(half.log_density({"y": jnp.zeros(2)})), 4)
+        -0.9189
+    """
+    where = dict(where) if isinstance(where, Mapping) else {"**": where}
+    return transform(model, lambda f: _Masked(f, {dotted(k): jnp.asarray(v, bool) for k, v in flatten(where).items()}))
+
+
+# --- gradient strategies ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Strategy(Rewrite):
+    strategies: tuple[tuple[str, Any], ...] = ()
+
+    def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
+        for pattern, strategy in self.strategies:
+            if covers(pattern, ".".join(site.address)):
+                payload["grad"] = strategy
+        return payload
+
+
+class _WithGradients(Transformed):
+    strategies: dict[str, Any]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        _covered(tuple(self.strategies), table, _name(self.inner))
+        return _Strategy(tuple(self.strategies.items())), {}
+
+
+def with_gradients(model: F, strategies: Mapping[str, Any]) -> F:
+    """Choose the gradient strategy of sites from outside; addresses may hold wildcards."""
+    return transform(model, lambda f: _WithGradients(f, {dotted(k): v for k, v in strategies.items()}))
+
+
+def _covered(patterns: Iterable[str], table: dict[str, SiteInfo], name: str) -> list[str]:
+    for pattern in patterns:
+        if pattern not in ("*", "**") and not any(covers(pattern, a) for a in table):
+            raise AddressError(unknown(pattern, table, f" in model {name!r}"))
+    return [a for a in table if any(covers(p, a) for p in patterns)]
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, Transformed):
+        function = function.inner
+    return getattr(function, "__name__", type(function).__name__)
+
+
+__all__ = ["block", "condition", "do", "mask", "replay", "scale", "scope", "with_gradients"]
