@@ -1,12 +1,16 @@
-"""Warm-up of Hamiltonian chains: Stan's windows, step size by dual averaging, mass matrix by blocks.
+"""Warm-up of Hamiltonian chains: Stan's windows, step size by dual averaging, mass matrix by
+blocks.
 
-The warm-up has three parts. In the first and the last only the step size adapts; between them the mass matrix is estimated
-too, in windows that double in length and forget what was before. The building blocks (dual averaging, the running
-covariance with its shrinkage, the schedule) are BlackJAX's; what is here puts them together one iteration at a time, so that
-a warm-up can be interrupted and resumed, and lets some coordinates share a dense block while the others stay diagonal.
+The warm-up has three parts. In the first and the last only the step size adapts; between them the
+mass matrix is estimated too, in windows that double in length and forget what was before. The
+building blocks (dual averaging, the running covariance with its shrinkage, the schedule) are
+BlackJAX's; what is here puts them together one iteration at a time, so that a warm-up can be
+interrupted and resumed, and lets some coordinates share a dense block while the others stay
+diagonal.
 
 References:
-    Stan reference manual, "HMC algorithm parameters"; Hoffman and Gelman (2014), The No-U-Turn Sampler, section 3.2.
+    Stan reference manual, "HMC algorithm parameters"; Hoffman and Gelman (2014), The No-U-Turn
+    Sampler, section 3.2.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ class MassLayout:
     """Which coordinates of a vector share a dense block of the inverse mass matrix.
 
     Attributes:
-        parts: disjoint index arrays that cover all coordinates; `None` stands for all of them in order.
+        parts: disjoint index arrays that cover all coordinates; `None` stands for all of them in
+            order.
         dense: for each part, whether it has a full covariance or variances only.
     """
 
@@ -72,8 +77,8 @@ class MassLayout:
     def metric(self, inverse_mass: InverseMass) -> Metric:
         """The Euclidean metric, as BlackJAX's kernels take it.
 
-        The momentum is `N(0, M)`, the kinetic energy `p' M^-1 p / 2`, and a trajectory turns where the velocity at one of
-        its ends points against the sum of its momenta.
+        The momentum is `N(0, M)`, the kinetic energy `p' M^-1 p / 2`, and a trajectory turns where
+        the velocity at one of its ends points against the sum of its momenta.
         """
         if self.parts[0] is None:
             return gaussian_euclidean(inverse_mass[0])
@@ -102,7 +107,9 @@ class MassLayout:
             return (velocity(left) @ rho <= 0) | (velocity(right) @ rho <= 0)
 
         def scale(*args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError("only Riemannian and isokinetic integrators scale by a metric")
+            raise NotImplementedError(
+                "only Riemannian and isokinetic integrators scale by a metric"
+            )
 
         return Metric(sample_momentum, kinetic_energy, check_turning, scale)
 

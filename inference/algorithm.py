@@ -1,15 +1,20 @@
-"""What an inference algorithm is: settings, and three pure functions of a key, a state and a target.
+"""What an inference algorithm is: settings, and three pure functions of a key, a state and a
+target.
 
-An algorithm is an Equinox module of settings. `init` makes its state, `step` advances it by one iteration, `result` turns it
-into what the user reads; `run` puts them together. The author of an algorithm writes the first three, for one data set,
-in plain JAX; what follows is written once, here:
+An algorithm is an Equinox module of settings. `init` makes its state, `step` advances it by one
+iteration, `result` turns it into what the user reads; `run` puts them together. The author of an
+algorithm writes the first three, for one data set, in plain JAX; what follows is written once,
+here:
 
-- **Compilation.** `run` stages the target anew at every call, outside compiled code, and passes it to two functions of this
-  module compiled by `eqx.filter_jit`. What the model captured travels as operands and the rest compares structurally: new
-  data of the same shape compile nothing, and a global that was bound again is never stale.
-- **Chunks.** Iterations run in compiled chunks driven from the host, which is where progress, interruption and checkpoints
-  hook in. The key of an iteration is `fold_in(key, iteration)`, so that chunks change nothing.
-- **Tracing.** Called under `jit` or `vmap` (over data sets, say) `run` is one scan and shows no progress.
+- **Compilation.** `run` stages the target anew at every call, outside compiled code, and passes it
+  to two functions of this module compiled by `eqx.filter_jit`. What the model captured travels as
+  operands and the rest compares structurally: new data of the same shape compile nothing, and a
+      global that was bound again is never stale.
+- **Chunks.** Iterations run in compiled chunks driven from the host, which is where progress,
+  interruption and checkpoints hook in. The key of an iteration is `fold_in(key, iteration)`, so
+  that chunks change nothing.
+- **Tracing.** Called under `jit` or `vmap` (over data sets, say) `run` is one scan and shows no
+  progress.
 """
 
 from __future__ import annotations
@@ -22,7 +27,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
-
 from weft.ppl import Target
 from weft.ppl.compat import as_key
 
@@ -42,9 +46,8 @@ class State(eqx.Module):
 class Algorithm(eqx.Module):
     """Base of all algorithms: settings with `init`, `step`, `result` and `run`."""
 
-    @property
     @abc.abstractmethod
-    def num_iterations(self) -> int:
+    def num_iterations(self, target: Target) -> int:
         """How many iterations a whole run takes."""
 
     @abc.abstractmethod
@@ -62,6 +65,10 @@ class Algorithm(eqx.Module):
     def check(self, target: Target) -> None:
         """Refuse, before anything is compiled, a target that the algorithm cannot treat."""
 
+    def prepare(self, target: Target) -> Algorithm:
+        """The settings as they enter compiled code: programs among them staged."""
+        return self
+
     def check_state(self, state: Any, target: Target) -> None:
         """Refuse a first state that leads nowhere. Runs where values are concrete."""
 
@@ -78,7 +85,8 @@ class Algorithm(eqx.Module):
     ) -> Any:
         """Run the algorithm on a target.
 
-        Ctrl-C ends the run after the chunk in progress and returns what there is by then, with a warning.
+        Ctrl-C ends the run after the chunk in progress and returns what there is by then, with a
+        warning.
 
         Args:
             key: a random key, typed (`jax.random.key`) or raw.
@@ -95,7 +103,7 @@ class Algorithm(eqx.Module):
         _require_target(target, self)
         self.check(target)
         key = as_key(key)
-        staged, settings = target.staged(), _traced_floats(self)
+        staged, settings = target.staged(), _traced_floats(self.prepare(target))
         if init is not None:
             init = jax.tree.map(jnp.asarray, init)
         if tracing(key, staged, init, settings):
@@ -103,7 +111,7 @@ class Algorithm(eqx.Module):
 
         state = _begin(settings, staged, key, init)
         self.check_state(state, staged)
-        start, stop = int(state.iteration), self.num_iterations
+        start, stop = int(state.iteration), self.num_iterations(staged)
 
         def advance(state: Any, first: int, last: int) -> Any:
             return _advance((settings, staged, key, jnp.int32(first), jnp.int32(last)), state)
@@ -173,7 +181,7 @@ def _advance(fixed: tuple[Any, ...], state: Any) -> Any:
 @eqx.filter_jit
 def _whole(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
     state = strong(algorithm.init(iteration_keys(key)[0], target, init))
-    return _iterate(algorithm, target, key, state, 0, algorithm.num_iterations)
+    return _iterate(algorithm, target, key, state, 0, algorithm.num_iterations(target))
 
 
 def _require_target(target: Any, algorithm: Algorithm) -> None:

@@ -1,8 +1,8 @@
 """Hamiltonian samplers: `nuts` and `hmc`, with adapted step size and mass matrix.
 
-All chains advance together under one vmap, each with its own adaptation. The kernel sees the target on the unconstrained
-scale; what is stored are the choices themselves, written into buffers of their final size as the chains go, so that neither a
-warm-up nor a discarded site ever takes memory.
+All chains advance together under one vmap, each with its own adaptation. The kernel sees the target
+on the unconstrained scale; what is stored are the choices themselves, written into buffers of their
+final size as the chains go, so that neither a warm-up nor a discarded site ever takes memory.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from blackjax.mcmc.hmc import HMCState
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
-
 from weft.ppl import Target
 from weft.ppl.addresses import covers, flatten, unflatten, unknown
 from weft.ppl.errors import AddressError, DensityError, WeftError
@@ -75,14 +73,15 @@ class HamiltonianSampler(Algorithm):
                 f"thin={self.thin} of num_samples={self.num_samples} iterations keeps no draw"
             )
         if isinstance(self.keep, str):
-            raise WeftError(f"keep must be a sequence of addresses, got {self.keep!r}: write [{self.keep!r}]")
+            raise WeftError(
+                f"keep must be a sequence of addresses, got {self.keep!r}: write [{self.keep!r}]"
+            )
 
     @abc.abstractmethod
     def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Any) -> kernels.Kernel:
         """The kernel of one transition."""
 
-    @property
-    def num_iterations(self) -> int:
+    def num_iterations(self, target: Target) -> int:
         return self.num_warmup + self.num_samples
 
     @property
@@ -98,11 +97,11 @@ class HamiltonianSampler(Algorithm):
             raise WeftError(
                 f"{type(self).__name__}: this target has no latent choices, there is nothing to sample"
             )
-        discrete = [a for a in target.latents if not np.issubdtype(target.sites[a].dtype, np.inexact)]
+        discrete = [
+            a for a in target.latents if not np.issubdtype(target.sites[a].dtype, np.inexact)
+        ]
         if discrete:
-            names = ", ".join(
-                f"{a!r} ({target.sites[a].distribution})" for a in discrete
-            )
+            names = ", ".join(f"{a!r} ({target.sites[a].distribution})" for a in discrete)
             raise DensityError(
                 f"{type(self).__name__} needs gradients, and these latent choices are discrete: {names}. "
                 "Sum them out (weft.inference.enumeration where the support is finite and all latents are discrete, "
@@ -167,7 +166,9 @@ class HamiltonianSampler(Algorithm):
         def move(chain: Array, position: HMCState, adaptation: AdaptationState) -> Any:
             kernel_key, move_key = jax.random.split(jax.random.fold_in(key, chain))
             step_size = adaptation.step_size(warming)
-            kernel = self.kernel(kernel_key, step_size, warmup.layout.metric(adaptation.inverse_mass))
+            kernel = self.kernel(
+                kernel_key, step_size, warmup.layout.metric(adaptation.inverse_mass)
+            )
             position, info = kernel.step(move_key, position, space.log_density)
             return position, {
                 "lp": position.logdensity,
@@ -179,11 +180,10 @@ class HamiltonianSampler(Algorithm):
                 "n_steps": info.num_integration_steps,
             }
 
-        chains, stats = jax.vmap(move)(
-            jnp.arange(self.num_chains), state.chains, state.adaptation
-        )
+        chains, stats = jax.vmap(move)(jnp.arange(self.num_chains), state.chains, state.adaptation)
 
-        # 2. In warm-up, every chain learns from its move. The predicates have no axis of chains: what is not due is skipped.
+        # 2. In warm-up, every chain learns from its move. The predicates have no axis of chains:
+        # what is not due is skipped.
         slow, ends = warmup.schedule()
         at = jnp.minimum(state.iteration, len(slow) - 1)
         slow, ends = jnp.asarray(slow)[at], jnp.asarray(ends)[at]
@@ -195,7 +195,8 @@ class HamiltonianSampler(Algorithm):
 
         adaptation = jax.lax.cond(warming, learn, lambda a: a, state.adaptation)
 
-        # 3. Store. The slot of a draw is written at each of its `thin` iterations, last when the draw is due.
+        # 3. Store. The slot of a draw is written at each of its `thin` iterations, last when the
+        # draw is due.
         drawn = state.iteration - self.num_warmup
         due = ~warming & ((drawn + 1) % self.thin == 0)
         slot = jnp.clip(drawn // self.thin, 0, self.num_draws - 1)
@@ -221,8 +222,7 @@ class HamiltonianSampler(Algorithm):
             chains=chains,
             adaptation=adaptation,
             diverged=diverged & ~due & ~warming,
-            divergences=state.divergences
-            + (stats["diverging"][:, None] & phase).astype(jnp.int32),
+            divergences=state.divergences + (stats["diverging"][:, None] & phase).astype(jnp.int32),
             draws=jax.tree.map(write, state.draws, draws),
             stats=jax.tree.map(write, state.stats, stats),
         )
@@ -247,7 +247,9 @@ class HamiltonianSampler(Algorithm):
         return f"{'warm-up' if warming else 'sampling'}, step size {step:.2g}, {count} divergences"
 
     def _warmup(self, target: Target) -> Warmup:
-        return Warmup(self.num_warmup, self._layout(target), self.target_acceptance, self.adapt_mass)
+        return Warmup(
+            self.num_warmup, self._layout(target), self.target_acceptance, self.adapt_mass
+        )
 
     def _layout(self, target: Target) -> MassLayout:
         space = target.unconstrain().flat
@@ -262,7 +264,9 @@ class HamiltonianSampler(Algorithm):
             for pattern in (group,) if isinstance(group, str) else group:
                 found = [a for a in space.addresses if covers(pattern, a)]
                 if not found:
-                    raise AddressError(f"dense_mass: {unknown(pattern, space.addresses, ' among the latents')}")
+                    raise AddressError(
+                        f"dense_mass: {unknown(pattern, space.addresses, ' among the latents')}"
+                    )
                 for address in found:
                     if address in taken:
                         raise WeftError(f"dense_mass: {address!r} is in two blocks")
@@ -302,30 +306,36 @@ class HamiltonianSampler(Algorithm):
 class nuts(HamiltonianSampler):
     """The No-U-Turn sampler, adapted as Stan does.
 
-    Every chain is warmed up on its own: the step size by dual averaging towards `target_acceptance`, the inverse mass
+    Every chain is warmed up on its own: the step size by dual averaging towards
+        `target_acceptance`, the inverse mass
     matrix from the draws of windows that double in length. Warm-up stores no draws.
 
     Attributes:
         num_warmup: iterations of warm-up.
         num_samples: iterations after it, for each chain.
         num_chains: chains, run side by side under one vmap.
-        dense_mass: `False` for variances only; `True` for a full covariance; or addresses whose coordinates share one
-            dense block (a list of tuples for several), the others having variances.
-        target_acceptance: the mean acceptance probability wanted; nearer to 1 means smaller steps and fewer divergences.
+        dense_mass: `False` for variances only; `True` for a full covariance; or addresses whose
+            coordinates share one dense block (a list of tuples for several), the others having
+            variances.
+        target_acceptance: the mean acceptance probability wanted; nearer to 1 means smaller steps
+            and fewer divergences.
         step_size: the first step size; by default one is searched for.
         adapt_mass: whether to estimate the mass matrix.
-        keep: addresses of choices and derived values to store (`"*"` and `"**"` are wildcards); all by default.
-        thin: store every `thin`-th draw. A draw counts as divergent if a transition since the last one stored was.
+        keep: addresses of choices and derived values to store (`"*"` and `"**"` are wildcards); all
+            by default.
+        thin: store every `thin`-th draw. A draw counts as divergent if a transition since the last
+            one stored was.
         init_strategy: how chains find their first point.
         max_tree_depth: a trajectory has at most `2 ** max_tree_depth` steps.
 
     Raises:
         WeftError: if there is nothing to sample, or a setting makes no sense.
-        DensityError: if a latent choice is discrete, or no point of finite density and gradient is found to begin at.
+        DensityError: if a latent choice is discrete, or no point of finite density and gradient is
+            found to begin at.
 
     References:
-        Hoffman and Gelman (2014), The No-U-Turn Sampler, JMLR 15; Betancourt (2017), A conceptual introduction to
-        Hamiltonian Monte Carlo, appendix A. The kernel is BlackJAX's.
+        Hoffman and Gelman (2014), The No-U-Turn Sampler, JMLR 15; Betancourt (2017), A conceptual
+        introduction to Hamiltonian Monte Carlo, appendix A. The kernel is BlackJAX's.
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -336,7 +346,8 @@ class nuts(HamiltonianSampler):
         ...     mu = sample("mu", dist.Normal(0.0, 1.0))
         ...     sample("y", dist.Normal(mu, 1.0))
         >>> target = model().given({"y": 2.0})
-        >>> draws = nuts(num_warmup=200, num_samples=200).run(jax.random.key(0), target, progress=False)
+        >>> draws = nuts(num_warmup=200, num_samples=200).run(jax.random.key(0), target,
+        progress=False)
         >>> draws.choices["mu"].shape
         (4, 200)
     """
@@ -350,13 +361,14 @@ class nuts(HamiltonianSampler):
 class hmc(HamiltonianSampler):
     """Hamiltonian Monte Carlo with trajectories of given length, adapted as `nuts` is.
 
-    The length varies from one transition to the next, uniformly within `jitter` of its mean, so that no trajectory can
-    close on itself for good. Chains that take the same number of steps cost nothing to run side by side, which is where
-    this beats `nuts` on accelerators.
+    The length varies from one transition to the next, uniformly within `jitter` of its mean, so
+    that no trajectory can close on itself for good. Chains that take the same number of steps cost
+    nothing to run side by side, which is where this beats `nuts` on accelerators.
 
     Attributes:
-        trajectory_length: mean integration time; with an adapted mass matrix scales are about 1, and a quarter of the
-            period of a standard normal, pi / 2, gives nearly independent draws of one.
+        trajectory_length: mean integration time; with an adapted mass matrix scales are about 1,
+            and a quarter of the period of a standard normal, pi / 2, gives nearly independent draws
+            of one.
         num_steps: take this number of leapfrog steps instead, whatever the step size.
         jitter: relative half-width of the variation of the length.
         max_steps: no trajectory has more steps.
@@ -364,7 +376,8 @@ class hmc(HamiltonianSampler):
     The other settings are those of `nuts`.
 
     References:
-        Neal (2011), MCMC using Hamiltonian dynamics, section 3.2 for the jitter. The kernel is BlackJAX's.
+        Neal (2011), MCMC using Hamiltonian dynamics, section 3.2 for the jitter. The kernel is
+        BlackJAX's.
     """
 
     trajectory_length: float = np.pi / 2
@@ -373,9 +386,7 @@ class hmc(HamiltonianSampler):
     max_steps: int = 1000
 
     def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Any) -> kernels.hmc:
-        factor = jax.random.uniform(
-            key, (), step_size.dtype, 1.0 - self.jitter, 1.0 + self.jitter
-        )
+        factor = jax.random.uniform(key, (), step_size.dtype, 1.0 - self.jitter, 1.0 + self.jitter)
         mean = self.trajectory_length / step_size if self.num_steps is None else self.num_steps
         steps = jnp.clip(jnp.round(factor * mean), 1, self.max_steps).astype(jnp.int32)
         return kernels.hmc(step_size, steps, metric)

@@ -1,8 +1,9 @@
 """Where a chain begins: a point of finite density and finite gradient.
 
-Two kinds of candidates are tried together, a draw from the prior and a point of a small box around zero on the
-unconstrained scale: vague priors make the first absurd, informative ones the second. Of each pair the one of higher density
-is taken; if neither is finite the next pair is tried, from a box that shrinks.
+Two kinds of candidates are tried together, a draw from the prior and a point of a small box around
+zero on the unconstrained scale: vague priors make the first absurd, informative ones the second. Of
+each pair the one of higher density is taken; if neither is finite the next pair is tried, from a
+box that shrinks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
-
 from weft.ppl import Target
 from weft.ppl.addresses import flatten, unflatten, unknown
 from weft.ppl.errors import AddressError, DensityError, WeftError
@@ -54,7 +54,8 @@ class InitStrategy(eqx.Module):
             key: a random key.
             target: the target.
             num_chains: how many points to find.
-            init: choices that every candidate takes over, all latents or some, with or without a leading axis of chains.
+            init: choices that every candidate takes over, all latents or some, with or without a
+                leading axis of chains.
 
         Returns:
             The points, and whether they are any good.

@@ -1,8 +1,9 @@
 """Markov kernels that leave a density invariant: the moving part of samplers, without adaptation.
 
-A kernel is a small module of settings. `kernel.on(log_density)` binds it to a density; what that gives has
-`init(position)` and `step(key, state) -> (state, info)`, pure functions that jit, vmap and scan. Positions are pytrees
-of floating arrays, densities functions of them. The transitions are BlackJAX's.
+A kernel is a small module of settings. `kernel.on(log_density)` binds it to a density; what that
+gives has `init(position)` and `step(key, state) -> (state, info)`, pure functions that jit, vmap
+and scan. Positions are pytrees of floating arrays, densities functions of them. The transitions are
+BlackJAX's.
 
 Example:
     >>> import jax
@@ -21,13 +22,12 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from blackjax.mcmc import hmc as _hmc
 from blackjax.mcmc import nuts as _nuts
 from blackjax.mcmc.hmc import HMCState
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
-
-import jax.numpy as jnp
 
 LogDensity = Callable[[Any], Float[Array, ""]]
 
@@ -73,8 +73,8 @@ class hmc(Kernel):
     Attributes:
         step_size: of the leapfrog integrator.
         num_steps: leapfrog steps of a proposal; may be traced.
-        inverse_mass: `(n,)` variances or an `(n, n)` covariance over the flattened position, or a BlackJAX metric;
-            `None` for the identity.
+        inverse_mass: `(n,)` variances or an `(n, n)` covariance over the flattened position, or a
+            BlackJAX metric; `None` for the identity.
         divergence_threshold: the energy error beyond which a trajectory counts as divergent.
 
     References:
@@ -98,7 +98,8 @@ class hmc(Kernel):
 
 
 class nuts(Kernel):
-    """The No-U-Turn sampler: a trajectory doubles until it turns back, the next state is drawn along it.
+    """The No-U-Turn sampler: a trajectory doubles until it turns back, the next state is drawn
+    along it.
 
     Attributes:
         step_size: of the leapfrog integrator.
@@ -107,7 +108,8 @@ class nuts(Kernel):
         divergence_threshold: the energy error beyond which a trajectory counts as divergent.
 
     References:
-        Hoffman and Gelman (2014); Betancourt (2017), appendix A, for the multinomial choice along the trajectory.
+        Hoffman and Gelman (2014); Betancourt (2017), appendix A, for the multinomial choice along
+        the trajectory.
     """
 
     step_size: Any

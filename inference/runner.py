@@ -1,8 +1,9 @@
 """The loop on the host: compiled chunks, a progress bar, an interruption that keeps what is done.
 
-Long work is a state advanced by `advance(state, start, stop)`, one compiled function whose bounds are traced: one
-compilation serves chunks of any length, so the loop makes them as long as they can be while the bar still moves. What is
-computed depends on the iteration only, never on where a chunk ends.
+Long work is a state advanced by `advance(state, start, stop)`, one compiled function whose bounds
+are traced: one compilation serves chunks of any length, so the loop makes them as long as they can
+be while the bar still moves. What is computed depends on the iteration only, never on where a chunk
+ends.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ def run_chunks(
 ) -> tuple[State, int]:
     """Advance `state` from iteration `start` to `stop` in chunks.
 
-    Ctrl-C ends the loop after the chunk in progress; a second one raises `KeyboardInterrupt` at once.
+    Ctrl-C ends the loop after the chunk in progress; a second one raises `KeyboardInterrupt` at
+    once.
 
     Args:
-        advance: `advance(state, first, last)` runs the iterations `first, ..., last - 1`; it may donate `state`.
+        advance: `advance(state, first, last)` runs the iterations `first, ..., last - 1`; it may
+            donate `state`.
         state: the state to begin with.
         start: the first iteration.
         stop: one past the last iteration.
@@ -103,7 +106,8 @@ def _bar(title: str, start: int, stop: int, progress: bool) -> Iterator[Any]:
 def _interrupts() -> Iterator[threading.Event]:
     """Set an event on Ctrl-C instead of raising.
 
-    An exception in the middle of a chunk would lose the state, whose buffers the chunk was given to reuse.
+    An exception in the middle of a chunk would lose the state, whose buffers the chunk was given to
+    reuse.
     """
     event = threading.Event()
     ours = (

@@ -1,0 +1,139 @@
+"""Enumeration: exact inference where every latent choice has finitely many values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+from weft.ppl import Target
+from weft.ppl.addresses import flatten, unflatten
+from weft.ppl.errors import DensityError, WeftError
+
+from .algorithm import Algorithm
+from .results import Particles
+from .weighted import WeightedState, particles, record
+from .weights import trailing
+
+
+class enumeration(Algorithm):
+    """Score every joint value of the latent choices.
+
+    With `S` the product of the supports of all latent elements, the weights are `p(x, y)` for each
+    `x` in `S`, and
+
+        log_evidence = logsumexp(log_weights) = log sum_x p(x, y),
+
+    exactly. A choice that is idle (in a branch not taken) would be counted once for each of its
+    values; its terms are divided by their number.
+
+    Attributes:
+        max_terms: refuse more joint values than this.
+        batch_size: how many are scored at once.
+
+    Raises:
+        DensityError: if a latent choice has no finite support.
+        WeftError: if there are more than `max_terms` joint values.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import enumeration
+        >>> @gen
+        ... def model():
+        ...     rain = sample("rain", dist.Bernoulli(0.2))
+        ...     sample("wet", dist.Bernoulli(0.1 + 0.8 * rain))
+        >>> target = model().given({"wet": 1})
+        >>> exact = enumeration().run(jax.random.key(0), target, progress=False)
+        >>> round(float(jax.numpy.exp(exact.log_evidence)), 3)
+        0.26
+    """
+
+    max_terms: int = 1_000_000
+    batch_size: int = 4096
+
+    def __check_init__(self) -> None:
+        for name in ("max_terms", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise WeftError(f"enumeration: {name} must be a positive integer, got {value!r}")
+        if self.max_terms >= 2**31:
+            raise WeftError("enumeration: max_terms must be below 2**31")
+
+    def check(self, target: Target) -> None:
+        endless = [a for a in target.latents if target.sites[a].values is None]
+        if endless:
+            what = ", ".join(
+                f"{a!r} ({target.sites[a].distribution}, "
+                + (
+                    "not finite, or not known before the model runs)"
+                    if target.sites[a].is_discrete
+                    else "continuous)"
+                )
+                for a in endless
+            )
+            raise DensityError(
+                f"enumeration needs a finite support of every latent choice; it has none at {what}. "
+                "Observe these choices, or use importance sampling"
+            )
+        terms = self._terms(target)
+        if terms > self.max_terms:
+            counts = ", ".join(
+                f"{a!r} {len(values)}{f'^{size}' if size > 1 else ''}"
+                for a, values, size in _supports(target)
+            )
+            raise WeftError(
+                f"enumeration would take {terms:,} terms ({counts}), more than max_terms={self.max_terms:,}. Sum sites out "
+                "one by one (marginalize), raise max_terms, or use importance sampling"
+            )
+
+    def num_iterations(self, target: Target) -> int:
+        return -(-self._terms(target) // self.batch_size)
+
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> WeightedState:
+        if init is not None:
+            raise WeftError("enumeration has no starting point: it visits every value")
+        term = jax.eval_shape(lambda i: self._term(i, target), jnp.int32(0))
+        return WeightedState.empty(key, self._terms(target), term)
+
+    def step(self, key: PRNGKeyArray, state: WeightedState, target: Target) -> WeightedState:
+        terms = self._terms(target)
+        batch = min(self.batch_size, terms)
+        first = jnp.minimum(state.iteration * batch, terms - batch)
+        indices = first + jnp.arange(batch, dtype=jnp.int32)
+        return state.write(first, jax.vmap(lambda i: self._term(i, target))(indices))
+
+    def result(self, state: WeightedState, target: Target) -> Particles:
+        return particles(self, state, target, self.batch_size, exact=True)
+
+    def _terms(self, target: Target) -> int:
+        return math.prod(len(values) ** size for _, values, size in _supports(target))
+
+    def _term(self, index: Array, target: Target) -> tuple[Any, Array]:
+        """The joint value of an index, the first latent choice varying slowest, and its log weight."""
+        choices: dict[str, Array] = {}
+        stride = self._terms(target)
+        for address, values, size in _supports(target):
+            base = len(values)
+            strides = stride // np.array([base ** (i + 1) for i in range(size)], dtype=object)
+            digits = (index // jnp.asarray(strides.astype(np.int32))) % base
+            site = target.sites[address]
+            choices[address] = jnp.asarray(values, site.dtype)[digits].reshape(site.shape)
+            stride //= base**size
+        # Everything is given, so the key draws nothing.
+        trace, log_weight = target.generate(jax.random.key(0), unflatten(choices))
+        active = flatten(trace.active)
+        for address, values, _ in _supports(target):
+            idle = ~trailing(jnp.asarray(active[address]), choices[address].ndim)
+            count = jnp.sum(jnp.broadcast_to(idle, choices[address].shape))
+            log_weight = log_weight - count * math.log(len(values))
+        return record(target, trace), log_weight
+
+
+def _supports(target: Target) -> list[tuple[str, np.ndarray, int]]:
+    """Address, values of one element and number of elements of every latent choice."""
+    sites = target.sites
+    return [(a, sites[a].values, math.prod(sites[a].shape)) for a in target.latents]

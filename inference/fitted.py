@@ -1,0 +1,175 @@
+"""What a fit gives."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from weft.ppl import Program, Target
+from weft.ppl.errors import WeftError
+
+
+class Fit(eqx.Module):
+    """The result of a fit.
+
+    Attributes:
+        params: the parameters, unwrapped: constrained ones inside their sets.
+        bounds: `(num_steps,)`, the bound (or the loss) estimated at each step.
+        state: the state of the optimiser; `fit(..., state=...)` goes on with it.
+        num_skipped: steps left out because the bound or its gradient was not finite.
+        objective: what was optimised.
+        data: the data it was given.
+        minimize: whether the objective was a loss.
+        key: for `report`.
+    """
+
+    params: Any
+    bounds: Float[Array, " steps"]
+    state: Any
+    num_skipped: Int[Array, ""]
+    objective: Any = None
+    data: tuple[Any, ...] = ()
+    minimize: bool = eqx.field(static=True, default=False)
+    key: PRNGKeyArray | None = None
+
+    @property
+    def guide(self) -> Program:
+        """The fitted guide: a program, hence a proposal.
+
+        Raises:
+            WeftError: if the objective has no guide.
+        """
+        return self._pair()[1]
+
+    @property
+    def target(self) -> Target:
+        """The target that the guide was fitted to.
+
+        Raises:
+            WeftError: if the objective has none.
+        """
+        return self._pair()[0]
+
+    def report(self, num_particles: int = 1000) -> str:
+        """The fit in words: whether it converged, what went wrong, how far the guide can be
+        trusted.
+
+        Args:
+            num_particles: draws of the guide for its check by importance weights (Pareto k-hat).
+
+        Returns:
+            A few lines of text.
+        """
+        lines = [_course(np.asarray(self.bounds, float), self.minimize)]
+        skipped = int(self.num_skipped)
+        if skipped:
+            lines.append(
+                f"{skipped} of {self.bounds.size} steps were skipped: the bound or its gradient was not finite."
+            )
+        lines.append(self._check(num_particles))
+        return "\n".join(line for line in lines if line)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write parameters, bounds and the optimiser's state to one file; `weft.inference.load`
+        reads it.
+
+        The objective is code, and not in it.
+        """
+        from .storage import write
+
+        tree = {
+            "params": self.params,
+            "bounds": self.bounds,
+            "num_skipped": self.num_skipped,
+            "state": jax.tree.leaves(self.state),
+        }
+        write(path, "fit", tree, {"minimize": self.minimize})
+
+    @classmethod
+    def from_saved(cls, saved: Any, target: Target | None = None) -> Fit:
+        """The fit of a file; without its objective, hence without a guide. `state` comes as its leaves."""
+        return cls(**saved.tree, minimize=saved.meta["minimize"])
+
+    def _pair(self) -> tuple[Target, Program]:
+        if not hasattr(self.objective, "at"):
+            raise WeftError(
+                "this fit has no guide: "
+                + (
+                    "it was loaded from a file, which holds no code; apply your guide to fit.params"
+                    if self.objective is None
+                    else "its objective is not one of weft.inference (elbo(target, guide)); apply your guide to fit.params"
+                )
+            )
+        return self.objective.at(self.params, *self.data)
+
+    def _check(self, num_particles: int) -> str:
+        if not hasattr(self.objective, "at") or self.key is None:
+            return ""
+        from .importance import importance
+
+        target, guide = self._pair()
+        particles = importance(guide, num_particles).run(self.key, target, progress=False)
+        khat, n = float(particles.khat()), num_particles
+        limit = min(1.0 - 1.0 / np.log10(n), 0.7)
+        if khat < limit:
+            verdict = "its draws, weighted, can be trusted: importance(fit.guide)"
+        else:
+            verdict = "its tails or its shape miss the target's; do not trust weighted draws of it, use a richer guide or nuts"
+        return (
+            f"Guide against target, by {n} weighted draws: k-hat {khat:.2f} (limit {limit:.2f}), {verdict}. "
+            f"Log evidence {float(particles.log_evidence):.4g} by importance sampling."
+        )
+
+    def __repr__(self) -> str:
+        bounds = np.asarray(self.bounds) if not isinstance(self.bounds, jax.core.Tracer) else None
+        lines = [f"Fit: {self.bounds.shape[0]} steps"]
+        if bounds is not None and bounds.size:
+            lines.append(_course(bounds.astype(float), self.minimize))
+        flat, _ = jax.tree_util.tree_flatten_with_path(self.params)
+        for path, leaf in flat[:20]:
+            if eqx.is_array(leaf):
+                lines.append(
+                    f"  params{jax.tree_util.keystr(path)}: {leaf.dtype}{list(leaf.shape)}"
+                )
+        if len(flat) > 20:
+            lines.append(f"  ... {len(flat) - 20} more")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def _course(bounds: np.ndarray, minimize: bool) -> str:
+    """How the bound moved over the last quarter of the steps, against its own noise."""
+    name = "loss" if minimize else "bound"
+    steps = np.flatnonzero(np.isfinite(bounds))
+    tail = steps[-max(steps.size // 4, 1) :]
+    if tail.size < 8:
+        return (
+            f"The {name} ended at {bounds[steps[-1]]:.5g}."
+            if steps.size
+            else f"The {name} was never finite."
+        )
+    y, x = bounds[tail], tail - tail.mean()
+    slope = (x @ y) / (x @ x)
+    residual = y - y.mean() - slope * x
+    error = np.sqrt(residual @ residual / (tail.size - 2) / (x @ x))
+    span = tail[-1] - tail[0]
+    change, noise = slope * span, error * span
+    better = -change if minimize else change
+    head = bounds[steps[: max(steps.size // 20, 1)]].mean()
+    size = f"{abs(change):.2g} +- {noise:.1g} over the last {tail.size} steps"
+    text = f"The {name} ended at {y.mean():.5g} (mean of the last {tail.size} steps)"
+    if abs(change) < 3 * noise or abs(change) < 1e-3 * abs(y.mean() - head):
+        return f"{text} and was level: its trend, {size}, is within its noise or negligible. It has converged."
+    if better > 0:
+        word = "falling" if minimize else "rising"
+        return f"{text} and was still {word}, by {size}: it has not converged, run more steps."
+    word = "rose" if minimize else "fell"
+    return f"{text} and {word}, by {size}: the optimiser is unstable, lower its learning rate."

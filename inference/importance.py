@@ -1,0 +1,106 @@
+"""Importance sampling: independent draws of a proposal, weighted towards the target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+from weft.ppl import Program, Target
+from weft.ppl.errors import WeftError
+
+from .algorithm import Algorithm
+from .results import Particles
+from .weighted import WeightedState, particles, record
+from .weights import check_proposal, log_ratio
+
+
+class importance(Algorithm):
+    """Importance sampling.
+
+    Particles `x_i ~ q` are drawn independently from the proposal and weighted by `w_i = p(x_i) /
+    q(x_i)`, where `p` is the target's unnormalised density. The mean of the weights is an unbiased
+    estimate of the evidence, whose logarithm is
+
+        log_evidence = logsumexp(log_weights) - log(num_particles).
+
+    Attributes:
+        proposal: `None` for the prior; a program that draws exactly the target's latent choices; or
+            a function from the target to such a program.
+        num_particles: how many.
+        batch_size: how many are drawn at once, at most; bounds the memory of what is computed on
+            the way. The result does not depend on it.
+
+    Raises:
+        DensityError: if the proposal is not normalised, or a weight is infinite or not a number.
+        AddressError: if the proposal does not draw exactly the latent choices.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import importance
+        >>> @gen
+        ... def model():
+        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
+        ...     sample("y", dist.Normal(mu, 1.0))
+        >>> target = model().given({"y": 2.0})
+        >>> particles = importance(num_particles=2000).run(jax.random.key(0), target,
+        progress=False)
+        >>> bool(abs(particles.log_evidence - dist.Normal(0.0, 2.0**0.5).log_prob(2.0)) < 0.1)
+        True
+    """
+
+    proposal: Program | Callable[[Target], Program] | Any = None
+    num_particles: int = 1000
+    batch_size: int = 4096
+
+    def __check_init__(self) -> None:
+        for name in ("num_particles", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise WeftError(f"importance: {name} must be a positive integer, got {value!r}")
+
+    def num_iterations(self, target: Target) -> int:
+        return -(-self.num_particles // self.batch_size)
+
+    def prepare(self, target: Target) -> importance:
+        if self.proposal is None:
+            return self
+        program = self.proposal
+        if not isinstance(program, Program) and callable(program):
+            program = program(target)
+        check_proposal(program, target)
+        return dataclasses.replace(self, proposal=program.staged())
+
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> WeightedState:
+        if init is not None:
+            raise WeftError("importance has no starting point: give a proposal instead of init")
+        particle = jax.eval_shape(lambda k: self._particle(k, target), key)
+        return WeightedState.empty(key, self.num_particles, particle)
+
+    def step(self, key: PRNGKeyArray, state: WeightedState, target: Target) -> WeightedState:
+        # Keys go by particle, so that batches change nothing; the last batch may overlap the one
+        # before it.
+        batch = min(self.batch_size, self.num_particles)
+        first = jnp.minimum(state.iteration * batch, self.num_particles - batch)
+        keys = jax.vmap(lambda i: jax.random.fold_in(state.key, i))(first + jnp.arange(batch))
+        return state.write(first, jax.vmap(lambda k: self._particle(k, target))(keys))
+
+    def result(self, state: WeightedState, target: Target) -> Particles:
+        return particles(self, state, target, self.batch_size, exact=False)
+
+    def _particle(self, key: PRNGKeyArray, target: Target) -> tuple[Any, Array]:
+        """One draw with its log weight."""
+        if self.proposal is None:
+            trace, log_weight = target.generate(key, {})
+            return record(target, trace), log_weight
+        draw_key, rest_key = jax.random.split(key)
+        drawn = self.proposal.simulate(draw_key)
+        trace, _ = target.generate(
+            rest_key, drawn.choices
+        )  # nothing is drawn: for the derived values
+        return record(target, trace), log_ratio(target, self.proposal, drawn)

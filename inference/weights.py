@@ -1,0 +1,91 @@
+"""A program against a target: may it propose for it, and the log ratio of their densities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from weft.ppl import Program, Target
+from weft.ppl.addresses import flatten, nearest
+from weft.ppl.errors import AddressError, DensityError, WeftError
+
+
+def check_proposal(program: Any, target: Target, what: str = "proposal") -> None:
+    """Refuse a program that cannot propose for a target.
+
+    Args:
+        program: the proposal or guide.
+        target: the target.
+        what: what to call the program in messages.
+
+    Raises:
+        DensityError: if the program is not normalised.
+        AddressError: if it does not draw exactly the target's latent choices.
+        WeftError: if a choice has another shape.
+    """
+    if not isinstance(program, Program):
+        raise TypeError(
+            f"expected a Program as {what}, got {type(program).__name__}: apply the model to its arguments"
+        )
+    drawn = {a: program.sites[a] for a in program.latents}
+    if program.unnormalised:
+        names = ", ".join(repr(a) for a in program.unnormalised_sites)
+        raise DensityError(
+            f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is not known up to more than "
+            f"a constant. A {what} must be a plain program; weft.normalize turns an unnormalised one into one"
+        )
+    missing = [a for a in target.latents if a not in drawn]
+    spare = [a for a in drawn if a not in target.latents]
+    if missing or spare:
+        hints = [
+            f"{a!r} for {nearest(a, missing)!r}?" for a in spare if nearest(a, missing) is not None
+        ]
+        raise AddressError(
+            f"the {what} {program.name!r} must draw exactly the latent choices of the target.\n"
+            f"  the target's latent choices: {_listed(target.latents)}\n"
+            f"  the {what} draws:{' ' * max(1, 17 - len(what))}{_listed(drawn)}\n"
+            f"  missing: {_listed(missing)}; not in the target: {_listed(spare)}"
+            + (f" (misspelt: {', '.join(hints)})" if hints else "")
+        )
+    shapes = flatten(target.latent_shapes())
+    for address, site in drawn.items():
+        if tuple(site.shape) != tuple(shapes[address].shape):
+            raise WeftError(
+                f"the {what} {program.name!r} draws {address!r} with shape {tuple(site.shape)}, the target expects "
+                f"{tuple(shapes[address].shape)}"
+            )
+
+
+def may_idle(target: Target) -> bool:
+    """Whether a latent choice of the target may be idle: in a branch not taken, or masked."""
+    return any(target.sites[a].conditional or target.sites[a].masked for a in target.latents)
+
+
+def log_ratio(target: Target, program: Program, trace: Any) -> Float[Array, ""]:
+    """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the
+    program's.
+
+    Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The
+    program's own conditional density then stands on both sides and cancels: the ratio has `q` of
+    the active choices only. It stays unbiased, since a conditional density integrates to one.
+    """
+    if not may_idle(target):
+        return target.log_density(trace.choices) - trace.log_density
+    against, log_p = target.generate(jax.random.key(0), trace.choices)  # nothing is left to draw
+    active = flatten(against.active)
+    log_q = jnp.zeros(())
+    for address, term in flatten(program.log_densities(trace.choices)).items():
+        flag = trailing(jnp.asarray(active[address]), term.ndim)
+        log_q = log_q + jnp.sum(jnp.where(flag, term, 0.0))
+    return log_p - log_q
+
+
+def trailing(flag: Array, ndim: int) -> Array:
+    """A flag with axes added behind, so that it applies to arrays of `ndim` axes that lead with its own."""
+    return flag.reshape(flag.shape + (1,) * (ndim - flag.ndim))
+
+
+def _listed(addresses: Any) -> str:
+    return ", ".join(repr(a) for a in addresses) or "none"
