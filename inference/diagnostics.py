@@ -1,24 +1,27 @@
-r"""Convergence diagnostics: do the chains agree, how many draws are they worth, can the weights be trusted.
+r"""Convergence diagnostics: do chains agree, what are draws worth, can weights be trusted.
 
-All functions take arrays that lead with (chain, draw) and work on every scalar behind these axes at once, in double
-precision and in NumPy: they describe results on the host. For chains they follow
+All functions take arrays that lead with (chain, draw) and work on every scalar behind these axes at
+once, in double precision and in NumPy: they describe results on the host. For chains they follow
 
-    A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Bürkner (2021). Rank-normalization, folding, and
+    A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Bürkner (2021). Rank-normalization,
+    folding, and
     localization: an improved R-hat for assessing convergence of MCMC. Bayesian Analysis 16(2),
 
-and agree with ArviZ to rounding. What ArviZ does not have is `active`, a mask for draws that do not count because the
-branch of the model that holds them was not taken. An expectation over the active draws is a ratio,
-:math:`E[x \mid a] = E[a x] / E[a]`, and the series whose mean carries its Monte-Carlo error is
-:math:`u_t = a_t (x_t - \bar x)`, over **all** draws (delta method). Hence, with :math:`\bar a` the active fraction,
+and agree with ArviZ to rounding. What ArviZ does not have is `active`, a mask for draws that do not
+count because the branch of the model that holds them was not taken. An expectation over the active
+draws is a ratio, :math:`E[x \mid a] = E[a x] / E[a]`, and the series whose mean carries its
+Monte-Carlo error is :math:`u_t = a_t (x_t - \bar x)`, over **all** draws (delta method). Hence,
+with :math:`\bar a` the active fraction,
 
 .. math:: \mathrm{ESS}_{active} = \bar a \; \mathrm{ESS}(u),
 
-which is the number of active draws when the draws are independent. R-hat is taken of :math:`u` and of :math:`a` itself,
-since chains that disagree about the branch have not mixed either.
+which is the number of active draws when the draws are independent. R-hat is taken of :math:`u` and
+of :math:`a` itself, since chains that disagree about the branch have not mixed either.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -34,24 +37,25 @@ _Series = Float[np.ndarray, "scalar chain draw"]
 _Mask = Bool[np.ndarray, "scalar chain draw"] | None
 
 
-# ---------------------------------------------------------------------------------------------------- public, chains
+# ----------------------------------------------------------------------------------- public, chains
 
 
 def rhat(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray, "..."]:
-    r"""Rank-normalised split R-hat (Vehtari et al. 2021, equation 14 and section 4).
+    r"""Rank-normalised split R-hat (Vehtari et al. 2021, section 4).
 
     Every chain is cut in halves and the values are replaced by normal scores of their ranks;
-    :math:`\hat R = \sqrt{((n-1)/n\, W + B/n) / W}` compares the variance within halves, W, with the variance between
-    them, B. The larger of the values for the scores and for the folded scores :math:`|x - \mathrm{median}|` counts, so
-    that chains with the same location and different spread are seen. Below 1.01 is good.
+    :math:`\hat R = \sqrt{((n-1)/n\, W + B/n) / W}` compares the variance within halves, W, with the
+    variance between them, B. The larger of the values for the scores and for the folded scores
+    :math:`|x - \mathrm{median}|` counts, so that chains with the same location and different spread
+    are seen. Below 1.01 is good.
 
     Args:
         draws: values, shape (chain, draw, ...).
         active: which draws count, of a shape that leads that of `draws`; all if left out.
 
     Returns:
-        One number a scalar, shape (...). NaN for a constant, for fewer than four draws, and where a value is not
-        finite; infinite where every half is constant and the halves differ.
+        One number a scalar, shape (...). NaN for a constant, for fewer than four draws, and where a
+        value is not finite; infinite where every half is constant and the halves differ.
 
     Example:
         >>> import numpy as np
@@ -69,14 +73,16 @@ def ess(
 ) -> Float[np.ndarray, "..."]:
     r"""Effective sample size: the number of independent draws that would estimate as well.
 
-    :math:`\mathrm{ESS} = MN / \tau`, :math:`\tau = -1 + 2 \sum_t \hat\rho_t`, with the autocorrelations of all chains
-    combined and the sum cut by Geyer's initial positive and monotone sequences (Vehtari et al. 2021, equations 10 to 13).
+    :math:`\mathrm{ESS} = MN / \tau`, :math:`\tau = -1 + 2 \sum_t \hat\rho_t`, with the
+    autocorrelations of all chains combined and the sum cut by Geyer's initial positive and monotone
+    sequences (Vehtari et al. 2021, section 3.2).
 
     Args:
         draws: values, shape (chain, draw, ...).
         active: which draws count, of a shape that leads that of `draws`; all if left out.
-        kind: "bulk", of the rank-normalised values: how well the centre is known; "tail", the smaller of those of the
-            5 % and 95 % quantiles; "mean", of the values as they are, which gives the standard error of the mean.
+        kind: "bulk", of the rank-normalised values: how well the centre is known; "tail", the
+            smaller of those of the 5 % and 95 % quantiles; "mean", of the values as they are, which
+            gives the standard error of the mean.
 
     Returns:
         One number a scalar, shape (...); NaN where `rhat` is.
@@ -87,8 +93,10 @@ def ess(
     Example:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(4, 500, 2))
-        >>> ess(x).shape, bool((ess(x) > 1500).all()), bool((ess(np.repeat(x, 5, axis=1)) < 2500).all())
-        ((2,), True, True)
+        >>> ess(x).shape, bool((ess(x) > 1500).all())
+        ((2,), True)
+        >>> bool((ess(np.repeat(x, 5, axis=1)) < 2500).all())     # every draw five times
+        True
     """
     kinds: dict[str, Callable[[_Series, _Mask], np.ndarray]]
     kinds = {"bulk": _ess_bulk, "tail": _ess_tail, "mean": _ess_mean}
@@ -117,10 +125,10 @@ def mcse(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray,
 
 
 def bfmi(energy: Float[ArrayLike, "chain draw"]) -> Float[np.ndarray, " chain"]:
-    r"""Estimated Bayesian fraction of missing information, one number a chain (Betancourt 2016, equation 3).
+    r"""Estimated Bayesian fraction of missing information, one number a chain (Betancourt 2016).
 
-    :math:`\sum_n (E_n - E_{n-1})^2 / \sum_n (E_n - \bar E)^2`. Below 0.3, the momentum's refreshments move the energy
-    too little for the sampler to reach the tails.
+    :math:`\sum_n (E_n - E_{n-1})^2 / \sum_n (E_n - \bar E)^2`. Below 0.3, the momentum's
+    refreshments move the energy too little for the sampler to reach the tails.
 
     Args:
         energy: Hamiltonian at each draw.
@@ -141,7 +149,9 @@ def bfmi(energy: Float[ArrayLike, "chain draw"]) -> Float[np.ndarray, " chain"]:
 
 
 def describe(
-    draws: ArrayLike, active: ArrayLike | None = None, quantiles: Sequence[float] = (0.05, 0.5, 0.95)
+    draws: ArrayLike,
+    active: ArrayLike | None = None,
+    quantiles: Sequence[float] = (0.05, 0.5, 0.95),
 ) -> dict[str, np.ndarray]:
     """Everything a summary of chains needs, in one pass.
 
@@ -151,15 +161,17 @@ def describe(
         quantiles: probabilities.
 
     Returns:
-        Arrays of shape (...): "mean", "sd" (with n - 1), one entry a quantile ("5%"), "mcse", "ess_bulk", "ess_tail",
-        "r_hat", "active" (the fraction of draws that count), "not_finite" (how many of these are NaN or infinite).
+        Arrays of shape (...): "mean", "sd" (with n - 1), one entry a quantile ("5%"), "mcse",
+        "ess_bulk", "ess_tail", "r_hat", "active" (the fraction of draws that count), "not_finite"
+        (how many of these are NaN or infinite), "constant" (1 where all that count are equal).
 
     Example:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(4, 500, 3))
         >>> table = describe(x)
         >>> list(table)
-        ['mean', 'sd', '5%', '50%', '95%', 'mcse', 'ess_bulk', 'ess_tail', 'r_hat', 'active', 'not_finite']
+        ['mean', 'sd', '5%', '50%', '95%', 'mcse', 'ess_bulk', 'ess_tail', 'r_hat', 'active',
+        'not_finite', 'constant']
         >>> table["mean"].shape
         (3,)
     """
@@ -179,11 +191,12 @@ def describe(
                 _valid(_rhat(x, a), x, a),
                 np.ones(len(x)) if a is None else a.mean(axis=(1, 2)),
                 bad,
+                ordered[0][:, 0] == ordered[0][np.arange(len(x)), ordered[1] - 1],
             ]
         return np.stack(rows, axis=-1)
 
     names = ["mean", "sd", *map(percent, quantiles)]
-    names += ["mcse", "ess_bulk", "ess_tail", "r_hat", "active", "not_finite"]
+    names += ["mcse", "ess_bulk", "ess_tail", "r_hat", "active", "not_finite", "constant"]
     table = _each(columns, draws, active, width=len(names), check=False)
     return {name: table[..., i] for i, name in enumerate(names)}
 
@@ -197,7 +210,7 @@ def percent(quantile: float) -> str:
     return f"{100 * quantile:.6g}%"
 
 
-# --------------------------------------------------------------------------------------------------- public, weights
+# ---------------------------------------------------------------------------------- public, weights
 
 
 def weighted_describe(
@@ -208,9 +221,10 @@ def weighted_describe(
 ) -> dict[str, np.ndarray]:
     r"""Mean, sd, quantiles and standard error of the mean under weights.
 
-    A quantile is the smallest value at which the weights of the values up to it reach the probability. The standard
-    error is that of the self-normalised estimator, :math:`\sqrt{\sum_i w_i^2 (x_i - \bar x)^2}` (Owen, Monte Carlo
-    theory, methods and examples, equation 9.9), with weights that sum to one over the active particles.
+    A quantile is the smallest value at which the weights of the values up to it reach the
+    probability. The standard error is that of the self-normalised estimator, :math:`\sqrt{\sum_i
+    w_i^2 (x_i - \bar x)^2}` (Owen, Monte Carlo theory, methods and examples, chapter 9), with
+    weights that sum to one over the active particles.
 
     Args:
         values: shape (particle, ...).
@@ -219,12 +233,14 @@ def weighted_describe(
         quantiles: probabilities.
 
     Returns:
-        Arrays of shape (...): "mean", "sd", one entry a quantile ("5%"), "mcse", "active" (the weight of the particles
-        that count), "not_finite" (how many values of positive weight are NaN or infinite).
+        Arrays of shape (...): "mean", "sd", one entry a quantile ("5%"), "mcse", "active" (the
+        weight of the particles that count), "not_finite" (how many values of positive weight are
+        NaN or infinite).
 
     Example:
         >>> import numpy as np
-        >>> table = weighted_describe(np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 2.0]), quantiles=(0.25, 0.5))
+        >>> x, w = np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 2.0])
+        >>> table = weighted_describe(x, w, quantiles=(0.25, 0.5))
         >>> float(table["mean"]), float(table["25%"]), float(table["50%"])
         (2.0, 1.0, 2.0)
     """
@@ -249,7 +265,8 @@ def weighted_describe(
         heaps = np.cumsum(np.take_along_axis(w, order, axis=1), axis=1)
         columns = {"mean": mean, "sd": sd}
         for q in quantiles:
-            # the sum of the weights is 1 up to rounding: let a probability be reached within rounding
+            # the sum of the weights is 1 up to rounding: let a probability be reached within
+            # rounding
             at = (heaps < q - 1e-12).sum(axis=1, keepdims=True).clip(max=x.shape[1] - 1)
             found = np.take_along_axis(np.take_along_axis(x, order, axis=1), at, axis=1)[:, 0]
             columns[percent(q)] = np.where(np.isnan(mean), np.nan, found)
@@ -258,26 +275,30 @@ def weighted_describe(
 
 
 def khat(log_weights: Float[ArrayLike, " particle"], r_eff: float = 1.0) -> float:
-    r"""Pareto :math:`\hat k` of importance weights (Vehtari, Simpson, Gelman, Yao, Gabry 2024, PSIS, sections 2 and 3).
+    r"""Pareto :math:`\hat k` of importance weights.
 
-    The largest :math:`\lceil \min(N/5, 3\sqrt{N / r}) \rceil` weights, less the next one, are fitted by a generalised
-    Pareto law; its shape k says how heavy their tail is: the weights have moments of order below 1/k. Estimates can be
-    trusted below `khat_threshold`, about 0.7; above it the error is larger than it looks, and above 1 the mean of the
-    weights need not exist.
+    From Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling, JMLR 25.
+
+    The largest :math:`\lceil \min(N/5, 3\sqrt{N / r}) \rceil` weights, less the next one, are
+    fitted by a generalised Pareto law; its shape k says how heavy their tail is: the weights have
+    moments of order below 1/k. Estimates can be trusted below `khat_threshold`, about 0.7; above it
+    the error is larger than it looks, and above 1 the mean of the weights need not exist.
 
     Args:
         log_weights: logarithms of the importance ratios, up to a constant.
         r_eff: relative efficiency of the draws, 1 for independent ones.
 
     Returns:
-        The shape. NaN if there are fewer than 25 weights, or one is NaN or +inf, or all are zero. Infinite if no more
-        than four weights stand out of the rest: the fit is impossible because so few carry everything. Minus infinity
-        if the largest weights are all equal: there is no tail.
+        The shape. NaN if there are fewer than 25 weights, or one is NaN or +inf, or all are zero.
+        Infinite if no more than four weights stand out of the rest: the fit is impossible because
+        so few carry everything. Minus infinity if the largest weights are all equal: there is no
+        tail.
 
     Example:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
-        >>> float(abs(khat(0.5 * rng.exponential(size=10_000)) - 0.5)) < 0.2     # ratios with tail shape 0.5
+        >>> ratios = 0.5 * rng.exponential(size=10_000)     # logarithms of a Pareto law, k = 0.5
+        >>> abs(khat(ratios) - 0.5) < 0.2
         True
     """
     lw = np.sort(np.asarray(log_weights, dtype=float).ravel())
@@ -297,20 +318,25 @@ def khat(log_weights: Float[ArrayLike, " particle"], r_eff: float = 1.0) -> floa
 
 
 def khat_threshold(num_particles: int) -> float:
-    r"""Above which :math:`\hat k` is a warning: :math:`\min(1 - 1/\log_{10} N, 0.7)` (PSIS 2024, equation 11).
+    r"""Above which :math:`\hat k` is a warning, :math:`\min(1 - 1/\log_{10} N, 0.7)`.
+
+    Vehtari et al. 2024, equation 13.
 
     >>> round(khat_threshold(100), 3), khat_threshold(100_000)
     (0.5, 0.7)
     """
-    return min(1 - 1 / np.log10(max(num_particles, 2)), 0.7)
+    return min(1 - 1 / math.log10(max(num_particles, 2)), 0.7)
 
 
 def generalized_pareto(excesses: Float[ArrayLike, " n"]) -> tuple[float, float]:
-    r"""Shape k and scale sigma of a generalised Pareto law, :math:`P(X > x) = (1 + k x / \sigma)^{-1/k}`.
+    r"""Shape k and scale sigma of a generalised Pareto law.
 
-    The quasi-Bayesian estimator of Zhang and Stephens (2009, Technometrics 51(3), section 3): the profile likelihood of
-    :math:`\theta = -k/\sigma` averaged over a grid of quantiles of its prior. The shape is then drawn towards 0.5 with the
-    weight of ten observations (PSIS 2024, appendix C), which steadies small tails.
+    :math:`P(X > x) = (1 + k x / \sigma)^{-1/k}`.
+
+    The quasi-Bayesian estimator of Zhang and Stephens (2009, Technometrics 51(3), section 3): the
+    profile likelihood of :math:`\theta = -k/\sigma` averaged over a grid of quantiles of its prior.
+    The shape is then drawn towards 0.5 with the weight of ten observations (PSIS 2024, appendix C),
+    which steadies small tails.
 
     Args:
         excesses: values above the threshold, positive, at least two of them distinct.
@@ -338,7 +364,7 @@ def generalized_pareto(excesses: Float[ArrayLike, " n"]) -> tuple[float, float]:
     return (n * k_hat + 10 * 0.5) / (n + 10), -k_hat / theta_hat
 
 
-# ------------------------------------------------------------------------------------------ one block: (scalar, C, N)
+# ------------------------------------------------------------------------ one block: (scalar, C, N)
 
 
 def _each(
@@ -391,7 +417,9 @@ def _valid(value: np.ndarray, x: _Series, a: _Mask) -> np.ndarray:
         return np.full(value.shape, np.nan)
     lo = (x if a is None else np.where(a, x, np.inf)).min(axis=(1, 2))
     hi = (x if a is None else np.where(a, x, -np.inf)).max(axis=(1, 2))
-    if a is not None:  # a branch taken by some chains only is no constant: its indicator has not mixed
+    if (
+        a is not None
+    ):  # a branch taken by some chains only is no constant: its indicator has not mixed
         mixed = a.any(axis=2).all(axis=1) & (a.sum(axis=(1, 2)) >= _MIN_DRAWS)
         return np.where((_not_finite(x, a) > 0) | ((lo >= hi) & mixed) | (lo > hi), np.nan, value)
     return np.where((_not_finite(x, a) > 0) | (lo >= hi), np.nan, value)
@@ -416,7 +444,9 @@ def _mean(x: _Series, a: _Mask) -> np.ndarray:
 def _sd(x: _Series, a: _Mask) -> np.ndarray:
     off = x - _mean(x, a)[:, None, None]
     count = x[0].size if a is None else a.sum(axis=(1, 2))
-    return np.sqrt(np.square(off if a is None else np.where(a, off, 0.0)).sum(axis=(1, 2)) / (count - 1))
+    return np.sqrt(
+        np.square(off if a is None else np.where(a, off, 0.0)).sum(axis=(1, 2)) / (count - 1)
+    )
 
 
 def _ordered(x: _Series, a: _Mask) -> tuple[np.ndarray, np.ndarray]:
@@ -427,7 +457,7 @@ def _ordered(x: _Series, a: _Mask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantile(ordered: np.ndarray, count: np.ndarray, q: float) -> np.ndarray:
-    """Linear interpolation between order statistics, NumPy's and ArviZ's default (Hyndman and Fan's type 7)."""
+    """Linear interpolation between order statistics (type 7, as in NumPy and ArviZ)."""
     at = np.clip((count - 1) * q, 0, None)
     lo = np.floor(at).astype(int)
     hi = np.minimum(lo + 1, np.maximum(count - 1, 0))
@@ -446,17 +476,19 @@ def _split(x: np.ndarray) -> np.ndarray:
 
 
 def _scores(x: _Series, a: _Mask) -> np.ndarray:
-    """Normal scores of the ranks of the active values (Vehtari et al. 2021, equation 14), centred; idle values 0."""
+    """Centred normal scores of the ranks of the active values (Blom's); idle values 0."""
     flat = (x if a is None else np.where(a, x, np.inf)).reshape(len(x), -1)
     count = flat.shape[1] if a is None else a.sum(axis=(1, 2))[:, None]
     ranks = scipy_stats.rankdata(flat, method="average", axis=1)
     if a is not None:
-        ranks = np.minimum(ranks, count)  # idle values: any rank inside the range, they are masked below
+        ranks = np.minimum(
+            ranks, count
+        )  # idle values: any rank inside the range, they are masked below
     return _centred(special.ndtri((ranks - 0.375) / (count + 0.25)).reshape(x.shape), a)
 
 
 def _centred(x: np.ndarray, a: _Mask) -> np.ndarray:
-    """u = a (x - mean over the active): the series whose mean carries the error of the active mean."""
+    """The series u = a (x - mean), whose mean carries the error of the active mean."""
     off = x - _mean(x, a)[:, None, None]
     return off if a is None else np.where(a, off, 0.0)
 
@@ -464,7 +496,9 @@ def _centred(x: np.ndarray, a: _Mask) -> np.ndarray:
 def _rhat(x: _Series, a: _Mask) -> np.ndarray:
     x, a = _split(x), None if a is None else _split(a)
     middle = _quantile(*_ordered(x, a), 0.5)[:, None, None]
-    worst = np.fmax(_scale_reduction(_scores(x, a)), _scale_reduction(_scores(np.abs(x - middle), a)))
+    worst = np.fmax(
+        _scale_reduction(_scores(x, a)), _scale_reduction(_scores(np.abs(x - middle), a))
+    )
     if a is not None:
         worst = np.fmax(worst, _scale_reduction(a.astype(float)))
     return worst
@@ -475,7 +509,9 @@ def _scale_reduction(x: _Series) -> np.ndarray:
     within = x.var(axis=2, ddof=1).mean(axis=1)
     between = n * x.mean(axis=2).var(axis=1, ddof=1)
     # a half that never moves has a variance of rounding errors only
-    ratio = np.where(within > 1e-20 * between, between / within, np.where(between > 0, np.inf, np.nan))
+    ratio = np.where(
+        within > 1e-20 * between, between / within, np.where(between > 0, np.inf, np.nan)
+    )
     return np.sqrt((ratio + n - 1) / n)
 
 
@@ -489,7 +525,9 @@ def _ess_mean(x: _Series, a: _Mask) -> np.ndarray:
     return _effective(_centred(x, a), a)
 
 
-def _ess_tail(x: _Series, a: _Mask, ordered: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+def _ess_tail(
+    x: _Series, a: _Mask, ordered: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
     ordered = _ordered(x, a) if ordered is None else ordered
     halves = None if a is None else _split(a)
     sizes = []
@@ -500,7 +538,7 @@ def _ess_tail(x: _Series, a: _Mask, ordered: tuple[np.ndarray, np.ndarray] | Non
 
 
 def _effective(u: _Series, a: _Mask) -> np.ndarray:
-    """Effective sample size of a centred series, times the active fraction (Vehtari et al. 2021, equations 10 to 13)."""
+    """Effective sample size of a centred series, times the active fraction (section 3.2)."""
     scalars, chains, n = u.shape
     total = chains * n
     covariance = _autocovariance(u)  # (scalar, lag), mean over chains
@@ -511,16 +549,21 @@ def _effective(u: _Series, a: _Mask) -> np.ndarray:
     rho = 1 - (within - covariance) / pooled
     rho[:, 0] = 1.0
 
-    # Geyer: autocorrelations in pairs; the first pair (behind the zeroth) that is not positive ends the sum
+    # Geyer: autocorrelations in pairs; the first pair (behind the zeroth) that is not positive ends
+    # the sum
     pairs = rho[:, : n - n % 2].reshape(scalars, -1, 2).sum(axis=2)
     last = max(0, -(-(n - 2) // 2) - 1)
-    stop = np.concatenate([pairs[:, :last] <= 0, np.ones((scalars, 1), bool)], axis=1).argmax(axis=1)
+    stop = np.concatenate([pairs[:, :last] <= 0, np.ones((scalars, 1), bool)], axis=1).argmax(
+        axis=1
+    )
     kept = np.minimum.accumulate(pairs, axis=1)
     kept = np.where(np.arange(pairs.shape[1]) < stop[:, None], kept, 0.0).sum(axis=1)
     rows = np.arange(scalars)
     even, ending = rho[rows, 2 * stop], pairs[rows, stop]
     tau = -1 + 2 * kept + np.where((even > 0) | (ending >= 0), even, 0.0)
-    tau = np.maximum(tau, 1 / np.log10(total))  # antithetic chains: at most log10(total) draws' worth each
+    tau = np.maximum(
+        tau, 1 / np.log10(total)
+    )  # antithetic chains: at most log10(total) draws' worth each
     size = np.where(np.ptp(u, axis=(1, 2)) < 1e-15, total, total / tau)  # a constant has no error
     return size if a is None else size * a.mean(axis=(1, 2))
 
