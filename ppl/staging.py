@@ -25,7 +25,7 @@ from .errors import ModelError
 class Code:
     """A closed jaxpr without array constants, compared by structure, with the tree of its outputs."""
 
-    __slots__ = ("_hash", "jaxpr", "out_tree")
+    __slots__ = ("__weakref__", "_hash", "jaxpr", "out_tree")
     consts = ()
 
     def __init__(self, jaxpr: Any, out_tree: Any) -> None:
