@@ -104,7 +104,7 @@ class Context:
 
 
 def interpret(
-    jaxpr: Any, args: list[Any], handler: Handler, key: jax.Array | None = None, given: dict[str, Any] | None = None
+    jaxpr: Any, args: list[Any], handler: Handler, key: Any = None, given: dict[str, Any] | None = None
 ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
     """Run a staged program under a handler.
 
@@ -112,15 +112,16 @@ def interpret(
         jaxpr: a closed jaxpr.
         args: its arguments, flat.
         handler: what to do at a site.
-        key: typed key, where the handler draws.
+        key: typed key, where the handler draws; or the keys that were derived from one, by name.
         given: nested dict of entries handed to the handler by address; under a scan or lanes their arrays lead with
             those axes.
 
     Returns:
         Outputs, records and summed terms.
     """
-    keys = {} if key is None else derive_keys(key_plan(jaxpr), key)
-    return walk(jaxpr, args, Context(handler, keys, given or {}))
+    if key is not None and not isinstance(key, dict):
+        key = derive_keys(key_plan(jaxpr), key)
+    return walk(jaxpr, args, Context(handler, key or {}, given or {}))
 
 
 def walk(jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
