@@ -12,7 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from numpyro.distributions import biject_to
 
 from .errors import AddressError, DensityError, GradientError
-from .interpreter import Context, Handler, Records, walk_while
+from .interpreter import Context, Handler, Records, finite_cotangents, walk_while
 from .sites import Site
 
 
@@ -246,7 +246,7 @@ class Unconstrain(Handler):
         return value, record, {"log_density": terms["log_density"]} if terms else {}
 
     def latent(self, site: Site, given: Free) -> Any:
-        value, jacobian = to_support(site, given.z)
+        value, jacobian = to_support(site, finite_cotangents(given.z) if self.idle_branch else given.z)
         free = True
         if given.where is not None:
             value = jnp.where(expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value)

@@ -18,8 +18,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import ad, mlir
+from jax.interpreters.batching import primitive_batchers
 
-from .compat import CALLS, Literal, bind, cond_p, inner_jaxprs, open_jaxpr, scan_p, scan_sizes, while_p
+from .compat import (
+    CALLS,
+    Literal,
+    Primitive,
+    ShapedArray,
+    bind,
+    cond_p,
+    inner_jaxprs,
+    open_jaxpr,
+    scan_p,
+    scan_sizes,
+    while_p,
+)
 from .control import eqn_holds_sites, lanes_p, scope_p
 from .sites import Site, site_p
 from .structure import (
@@ -359,30 +373,24 @@ def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[s
     Its parameters may be infinite or not a number there: their cotangents are cut off where they are.
     """
 
-    def run(operands: Any, given: Any) -> Any:
-        return walk(branch, operands, dataclasses.replace(context, given=given))[1:]
-
-    return run(operands, context.given) if context.keys else finite_cotangents(run)(operands, context.given)
+    return walk(branch, finite_cotangents(operands), context)[1:]
 
 
-def finite_cotangents(f: Any) -> Any:
-    """``f`` with cotangents that are not finite replaced by zero."""
+finite_p = Primitive("finite_cotangent")
+finite_p.def_impl(lambda x: x)
+finite_p.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(finite_p, mlir.lower_fun(lambda x: x, multiple_results=False))
+ad.deflinear2(finite_p, lambda ct, _: [jnp.where(jnp.isfinite(ct), ct, 0)])
+primitive_batchers[finite_p] = lambda args, dims: (finite_p.bind(*args), dims[0])
 
-    @jax.custom_vjp
-    def g(*args: Any) -> Any:
-        return f(*args)
 
-    def forward(*args: Any) -> Any:
-        return jax.vjp(f, *args)
+def finite_cotangents(tree: Any) -> Any:
+    """The same values; cotangents that come back to them and are not finite are replaced by zero."""
 
-    def backward(vjp: Any, cotangent: Any) -> Any:
-        def clean(x: Any) -> Any:
-            return jnp.where(jnp.isfinite(x), x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    def cut(x: Any) -> Any:
+        return finite_p.bind(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
 
-        return jax.tree.map(clean, vjp(cotangent))
-
-    g.defvjp(forward, backward)
-    return g
+    return jax.tree.map(cut, tree)
 
 
 _RULES: dict[Any, Any] = {
