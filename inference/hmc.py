@@ -116,14 +116,13 @@ class HamiltonianSampler(Algorithm):
         start = self.init_strategy(start_key, target, self.num_chains, init)
         warmup = self._warmup(target)
 
-        def begin(chain: Array, position: Array) -> tuple[HMCState, AdaptationState]:
-            state = kernels.hmc(1.0, 1).init(position, space.log_density)
-            step = warmup.init(
-                jax.random.fold_in(step_key, chain), state, space.log_density, self.step_size
-            )
-            return state, step
+        chains = HMCState(start.position, start.log_density, start.gradient)
 
-        chains, adaptation = jax.vmap(begin)(jnp.arange(self.num_chains), start.position)
+        def begin(chain: Array, state: HMCState) -> AdaptationState:
+            step = jax.random.fold_in(step_key, chain)
+            return warmup.init(step, state, space.log_density, self.step_size)
+
+        adaptation = jax.vmap(begin)(jnp.arange(self.num_chains), chains)
         lead = (self.num_chains, self.num_draws)
 
         def buffer(x: Any) -> Array:

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.addresses import flatten, unflatten, unknown
 from weft.ppl.errors import AddressError, DensityError, WeftError
@@ -25,11 +25,13 @@ class Start(eqx.Module):
 
     Attributes:
         position: `(num_chains, n)`, on the unconstrained scale.
-        valid: `(num_chains,)`, whether density and gradient are finite there.
+        log_density: `(num_chains,)`; not finite where no try was any good.
+        gradient: `(num_chains, n)`; likewise.
     """
 
     position: Float[Array, "chains n"]
-    valid: Bool[Array, " chains"]
+    log_density: Float[Array, " chains"]
+    gradient: Float[Array, "chains n"]
 
 
 class InitStrategy(eqx.Module):
@@ -58,7 +60,7 @@ class InitStrategy(eqx.Module):
                 leading axis of chains.
 
         Returns:
-            The points, and whether they are any good.
+            The points: the last tried, where none was any good.
         """
         space = target.unconstrain().flat
         keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(num_chains))
@@ -73,21 +75,22 @@ class InitStrategy(eqx.Module):
             points = jnp.stack([box.astype(other.dtype), other])
             return jax.vmap(lambda z: _overlay(z, given, space))(points) if given else points
 
-        def pick(points: Array) -> tuple[Array, Array]:
+        def pick(points: Array) -> tuple[Array, Array, Array, Array]:
             value, slope = jax.vmap(jax.value_and_grad(space.log_density))(points)
             valid = jnp.isfinite(value) & jnp.all(jnp.isfinite(slope), axis=-1)
             best = jnp.argmax(jnp.where(valid, value, -jnp.inf))
-            return points[best], valid[best]
+            return points[best], value[best], slope[best], valid[best]
 
-        def find(key: PRNGKeyArray, given: dict[str, Array]) -> tuple[Array, Array]:
-            first = (jnp.int32(1), *pick(candidates(key, jnp.int32(0), given)))
-            tries = 1 if whole else self.num_tries
-            _, point, valid = jax.lax.while_loop(
-                lambda c: ~c[2] & (c[0] < tries),
-                lambda c: (c[0] + 1, *pick(candidates(key, c[0], given))),
-                first,
+        def find(key: PRNGKeyArray, given: dict[str, Array]) -> tuple[Array, Array, Array]:
+            num_tries = 1 if whole else self.num_tries
+            shapes = jax.eval_shape(lambda: pick(candidates(key, jnp.int32(0), given)))
+            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            _, (point, value, slope, _) = jax.lax.while_loop(
+                lambda c: ~c[1][3] & (c[0] < num_tries),
+                lambda c: (c[0] + 1, pick(candidates(key, c[0], given))),
+                (jnp.int32(0), nothing),
             )
-            return point, valid
+            return point, value, slope
 
         return Start(*jax.vmap(find, in_axes=(0, axes))(keys, given))
 

@@ -16,6 +16,7 @@ from weft.ppl.errors import DensityError
 
 from .algorithm import Algorithm, State
 from .results import Particles
+from .runner import tracing
 
 Record = dict[str, dict[str, Array]]
 
@@ -75,8 +76,7 @@ def particles(
     sum, `exact`.
     """
     points, log_weights = state.points, state.log_weights
-    concrete = not isinstance(state.iteration, jax.core.Tracer)
-    if concrete:
+    if not tracing(state):
         done = int(state.iteration) * min(batch_size, log_weights.size)
         if done < log_weights.size:  # interrupted
             points, log_weights = jax.tree.map(lambda x: x[:done], (points, log_weights))
