@@ -41,7 +41,9 @@ def consts_first(closed: Any) -> tuple[Any, list[Any]]:
     info = opened.debug_info
     names = None if info.arg_names is None else ("",) * len(consts) + tuple(info.arg_names)
     invars = [*opened.constvars, *opened.invars]
-    return opened.replace(constvars=[], invars=invars, debug_info=info._replace(arg_names=names)), list(consts)
+    return opened.replace(
+        constvars=[], invars=invars, debug_info=info._replace(arg_names=names)
+    ), list(consts)
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:

@@ -86,7 +86,9 @@ def _(*_: Any, jaxpr: Any, lanes: tuple[Lane, ...]) -> list[ShapedArray]:
 
 @lanes_p.def_impl
 def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
-    raise ModelError("control flow that holds sites stands outside a program: decorate the function with @gen")
+    raise ModelError(
+        "control flow that holds sites stands outside a program: decorate the function with @gen"
+    )
 
 
 mlir.register_lowering(lanes_p, lambda ctx, *_, **params: lanes_p.impl(**params))
@@ -107,7 +109,8 @@ def _keep_unmapped(primitive: Primitive) -> Any:
     def rule(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
         lane_avals = [
             jax.ShapeDtypeStruct(
-                jnp.shape(a) if d is None else jnp.shape(a)[:d] + jnp.shape(a)[d + 1 :], jnp.result_type(a)
+                jnp.shape(a) if d is None else jnp.shape(a)[:d] + jnp.shape(a)[d + 1 :],
+                jnp.result_type(a),
             )
             for a, d in zip(args, dims, strict=True)
         ]
@@ -165,6 +168,8 @@ def site_names(jaxpr: Any) -> list[str]:
         if eqn.primitive is site_p:
             names.append(eqn.params["spec"].name)
         else:
-            prefix = f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""
+            prefix = (
+                f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""
+            )
             names += [prefix + n for j in inner_jaxprs(eqn) for n in site_names(j)]
     return names

@@ -67,21 +67,28 @@ def _walk(
     return [read(v) for v in opened.outvars]
 
 
-def _inner(eqn: Any, ins: list[Taint], control: Taint, prefix: Any, found: Any, predicates: Any) -> list[Taint]:
+def _inner(
+    eqn: Any, ins: list[Taint], control: Taint, prefix: Any, found: Any, predicates: Any
+) -> list[Taint]:
     params, primitive = eqn.params, eqn.primitive
     if primitive is scope_p and params["name"] is not None:
         return _walk(params["jaxpr"], ins, control, (*prefix, params["name"]), found, predicates)
     if primitive is cond_p:
         if ins[0]:
             predicates[str(id(eqn))] = predicates.get(str(id(eqn)), frozenset()) | ins[0]
-        outs = [_walk(b, ins[1:], control | ins[0], prefix, found, predicates) for b in params["branches"]]
+        outs = [
+            _walk(b, ins[1:], control | ins[0], prefix, found, predicates)
+            for b in params["branches"]
+        ]
         return [frozenset().union(ins[0], *o) for o in zip(*outs, strict=True)]
     if primitive is scan_p:
         consts, carry = scan_sizes(params)
         state = list(ins)
         while True:  # what the carry depends on grows until it does not
             outs = _walk(params["jaxpr"], state, control, prefix, found, predicates)
-            grown = [a | b for a, b in zip(state[consts : consts + carry], outs[:carry], strict=True)]
+            grown = [
+                a | b for a, b in zip(state[consts : consts + carry], outs[:carry], strict=True)
+            ]
             if grown == state[consts : consts + carry]:
                 return outs
             state[consts : consts + carry] = grown

@@ -77,7 +77,9 @@ class Evaluate(Handler):
     def terms(self) -> dict[str, jax.Array]:
         return {"log_density": jnp.zeros(()), "log_weight": jnp.zeros(())}
 
-    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
         if site.spec.kind == "deterministic":
             value = site.part("value")
             return value, {"value": value} if self.record == "value" else None, {}
@@ -98,12 +100,18 @@ class Evaluate(Handler):
         else:
             seen = log_prob if given.where is None else jnp.where(given.where, log_prob, 0)
             terms["log_weight"] = jnp.sum(seen)
-            terms["log_density"] = terms["log_weight"] if given.drop is not None else jnp.sum(log_prob)
-        if self.record is None or (fixed and "observed" not in site.parts and self.record == "value"):
+            terms["log_density"] = (
+                terms["log_weight"] if given.drop is not None else jnp.sum(log_prob)
+            )
+        if self.record is None or (
+            fixed and "observed" not in site.parts and self.record == "value"
+        ):
             return value, None, terms
         record = {"value": value if self.record == "value" else log_prob}
         if "where" in site.parts:
-            where = site.over_lanes(lambda p: jnp.broadcast_to(p["where"], jnp.shape(log_prob)[len(site.lanes) :]))
+            where = site.over_lanes(
+                lambda p: jnp.broadcast_to(p["where"], jnp.shape(log_prob)[len(site.lanes) :])
+            )
             record["active"] = where
         return value, record, terms
 
@@ -111,11 +119,15 @@ class Evaluate(Handler):
         if given is not None and (given.where is None or given.drop is not None):
             return jnp.asarray(given.value).astype(site.spec.dtype)
         if key is None:
-            raise AddressError(f"the choice {'.'.join(site.address)!r} is missing and there is no key to draw it with")
+            raise AddressError(
+                f"the choice {'.'.join(site.address)!r} is missing and there is no key to draw it with"
+            )
         value = self.draw(site, key)
         if given is None:
             return value
-        return jnp.where(expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value)
+        return jnp.where(
+            expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value
+        )
 
     def draw(self, site: Site, key: Any) -> jax.Array:
         try:
@@ -140,8 +152,12 @@ class Evaluate(Handler):
         trace, _ = run_program(eqn.params["jaxpr"], args, Evaluate("value", self.gradients), key)
         return jax.tree.leaves(trace), {"log_density": jnp.nan}
 
-    def loop(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
-        outs, records, _ = walk_while(eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients)))
+    def loop(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+        outs, records, _ = walk_while(
+            eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients))
+        )
         return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}
 
 
@@ -163,7 +179,9 @@ def no_gradient(site: Site, value: jax.Array) -> jax.Array:
                 "(marginalize), or stop the gradient of its parameters"
             )
         inexact = jnp.issubdtype(primals[0].dtype, jnp.inexact)
-        zero = jnp.zeros_like(primals[0]) if inexact else np.zeros(primals[0].shape, jax.dtypes.float0)
+        zero = (
+            jnp.zeros_like(primals[0]) if inexact else np.zeros(primals[0].shape, jax.dtypes.float0)
+        )
         return primals[0], zero
 
     drawn.defjvp(rule, symbolic_zeros=True)
@@ -234,7 +252,9 @@ class Unconstrain(Handler):
     def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
         return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
 
-    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
         given = conditioned(site, given)
         if isinstance(given, Free):
             if site.address in self.skip:
@@ -246,18 +266,28 @@ class Unconstrain(Handler):
         return value, record, {"log_density": terms["log_density"]} if terms else {}
 
     def latent(self, site: Site, given: Free) -> Any:
-        value, jacobian = to_support(site, finite_cotangents(given.z) if self.idle_branch else given.z)
+        value, jacobian = to_support(
+            site, finite_cotangents(given.z) if self.idle_branch else given.z
+        )
         free = True
         if given.where is not None:
-            value = jnp.where(expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value)
+            value = jnp.where(
+                expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value
+            )
             free = ~jnp.asarray(given.where)
         own = site.log_prob(value)
         active = site.part("where") if "where" in site.parts else True
         if self.idle_branch:
             total = self.pseudo_prior(site, own + jacobian, value, given.z)
         else:
-            term = jnp.where(active, site.weigh(own), own) if "where" in site.parts else site.weigh(own)
-            total = jnp.sum(term) + jnp.sum(jnp.where(free, jacobian, 0) if given.where is not None else jacobian)
+            term = (
+                jnp.where(active, site.weigh(own), own)
+                if "where" in site.parts
+                else site.weigh(own)
+            )
+            total = jnp.sum(term) + jnp.sum(
+                jnp.where(free, jacobian, 0) if given.where is not None else jacobian
+            )
         record = None
         if self.record:
             record = {"value": value}
@@ -268,7 +298,11 @@ class Unconstrain(Handler):
     def pseudo_prior(self, site: Site, own: jax.Array, value: jax.Array, z: jax.Array) -> jax.Array:
         finite = jnp.isfinite(own)
         ndim = own.ndim
-        normal = jnp.sum((-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)).reshape(*own.shape, -1), -1) if z.ndim >= ndim else own
+        normal = (
+            jnp.sum((-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)).reshape(*own.shape, -1), -1)
+            if z.ndim >= ndim
+            else own
+        )
         return jnp.sum(jnp.where(finite, own, normal))
 
 
@@ -283,12 +317,16 @@ class ToUnconstrained(Handler):
     def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
         return dataclasses.replace(self, skip=self.skip | skip)
 
-    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
         evaluate, address = Evaluate(None), ".".join(site.address)
         if site.spec.kind != "sample":
             return evaluate.site(site, key, given)[0], None, {}
         given = conditioned(site, given)
-        inverse = lambda value: site.over_lanes(lambda p, x: bijection(p["d"], address).inv(x), value)  # noqa: E731
+        inverse = lambda value: site.over_lanes(
+            lambda p, x: bijection(p["d"], address).inv(x), value
+        )  # noqa: E731
         try:
             value = evaluate.value(site, key, given)
         except DensityError:  # improper: a box around zero on the unconstrained scale

@@ -60,7 +60,9 @@ class Handler:
     every_branch = False
     """Whether the idle branches of a ``cond`` are walked as well, by the handler that ``idle(skip)`` gives."""
 
-    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
         """``(value, record or None, terms)`` of one site; the terms are summed over the program."""
         raise NotImplementedError
 
@@ -72,15 +74,21 @@ class Handler:
         """The handler of idle branches; ``skip`` are the addresses that the branch taken has."""
         raise NotImplementedError
 
-    def scope(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    def scope(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
         """A nested program."""
         return walk(eqn.params["jaxpr"], args, context.enter(eqn.params["name"]))
 
-    def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, jax.Array]]:
+    def anonymous(
+        self, eqn: Any, args: list[Any], key: Any
+    ) -> tuple[list[Any], dict[str, jax.Array]]:
         """An anonymous run of a program (``draw``): its outputs are its trace."""
         raise NotImplementedError
 
-    def loop(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    def loop(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
         """A ``while_loop`` that holds sites."""
         return walk_while(eqn, args, context)
 
@@ -105,7 +113,9 @@ class Context:
             anonymous=0,
         )
 
-    def inside(self, keys: Any, given: Any, anonymous: int, axes: tuple[str | None, ...] = ()) -> Context:
+    def inside(
+        self, keys: Any, given: Any, anonymous: int, axes: tuple[str | None, ...] = ()
+    ) -> Context:
         return dataclasses.replace(
             self, keys=keys, given=given, anonymous=anonymous, axes=self.axes + axes
         )
@@ -114,11 +124,17 @@ class Context:
         return list(dict.fromkeys(n for j in jaxprs for n in scope_names(j, self.anonymous)))
 
     def only(self, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {n: self.keys[n] for n in names if n in self.keys}, {n: self.given[n] for n in names if n in self.given}
+        return {n: self.keys[n] for n in names if n in self.keys}, {
+            n: self.given[n] for n in names if n in self.given
+        }
 
 
 def interpret(
-    jaxpr: Any, args: list[Any], handler: Handler, key: Any = None, given: dict[str, Any] | None = None
+    jaxpr: Any,
+    args: list[Any],
+    handler: Handler,
+    key: Any = None,
+    given: dict[str, Any] | None = None,
 ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
     """Run a staged program under a handler.
 
@@ -138,7 +154,9 @@ def interpret(
     return walk(jaxpr, args, Context(handler, key or {}, given or {}))
 
 
-def walk(jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+def walk(
+    jaxpr: Any, args: Any, context: Context
+) -> tuple[list[Any], Records, dict[str, jax.Array]]:
     """Evaluate the equations of a jaxpr in order; equations that hold no site are evaluated as they are."""
     opened, consts = open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
@@ -171,7 +189,9 @@ def _cast(x: Any, aval: Any) -> Any:
 def _site(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
     name = eqn.params["spec"].name
     site = Site(eqn.params, ins, (*context.prefix, name), context.axes)
-    value, record, terms = context.handler.site(site, context.keys.get(name), context.given.get(name))
+    value, record, terms = context.handler.site(
+        site, context.keys.get(name), context.given.get(name)
+    )
     return [value], {} if record is None else {name: record}, terms
 
 
@@ -185,7 +205,9 @@ def _scope(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
 
 
 def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
-    assert eqn.primitive.name in CALLS, eqn.primitive  # the site table refuses everything else by name
+    assert eqn.primitive.name in CALLS, (
+        eqn.primitive
+    )  # the site table refuses everything else by name
     inner = inner_jaxprs(eqn)[0]
     if "remat" not in eqn.primitive.name and "checkpoint" not in eqn.primitive.name:
         return walk(inner, ins, context)
@@ -201,7 +223,11 @@ def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
 def _scan(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
     params = eqn.params
     num_consts, num_carry = scan_sizes(params)
-    consts, carry, xs = ins[:num_consts], ins[num_consts : num_consts + num_carry], ins[num_consts + num_carry :]
+    consts, carry, xs = (
+        ins[:num_consts],
+        ins[num_consts : num_consts + num_carry],
+        ins[num_consts + num_carry :],
+    )
     body = params["jaxpr"]
     keys, given = context.only(context.names(body))
 
@@ -237,7 +263,9 @@ def _lanes(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
     return outs, records, _sum(terms)
 
 
-def walk_while(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def walk_while(
+    eqn: Any, ins: list[Any], context: Context
+) -> tuple[list[Any], Records, dict[str, Any]]:
     """Run a ``while_loop``; what its sites record and what they weigh is lost, since nobody knows how many there are."""
     params = eqn.params
     n, m = params["cond_nconsts"], params["body_nconsts"]
@@ -270,7 +298,9 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     branches = eqn.params["branches"]
     offsets = np.cumsum([0, *(count_anonymous(b) for b in branches)]) + context.anonymous
     contexts = [context.inside(context.keys, context.given, int(o)) for o in offsets[:-1]]
-    names = list(dict.fromkeys(n for b, c in zip(branches, contexts, strict=True) for n in c.names(b)))
+    names = list(
+        dict.fromkeys(n for b, c in zip(branches, contexts, strict=True) for n in c.names(b))
+    )
     keys, given = context.only(names)
 
     def run(i: int, operands: Any, keys: Any, given: Any) -> Any:
@@ -284,7 +314,8 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
             if j != i:
                 skip = frozenset((*context.prefix, *address) for address in mine)
                 idle = dataclasses.replace(
-                    context.inside(keys, given, contexts[j].anonymous), handler=context.handler.idle(skip)
+                    context.inside(keys, given, contexts[j].anonymous),
+                    handler=context.handler.idle(skip),
                 )
                 more, extra = _idle(other, operands, idle)
                 records, terms = _merge(records, more), _add(terms, extra)
@@ -302,7 +333,9 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
         return f
 
     index = jnp.clip(index, 0, len(branches) - 1)
-    outs, records, terms = jax.lax.switch(index, [branch(i) for i in range(len(branches))], operands, keys, given)
+    outs, records, terms = jax.lax.switch(
+        index, [branch(i) for i in range(len(branches))], operands, keys, given
+    )
     here = [{n for n in _leaf_names(walk_names(b))} for b in branches]
     return outs, _flag(records, index, here), terms
 
@@ -331,7 +364,9 @@ def _leaf_names(records: Records, prefix: tuple[str, ...] = ()) -> list[tuple[st
     return [
         address
         for name, node in records.items()
-        for address in ([(*prefix, name)] if is_record(node) else _leaf_names(node, (*prefix, name)))
+        for address in (
+            [(*prefix, name)] if is_record(node) else _leaf_names(node, (*prefix, name))
+        )
     ]
 
 
@@ -354,7 +389,9 @@ def _fill(records: Records, shapes: Records) -> Records:
     return jax.tree.map(_cast, _merge(records, zeros), shapes)
 
 
-def _flag(records: Records, index: Any, here: list[set[tuple[str, ...]]], prefix: tuple[str, ...] = ()) -> Records:
+def _flag(
+    records: Records, index: Any, here: list[set[tuple[str, ...]]], prefix: tuple[str, ...] = ()
+) -> Records:
     """Tell for every record whether the branch that has it was taken."""
     flagged: Records = {}
     for name, node in records.items():

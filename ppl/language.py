@@ -53,12 +53,16 @@ def sample(
             f"sample({name!r}, ..., obs=...): observations are given from outside, model(...).given({{{name!r}: data}})"
         )
     if unknown:
-        raise TypeError(f"sample got unexpected arguments {sorted(unknown)}; it takes name, d, dims=, grad=")
+        raise TypeError(
+            f"sample got unexpected arguments {sorted(unknown)}; it takes name, d, dims=, grad="
+        )
     check_name(name)
     if isinstance(d, Program):
         return _nested(name, d)
     if callable(d) and not hasattr(d, "log_prob"):
-        raise ModelError(f"sample({name!r}, {d!r}): apply the model to its arguments first, sample({name!r}, model(...))")
+        raise ModelError(
+            f"sample({name!r}, {d!r}): apply the model to its arguments first, sample({name!r}, model(...))"
+        )
     dims = (dims,) if isinstance(dims, str) else tuple(dims)
     payload = {"d": d} if grad is None else {"d": d, "grad": grad}
     return bind_site(sample_spec(name, d, dims), payload)
@@ -102,7 +106,9 @@ def deterministic(name: str, value: Any, *, dims: Sequence[str | None] = ()) -> 
     """
     check_name(name)
     value = jnp.asarray(value)
-    spec = SiteSpec(name, "deterministic", "deterministic", value.shape, value.dtype, value.ndim, tuple(dims))
+    spec = SiteSpec(
+        name, "deterministic", "deterministic", value.shape, value.dtype, value.ndim, tuple(dims)
+    )
     return bind_site(spec, {"value": value})
 
 
@@ -135,7 +141,9 @@ def draw(program: Program) -> Trace:
     used(program)
     code, args = program.code()
     key = jax.eval_shape(lambda: jax.random.key(0))
-    out = jax.eval_shape(lambda key, *args: run_program(code, list(args), Evaluate(), key)[0], key, *args)
+    out = jax.eval_shape(
+        lambda key, *args: run_program(code, list(args), Evaluate(), key)[0], key, *args
+    )
     leaves, tree = jax.tree.flatten(out)
     outs = tuple(ShapedArray(s.shape, s.dtype) for s in leaves)
     return jax.tree.unflatten(tree, scope_p.bind(*args, name=None, jaxpr=code, outs=outs))
@@ -165,7 +173,9 @@ def repeat(f: Callable[[], Any], n: int, axis_name: str | None = None) -> Any:
     return jax.vmap(lambda _: f(), axis_size=n, **kwargs)(jnp.zeros(n))
 
 
-def loop(cond: Callable[[Any], Any], body: Callable[[Any], Any], max_steps: int, init: Any = None) -> Any:
+def loop(
+    cond: Callable[[Any], Any], body: Callable[[Any], Any], max_steps: int, init: Any = None
+) -> Any:
     """``lax.while_loop`` with sites and a density: ``body`` runs while ``cond`` holds, at most ``max_steps`` times.
 
     Choices gain a leading axis of size ``max_steps``; those of steps that were not taken are idle (``trace.active``).

@@ -119,7 +119,9 @@ def check_name(name: Any) -> None:
     if not isinstance(name, str) or not name:
         raise ModelError(f"a site's name is a non-empty string, got {name!r}")
     if "." in name or "*" in name or name.startswith("~"):
-        raise ModelError(f"a site's name holds no dot, no '*' and does not start with '~' (those are for addresses): {name!r}")
+        raise ModelError(
+            f"a site's name holds no dot, no '*' and does not start with '~' (those are for addresses): {name!r}"
+        )
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -187,12 +189,16 @@ class Program:
         function = self.function
         if self.is_staged:
             return function, [], _table_of(function), []
-        avals = tuple((jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)) for x in self.leaves)
+        avals = tuple(
+            (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)) for x in self.leaves
+        )
         try:
             key = (self.skeleton, avals, jax.config.read("jax_enable_x64"))
             entry = _staged.get(key)
         except TypeError as e:
-            raise TypeError(f"{self.name}: an argument that is no array must be hashable ({e})") from None
+            raise TypeError(
+                f"{self.name}: an argument that is no array must be hashable ({e})"
+            ) from None
         if entry is not None and unchanged(entry[3]):
             return entry
         snapshot = captured(function)
@@ -223,7 +229,11 @@ class Program:
     @property
     def latents(self) -> tuple[str, ...]:
         """Dotted addresses of the choices."""
-        return tuple(a for a, s in self.sites.items() if s.kind == "sample" and not s.observed and not s.hidden)
+        return tuple(
+            a
+            for a, s in self.sites.items()
+            if s.kind == "sample" and not s.observed and not s.hidden
+        )
 
     @property
     def unnormalised(self) -> bool:
@@ -236,7 +246,12 @@ class Program:
 
     def shapes(self) -> dict[str, Any]:
         """Nested dict of the shapes and dtypes of the choices."""
-        return unflatten({a: jax.ShapeDtypeStruct(self.sites[a].shape, self.sites[a].dtype) for a in self.latents})
+        return unflatten(
+            {
+                a: jax.ShapeDtypeStruct(self.sites[a].shape, self.sites[a].dtype)
+                for a in self.latents
+            }
+        )
 
     # --- running ---
 
@@ -337,7 +352,8 @@ class Program:
             if info.hidden and info.kind == "sample" and not info.observed:
                 raise DensityError(
                     f"model {self.name!r} has no density at hand: the choice {address!r} is not recorded, since "
-                    f"{info.why_hidden}" + ("(cond, body, max_steps)" if "loop" in info.why_hidden else "")
+                    f"{info.why_hidden}"
+                    + ("(cond, body, max_steps)" if "loop" in info.why_hidden else "")
                 )
 
     def _entries(self, choices: Mapping[str, Any], complete: bool = False) -> dict[str, Any]:
@@ -370,7 +386,11 @@ def _table_of(code: Code) -> dict[str, SiteInfo]:
 
 
 def run_program(
-    code: Code, args: list[Any], handler: Evaluate, key: Any = None, given: dict[str, Any] | None = None
+    code: Code,
+    args: list[Any],
+    handler: Evaluate,
+    key: Any = None,
+    given: dict[str, Any] | None = None,
 ) -> tuple[Trace, dict[str, jax.Array]]:
     """Interpret a staged program and sort what it recorded into a trace."""
     outs, records, terms = interpret(code.jaxpr, args, handler, key, given)
@@ -379,7 +399,9 @@ def run_program(
     return Trace(choices, active, derived, jnp.asarray(terms["log_density"]), value), terms
 
 
-def sort_records(records: Records, table: dict[str, SiteInfo]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def sort_records(
+    records: Records, table: dict[str, SiteInfo]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Records to ``(choices, active, derived)``."""
     flat = dict(flat_records(records))
     choices = {a: r["value"] for a, r in flat.items() if table[a].kind == "sample"}
@@ -416,7 +438,9 @@ def _log_densities(program: Program, given: dict[str, Any]) -> dict[str, Any]:
     return unflatten({a: r["value"] for a, r in flat_records(records)})
 
 
-def by_axis(table: dict[str, SiteInfo], densities: dict[str, Any], axis: str, name: str) -> jax.Array:
+def by_axis(
+    table: dict[str, SiteInfo], densities: dict[str, Any], axis: str, name: str
+) -> jax.Array:
     """Sum log densities of sites to one number for every index of a named axis."""
     total: Any = None
     for address, density in densities.items():
@@ -426,10 +450,11 @@ def by_axis(table: dict[str, SiteInfo], densities: dict[str, Any], axis: str, na
         others = tuple(i for i in range(density.ndim) if i != places[0])
         row = jnp.sum(density, axis=others)
         if total is not None and row.shape != total.shape:
-            raise AddressError(f"model {name!r}: axis {axis!r} has sizes {total.shape[0]} and {row.shape[0]} at different sites")
+            raise AddressError(
+                f"model {name!r}: axis {axis!r} has sizes {total.shape[0]} and {row.shape[0]} at different sites"
+            )
         total = row if total is None else total + row
     if total is None:
         names = {a.name for s in table.values() for a in s.axes if a.name}
         raise AddressError(unknown(axis, sorted(names), f" among the named axes of model {name!r}"))
     return total
-

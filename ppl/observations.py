@@ -62,21 +62,34 @@ def entries(
         AddressError: for an address that is no choice of the program.
         ObservationError: for values that do not fit.
     """
-    return {address: _entry(sites, address, value, model, data) for address, value in flatten(choices).items()}
+    return {
+        address: _entry(sites, address, value, model, data)
+        for address, value in flatten(choices).items()
+    }
 
 
-def _entry(sites: Mapping[str, SiteInfo], address: str, given: Any, model: str, data: bool) -> Given:
+def _entry(
+    sites: Mapping[str, SiteInfo], address: str, given: Any, model: str, data: bool
+) -> Given:
     info = sites.get(address)
-    choosable = [a for a, s in sites.items() if s.kind == "sample" and not s.observed and not s.hidden]
+    choosable = [
+        a for a, s in sites.items() if s.kind == "sample" and not s.observed and not s.hidden
+    ]
     if info is None:
         inside = [a for a in sites if a.startswith(address + ".")]
         if inside:
-            raise AddressError(f"model {model!r}: {address!r} is a nested program; give its choices, {inside[0]!r} and so on")
+            raise AddressError(
+                f"model {model!r}: {address!r} is a nested program; give its choices, {inside[0]!r} and so on"
+            )
         raise AddressError(unknown(address, choosable, f" in model {model!r}"))
     if info.kind != "sample":
-        raise AddressError(f"model {model!r}: {address!r} is a {info.kind}, not a choice; its value follows from the choices")
+        raise AddressError(
+            f"model {model!r}: {address!r} is a {info.kind}, not a choice; its value follows from the choices"
+        )
     if info.observed:
-        raise AddressError(f"model {model!r}: {address!r} is fixed inside the model already (condition)")
+        raise AddressError(
+            f"model {model!r}: {address!r} is fixed inside the model already (condition)"
+        )
     if info.hidden:
         raise AddressError(f"model {model!r}: {address!r} cannot be given: {info.why_hidden}")
     where = drop = None
@@ -102,13 +115,24 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
         raise ObservationError(_shapes(info, value.shape, site))
     if isinstance(value, Tracer) or not (data or not _castable(value.dtype, info.dtype)):
         if not _castable(value.dtype, info.dtype):
-            raise ObservationError(f"{site}: values of dtype {value.dtype} for a site of dtype {info.dtype}; cast them first")
+            raise ObservationError(
+                f"{site}: values of dtype {value.dtype} for a site of dtype {info.dtype}; cast them first"
+            )
     else:
-        _check_values(info, np.asarray(value), None if where is None or isinstance(where, Tracer) else np.asarray(where), site)
+        _check_values(
+            info,
+            np.asarray(value),
+            None if where is None or isinstance(where, Tracer) else np.asarray(where),
+            site,
+        )
     if where is not None:
         value = _fill(value, where)
     value = jnp.asarray(value).astype(info.dtype)
-    return Given(value, None if where is None else jnp.asarray(where), None if drop is None else jnp.zeros(()))
+    return Given(
+        value,
+        None if where is None else jnp.asarray(where),
+        None if drop is None else jnp.zeros(()),
+    )
 
 
 def _as_array(value: Any, site: str) -> Any:
@@ -117,9 +141,13 @@ def _as_array(value: Any, site: str) -> Any:
     try:
         array = np.asarray(value)
     except Exception as e:
-        raise ObservationError(f"{site}: cannot make an array of {type(value).__name__}: {e}") from None
+        raise ObservationError(
+            f"{site}: cannot make an array of {type(value).__name__}: {e}"
+        ) from None
     if array.dtype == object or array.dtype.kind in "USOmM":
-        raise ObservationError(f"{site}: expected numbers, got {type(value).__name__} of dtype {array.dtype}")
+        raise ObservationError(
+            f"{site}: expected numbers, got {type(value).__name__} of dtype {array.dtype}"
+        )
     return array
 
 
@@ -129,7 +157,12 @@ def _forecast(info: SiteInfo, value: Any, where: Any) -> tuple[Any, Any]:
         return value, where
     differ = [i for i, (n, m) in enumerate(zip(value.shape, info.shape, strict=True)) if n != m]
     axis = differ[0]
-    if len(differ) > 1 or axis >= len(info.axes) or info.axes[axis].kind != "scan" or value.shape[axis] > info.shape[axis]:
+    if (
+        len(differ) > 1
+        or axis >= len(info.axes)
+        or info.axes[axis].kind != "scan"
+        or value.shape[axis] > info.shape[axis]
+    ):
         return value, where
     if value.shape[axis] == 0:
         return jnp.zeros(info.shape, info.dtype), jnp.zeros(info.batch_shape, bool)
@@ -137,7 +170,9 @@ def _forecast(info: SiteInfo, value: Any, where: Any) -> tuple[Any, Any]:
     numpy = jnp if isinstance(value, Tracer) else np
     pad = [(0, extra if i == axis else 0) for i in range(value.ndim)]
     known = np.arange(info.shape[axis]) < value.shape[axis]
-    known = np.broadcast_to(np.expand_dims(known, [i for i in range(len(info.axes)) if i != axis]), info.batch_shape)
+    known = np.broadcast_to(
+        np.expand_dims(known, [i for i in range(len(info.axes)) if i != axis]), info.batch_shape
+    )
     if where is not None:
         known = known & numpy.pad(where, pad[: len(info.axes)])
     return numpy.pad(value, pad, mode="edge"), known
@@ -182,7 +217,11 @@ def _check_values(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, s
         except Exception:  # a support that cannot be checked is no reason to refuse data
             return
         if inside.shape != info.batch_shape:
-            inside = inside.reshape(*info.batch_shape, -1).all(-1) if inside.size >= seen.size else inside
+            inside = (
+                inside.reshape(*info.batch_shape, -1).all(-1)
+                if inside.size >= seen.size
+                else inside
+            )
         bad = ~inside & seen
         if bad.any():
             first = value[tuple(np.argwhere(bad)[0])] if bad.ndim else value
@@ -204,7 +243,9 @@ def _support(info: SiteInfo) -> str:
     support = info.support
     name = type(support).__name__.lstrip("_")
     bounds = [
-        f"{b}={np.asarray(getattr(support, b))}" for b in ("lower_bound", "upper_bound") if getattr(support, b, None) is not None
+        f"{b}={np.asarray(getattr(support, b))}"
+        for b in ("lower_bound", "upper_bound")
+        if getattr(support, b, None) is not None
     ]
     return f"{name}({', '.join(bounds)})" if bounds else name
 

@@ -68,7 +68,10 @@ class Skeleton:
             isinstance(other, Skeleton)
             and self.treedef == other.treedef
             and len(self.static) == len(other.static)
-            and all(a is b or (type(a) is type(b) and bool(a == b)) for a, b in zip(self.static, other.static, strict=True))
+            and all(
+                a is b or (type(a) is type(b) and bool(a == b))
+                for a, b in zip(self.static, other.static, strict=True)
+            )
         )
 
     def __hash__(self) -> int:
@@ -80,9 +83,7 @@ class Skeleton:
         return "Skeleton"
 
 
-def pack(
-    tree: Any, traced: Callable[[Any], bool] = is_traced
-) -> tuple[list[Any], Skeleton]:
+def pack(tree: Any, traced: Callable[[Any], bool] = is_traced) -> tuple[list[Any], Skeleton]:
     """``(arrays, skeleton)`` with ``skeleton.unpack(arrays)`` equal to ``tree``."""
     leaves, treedef = jax.tree.flatten(tree)
     flags = [traced(leaf) for leaf in leaves]

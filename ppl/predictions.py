@@ -34,10 +34,14 @@ def predict(
     n = math.prod(lead)
     if keep is not None:
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
-        select({a: None for a, s in program.sites.items() if s.kind != "factor" and not s.hidden}, keep)
+        select(
+            {a: None for a, s in program.sites.items() if s.kind != "factor" and not s.hidden}, keep
+        )
     flat = {a: v.reshape(n, *v.shape[len(lead) :]) for a, v in flat.items()}
     keys = jax.vmap(jax.random.fold_in, (None, 0))(as_key(key), jnp.arange(n))
-    found = _predict(program.staged(), keys, flat, None if batch_size is None else min(batch_size, n), keep)
+    found = _predict(
+        program.staged(), keys, flat, None if batch_size is None else min(batch_size, n), keep
+    )
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
@@ -65,22 +69,40 @@ def _batch_shape(program: Program, flat: dict[str, Any]) -> tuple[int, ...]:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _predict(program: Any, keys: Any, flat: dict[str, Any], batch_size: int | None, keep: tuple[str, ...] | None) -> Trace:
+def _predict(
+    program: Any,
+    keys: Any,
+    flat: dict[str, Any],
+    batch_size: int | None,
+    keep: tuple[str, ...] | None,
+) -> Trace:
     code, args = program.code()
 
     def one(x: Any) -> Trace:
         key, given = x
         found = unflatten(entries(program.sites, given, program.name))
         trace, _ = run_program(code, args, Evaluate("value"), key, found)
-        choices, active, derived = flatten(trace.choices), flatten(trace.active), flatten(trace.derived)
+        choices, active, derived = (
+            flatten(trace.choices),
+            flatten(trace.active),
+            flatten(trace.derived),
+        )
         if keep is None:
             choices = {a: v for a, v in choices.items() if a not in given}
             value = trace.value
         else:
             chosen = flatten(select({**choices, **derived}, keep))
-            choices, derived = ({a: v for a, v in t.items() if a in chosen} for t in (choices, derived))
+            choices, derived = (
+                {a: v for a, v in t.items() if a in chosen} for t in (choices, derived)
+            )
             value = None
         active = {a: active[a] for a in choices}
-        return Trace(unflatten(choices), unflatten(active), unflatten(derived), trace.log_density, value)
+        return Trace(
+            unflatten(choices), unflatten(active), unflatten(derived), trace.log_density, value
+        )
 
-    return jax.vmap(one)((keys, flat)) if batch_size is None else jax.lax.map(one, (keys, flat), batch_size=batch_size)
+    return (
+        jax.vmap(one)((keys, flat))
+        if batch_size is None
+        else jax.lax.map(one, (keys, flat), batch_size=batch_size)
+    )

@@ -22,7 +22,10 @@ def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS) -> st
     left = len(rows) - limit
     rows = rows[:limit]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [header, *rows]]
+    lines = [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
+        for r in [header, *rows]
+    ]
     return "\n".join([*lines, *([f"  ... {left} more"] if left > 0 else [])])
 
 
@@ -41,7 +44,9 @@ def _sites(sites: dict[str, SiteInfo], role: Any) -> str:
     rows = []
     for address, info in sites.items():
         support = "" if info.support is None else type(info.support).__name__.lstrip("_").lower()
-        rows.append([address, role(address, info), info.distribution, shape(info), str(info.dtype), support])
+        rows.append(
+            [address, role(address, info), info.distribution, shape(info), str(info.dtype), support]
+        )
     return table(["address", "role", "distribution", "shape", "dtype", "support"], rows)
 
 
@@ -58,7 +63,9 @@ def program(p: Program) -> str:
     sites = p.sites
     lanes = f", one a lane of {p.lanes}" if p.lanes else ""
     unnormalised = ", unnormalised" if p.unnormalised else ""
-    return f"Program of {p.name!r}: {len(sites)} sites{lanes}{unnormalised}\n" + _sites(sites, _role)
+    return f"Program of {p.name!r}: {len(sites)} sites{lanes}{unnormalised}\n" + _sites(
+        sites, _role
+    )
 
 
 def target(t: Target) -> str:
@@ -69,13 +76,24 @@ def target(t: Target) -> str:
             return "observed in part" if address in latents else "observed"
         return _role(address, info).replace("choice", "latent")
 
-    return f"Target: model {t.program.name!r}, {len(latents)} of {len(t.sites)} sites latent\n" + _sites(t.sites, role)
+    return (
+        f"Target: model {t.program.name!r}, {len(latents)} of {len(t.sites)} sites latent\n"
+        + _sites(t.sites, role)
+    )
 
 
 def trace(t: Trace) -> str:
     rows = []
     for kind, tree in (("choice", t.choices), ("derived", t.derived)):
         for address, value in flatten(tree).items():
-            rows.append([address, kind, str(jax.numpy.shape(value)), str(jax.numpy.result_type(value))])
-    density = "" if isinstance(t.log_density, jax.core.Tracer) or jax.numpy.ndim(t.log_density) else f" {float(t.log_density):.4g}"
-    return f"Trace: log density{density or ' ' + str(jax.numpy.shape(t.log_density))}\n" + table(["address", "kind", "shape", "dtype"], rows)
+            rows.append(
+                [address, kind, str(jax.numpy.shape(value)), str(jax.numpy.result_type(value))]
+            )
+    density = (
+        ""
+        if isinstance(t.log_density, jax.core.Tracer) or jax.numpy.ndim(t.log_density)
+        else f" {float(t.log_density):.4g}"
+    )
+    return f"Trace: log density{density or ' ' + str(jax.numpy.shape(t.log_density))}\n" + table(
+        ["address", "kind", "shape", "dtype"], rows
+    )

@@ -90,7 +90,9 @@ def _strip(d: Any) -> tuple[Any, int]:
         else:
             shape = d.batch_shape
             base = d.base_dist
-            fields = {n: jax.numpy.broadcast_to(getattr(base, n), shape) for n in base.arg_constraints}
+            fields = {
+                n: jax.numpy.broadcast_to(getattr(base, n), shape) for n in base.arg_constraints
+            }
             d = type(base)(**fields)
     return d, ndim
 
@@ -106,7 +108,9 @@ def default_reparam(d: Any) -> Reparam:
         return Transform()
     if isinstance(inner, dist.MultivariateNormal):
         return Affine()
-    if {"loc", "scale"} <= set(getattr(inner, "arg_constraints", {})) and inner.support is dist.constraints.real:
+    if {"loc", "scale"} <= set(
+        getattr(inner, "arg_constraints", {})
+    ) and inner.support is dist.constraints.real:
         return LocScale()
     raise ModelError(
         f"{type(d).__name__} has no non-centred form: it takes a location-scale family on the real line, a "
@@ -122,12 +126,18 @@ class _Reparametrise(Rewrite):
         address = ".".join(site.address)
         for pattern, strategy in self.strategies:
             if site.spec.kind == "sample" and covers(pattern, address):
-                return site.over_lanes(lambda payload: self.split(site, payload, strategy)), None, {}
+                return (
+                    site.over_lanes(lambda payload: self.split(site, payload, strategy)),
+                    None,
+                    {},
+                )
         return self.emit(site), None, {}
 
     def split(self, site: Site, payload: dict[str, Any], strategy: Reparam | None) -> Any:
         if "value" in payload:
-            raise ModelError(f"{'.'.join(site.address)!r} is conditioned: reparametrise before condition, or leave it out")
+            raise ModelError(
+                f"{'.'.join(site.address)!r} is conditioned: reparametrise before condition, or leave it out"
+            )
         d = payload["d"]
         how = default_reparam(d) if strategy is None else strategy
         base = sample(site.name + BASE, how.base(d), dims=site.spec.dims)
@@ -163,7 +173,9 @@ def reparametrize(model: F, strategies: Mapping[str, Reparam | None]) -> F:
         >>> reparametrize(model, {"x": LocScale(0.5)})().latents
         ('x_base',)
     """
-    return transform(model, lambda f: _Reparametrised(f, {dotted(k): v for k, v in strategies.items()}))
+    return transform(
+        model, lambda f: _Reparametrised(f, {dotted(k): v for k, v in strategies.items()})
+    )
 
 
 def noncentered(model: F, *addresses: str) -> F:

@@ -50,9 +50,17 @@ class Rewrite(Handler):
     def spec(self, site: Site, spec: SiteSpec) -> SiteSpec:
         return spec
 
-    def scope(self, eqn: Any, args: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    def scope(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
         inside = context.enter(eqn.params["name"])
-        return rebind_scope(eqn.params["name"], lambda *a: walk(eqn.params["jaxpr"], list(a), inside)[0], args), {}, {}
+        return (
+            rebind_scope(
+                eqn.params["name"], lambda *a: walk(eqn.params["jaxpr"], list(a), inside)[0], args
+            ),
+            {},
+            {},
+        )
 
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
         return list(scope_p.bind(*args, **eqn.params)), {}
@@ -87,7 +95,9 @@ def rewrite(
     return jax.tree.unflatten(code.out_tree, outs)
 
 
-def stage_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Code, list[Any]]:
+def stage_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Code, list[Any]]:
     """Stage a call, with the arguments that are arrays or floats traced; ``(code, its flat arguments)``."""
     arrays, skeleton = pack((args, kwargs))
 
@@ -124,5 +134,7 @@ def transform(target: Any, make: Callable[[Callable[..., Any]], Transformed]) ->
     if isinstance(target, Model):
         return Model(make(target.function), target.name)
     if not callable(target):
-        raise TypeError(f"a transform takes a model or a function with sites, got {type(target).__name__}")
+        raise TypeError(
+            f"a transform takes a model or a function with sites, got {type(target).__name__}"
+        )
     return make(target)

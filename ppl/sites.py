@@ -121,7 +121,9 @@ def stack_lane(
     return args, (*lanes, Lane(axis_data.size, name, mapped))
 
 
-def _batch(axis_data: Any, args: Any, dims: Any, *, spec: SiteSpec, skeleton: Skeleton, lanes: Any) -> Any:
+def _batch(
+    axis_data: Any, args: Any, dims: Any, *, spec: SiteSpec, skeleton: Skeleton, lanes: Any
+) -> Any:
     args, lanes = stack_lane(axis_data, args, dims, lanes)
     outs = site_p.bind(*args, spec=spec, skeleton=skeleton, lanes=lanes)
     return outs, [0] * len(outs)
@@ -216,13 +218,17 @@ def _sample_spec(
             )
     else:
         value = jax.ShapeDtypeStruct(shape, dtype)
-        batch_shape = jax.eval_shape(lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays).shape
+        batch_shape = jax.eval_shape(
+            lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays
+        ).shape
         if tuple(batch_shape) != shape[: len(batch_shape)]:
             raise ModelError(
                 f"site {name!r}: log_prob of {label} has shape {batch_shape}, which does not lead the shape {shape} of a draw"
             )
     if len(dims) > len(shape):
-        raise ModelError(f"site {name!r}: dims={dims} names {len(dims)} axes of a value of shape {shape}")
+        raise ModelError(
+            f"site {name!r}: dims={dims} names {len(dims)} axes of a value of shape {shape}"
+        )
     rsample = stated.get("has_rsample")
     return SiteSpec(
         name=name,
@@ -276,13 +282,21 @@ def _values(d: Any) -> Constant | None:
 class Site:
     """A site equation with its operands: what a handler sees. All its functions work over the lanes."""
 
-    def __init__(self, params: dict[str, Any], operands: list[Any], address: tuple[str, ...], axes: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        params: dict[str, Any],
+        operands: list[Any],
+        address: tuple[str, ...],
+        axes: tuple[Any, ...],
+    ) -> None:
         self.spec: SiteSpec = params["spec"]
         self.skeleton: Skeleton = params["skeleton"]
         self.lanes: tuple[Lane, ...] = params["lanes"]
         self.operands = operands
         self.address = address
-        self.axis_names = {n for n in (*axes, *(lane.name for lane in self.lanes), *self.spec.dims) if n}
+        self.axis_names = {
+            n for n in (*axes, *(lane.name for lane in self.lanes), *self.spec.dims) if n
+        }
 
     @property
     def name(self) -> str:
@@ -305,7 +319,9 @@ class Site:
 
         for lane in self.lanes:
             one = jax.vmap(
-                one, in_axes=([0 if m else None for m in lane.mapped], *(0 for _ in xs)), axis_size=lane.size
+                one,
+                in_axes=([0 if m else None for m in lane.mapped], *(0 for _ in xs)),
+                axis_size=lane.size,
             )
         return one(self.operands, *xs)
 
@@ -321,7 +337,9 @@ class Site:
         """
         n = self.spec.num_distribution_arrays
         mapped = [not self.spec.takes_sample_shape or any(lane.mapped[:n]) for lane in self.lanes]
-        block = tuple(lane.size for lane, m in reversed(list(zip(self.lanes, mapped, strict=True))) if not m)
+        block = tuple(
+            lane.size for lane, m in reversed(list(zip(self.lanes, mapped, strict=True))) if not m
+        )
 
         def one(key: Any, operands: Any) -> Any:
             d = self.skeleton.unpack(operands[:-1])["d"]
@@ -337,7 +355,11 @@ class Site:
         inner = [i for i, m in reversed(list(enumerate(mapped))) if not m]
         now = {lane: axis for axis, lane in enumerate(outer + inner)}
         order = [now[i] for i in reversed(range(len(self.lanes)))]
-        value = jnp.transpose(value, [*order, *range(len(order), value.ndim)]) if order != sorted(order) else value
+        value = (
+            jnp.transpose(value, [*order, *range(len(order), value.ndim)])
+            if order != sorted(order)
+            else value
+        )
         return value.astype(self.spec.dtype)
 
     @staticmethod

@@ -34,7 +34,9 @@ class Code:
         self._hash: int | None = None
 
     def __call__(self, *args: Any) -> Any:
-        return jax.tree.unflatten(self.out_tree, jax.core.eval_jaxpr(*open_jaxpr(self.jaxpr), *args))
+        return jax.tree.unflatten(
+            self.out_tree, jax.core.eval_jaxpr(*open_jaxpr(self.jaxpr), *args)
+        )
 
     def __hash__(self) -> int:
         if self._hash is None:
@@ -98,9 +100,15 @@ def _same_jaxpr(a: Any, b: Any) -> bool:
     if not (define(a.constvars, b.constvars) and define(a.invars, b.invars)):
         return False
     for e, f in zip(a.eqns, b.eqns, strict=True):
-        if e.primitive is not f.primitive or not read(e.invars, f.invars) or not define(e.outvars, f.outvars):
+        if (
+            e.primitive is not f.primitive
+            or not read(e.invars, f.invars)
+            or not define(e.outvars, f.outvars)
+        ):
             return False
-        if e.params.keys() != f.params.keys() or not all(_same(v, f.params[k]) for k, v in e.params.items()):
+        if e.params.keys() != f.params.keys() or not all(
+            _same(v, f.params[k]) for k, v in e.params.items()
+        ):
             return False
     return read(a.outvars, b.outvars)
 
@@ -117,7 +125,9 @@ def _same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     if isinstance(a, (np.ndarray, np.generic, jax.Array)):
         x, y = np.asarray(a), np.asarray(b)
-        return x.dtype == y.dtype and np.array_equal(x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact))
+        return x.dtype == y.dtype and np.array_equal(
+            x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact)
+        )
     if isinstance(a, float):
         return a == b or (a != a and b != b)
     if callable(a):
@@ -139,7 +149,10 @@ def _code_of(f: Any, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
     if isinstance(f, types.MethodType):
         return (f.__func__.__code__, _code_of(f.__self__, seen))
     if type(f).__name__ == "WrappedFun":
-        return tuple(_code_of(x, seen) for x in (f.f, *(t[0] for t in f.transforms), *(t[1] for t in f.transforms)))
+        return tuple(
+            _code_of(x, seen)
+            for x in (f.f, *(t[0] for t in f.transforms), *(t[1] for t in f.transforms))
+        )
     if isinstance(f, (tuple, list)):
         return tuple(_code_of(x, seen) for x in f)
     if isinstance(f, (bool, int, float, str, bytes, type(None), type)):
@@ -178,7 +191,9 @@ def stage(f: Callable[..., Any], args: list[Any]) -> tuple[Code, list[Any]]:
 
 def _arrays_only(out: Any) -> Any:
     for leaf in jax.tree.leaves(out):
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, Tracer, bool, int, float, complex)):
+        if not isinstance(
+            leaf, (jax.Array, np.ndarray, np.generic, Tracer, bool, int, float, complex)
+        ):
             raise ModelError(
                 f"a model returned a {type(leaf).__name__}; return arrays, or pytrees of arrays (a Program is sampled with "
                 "sample(name, program) to give its value)"
@@ -262,7 +277,18 @@ def captured(root: Any) -> list[tuple[Any, Any, Any]]:
     return found
 
 
-_LIBRARIES = {"jax", "jaxlib", "numpy", "numpyro", "equinox", "optax", "diffrax", "blackjax", "scipy", "weft"}
+_LIBRARIES = {
+    "jax",
+    "jaxlib",
+    "numpy",
+    "numpyro",
+    "equinox",
+    "optax",
+    "diffrax",
+    "blackjax",
+    "scipy",
+    "weft",
+}
 
 
 def _global_names(code: types.CodeType) -> set[str]:

@@ -131,7 +131,9 @@ def _scope(jaxpr: Any, place: _Place) -> Scope:
     for name in found:
         other = hashes.setdefault(name_hash(name), name)
         if other != name:
-            raise ModelError(f"the names {other!r} and {name!r} hash alike, so their keys would be equal: rename one")
+            raise ModelError(
+                f"the names {other!r} and {name!r} hash alike, so their keys would be equal: rename one"
+            )
     return found
 
 
@@ -155,7 +157,9 @@ def _equation(eqn: Any, place: _Place) -> Scope:
         return _branches(params["branches"], dataclasses.replace(place, conditional=True))
     if primitive is while_p:
         if holds_sites(params["cond_jaxpr"]):
-            raise ModelError(f"{_listed(eqn)} in the predicate of a while_loop: draw before the loop or in its body")
+            raise ModelError(
+                f"{_listed(eqn)} in the predicate of a while_loop: draw before the loop or in its body"
+            )
         return _scope(params["body_jaxpr"], dataclasses.replace(place, in_while=True))
     if primitive.name in CALLS:
         return _scope(inner_jaxprs(eqn)[0], place)
@@ -185,7 +189,9 @@ def _merge(into: Scope, scope: Scope) -> None:
         if isinstance(other, dict) and isinstance(node, dict):
             _merge(other, node)
         elif isinstance(other, dict) or isinstance(node, dict):
-            raise ModelError(f"{name!r} is a site in one branch and a nested program in another: rename one")
+            raise ModelError(
+                f"{name!r} is a site in one branch and a nested program in another: rename one"
+            )
         elif (other.shape, other.dtype, other.kind) != (node.shape, node.dtype, node.kind):
             raise ModelError(
                 f"branches record {node.address!r} with different shapes or dtypes: {other.shape} {other.dtype} and "
@@ -198,11 +204,16 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
     lanes = tuple(Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"]))
     names = (*spec.dims, *(None,) * len(spec.shape))
     batch = tuple(
-        Axis(size, name, "batch") for size, name in zip(spec.shape[: spec.batch_ndim], names, strict=False)
+        Axis(size, name, "batch")
+        for size, name in zip(spec.shape[: spec.batch_ndim], names, strict=False)
     )
     axes = place.axes + lanes + batch
     parts = params["skeleton"].unpack([0.0] * params["skeleton"].num_arrays)
-    why = "it stands in a while_loop, whose choices are not recorded; use weft.loop" if place.in_while else ""
+    why = (
+        "it stands in a while_loop, whose choices are not recorded; use weft.loop"
+        if place.in_while
+        else ""
+    )
     if spec.hidden:
         why = "it is hidden by block"
     return SiteInfo(
@@ -269,7 +280,9 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
         elif eqn.primitive is scope_p:
             name = params["name"] if params["name"] is not None else anonymous_name(anonymous)
             plan[name] = KeyNode(loops, key_plan(params["jaxpr"]))
-        elif eqn.primitive is while_p:  # iterations are not known: the body derives its keys as it goes
+        elif (
+            eqn.primitive is while_p
+        ):  # iterations are not known: the body derives its keys as it goes
             for name in scope_names(params["body_jaxpr"], anonymous):
                 plan[name] = KeyNode(loops)
         else:

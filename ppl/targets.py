@@ -59,7 +59,12 @@ class Target(eqx.Module):
 
     def latent_shapes(self) -> dict[str, Any]:
         """Nested dict of the shapes and dtypes of the latent choices."""
-        return unflatten({a: jax.ShapeDtypeStruct(self.sites[a].shape, self.sites[a].dtype) for a in self.latents})
+        return unflatten(
+            {
+                a: jax.ShapeDtypeStruct(self.sites[a].shape, self.sites[a].dtype)
+                for a in self.latents
+            }
+        )
 
     def staged(self) -> Target:
         """The same target, staged now: what the model captured is among its leaves and the rest compares by structure.
@@ -88,10 +93,16 @@ class Target(eqx.Module):
         from .addresses import flatten
 
         flat = flatten(found)
-        seen = {a: v for a, v in flat.items() if a in self.data or self.sites[a].observed or self.sites[a].kind == "factor"}
+        seen = {
+            a: v
+            for a, v in flat.items()
+            if a in self.data or self.sites[a].observed or self.sites[a].kind == "factor"
+        }
         return by_axis(self.sites, seen, by, self.program.name)
 
-    def generate(self, key: jax.Array, latents: Mapping[str, Any] | None = None) -> tuple[Trace, jax.Array]:
+    def generate(
+        self, key: jax.Array, latents: Mapping[str, Any] | None = None
+    ) -> tuple[Trace, jax.Array]:
         """Draw the latent choices that are not given; weigh the data and those that are."""
         given = {**self.data, **self._latent_entries(latents or {})}
         return _generate(self.program.staged(), as_key(key), unflatten(given))
@@ -107,7 +118,10 @@ class Target(eqx.Module):
         from .addresses import flatten
 
         return self.program.predict(
-            key, {a: v for a, v in flatten(choices).items() if not self._partial(a)}, batch_size, keep
+            key,
+            {a: v for a, v in flatten(choices).items() if not self._partial(a)},
+            batch_size,
+            keep,
         )
 
     def unconstrain(self) -> Unconstrained:
@@ -138,10 +152,14 @@ class Target(eqx.Module):
         found = entries(self.sites, latents, self.program.name)
         for address, entry in found.items():
             if address in self.data and not self._partial(address):
-                raise AddressError(f"target of model {self.program.name!r}: {address!r} is observed, not latent")
+                raise AddressError(
+                    f"target of model {self.program.name!r}: {address!r} is observed, not latent"
+                )
             if self._partial(address):
                 data = self.data[address]
-                found[address] = Given(jnp.where(expand(data.where, entry.value), data.value, entry.value))
+                found[address] = Given(
+                    jnp.where(expand(data.where, entry.value), data.value, entry.value)
+                )
         return found
 
     def __repr__(self) -> str:
@@ -171,7 +189,11 @@ def condition_program(program: Program, choices: Mapping[str, Any]) -> Target:
 
 def _require_unread(program: Program, address: str, given: Given) -> None:
     """``missing="drop"`` is right where no other density reads the site."""
-    if given.where is not None and not isinstance(given.where, Tracer) and np.all(np.asarray(given.where)):
+    if (
+        given.where is not None
+        and not isinstance(given.where, Tracer)
+        and np.all(np.asarray(given.where))
+    ):
         return
     from .dependence import readers
 
@@ -182,5 +204,3 @@ def _require_unread(program: Program, address: str, given: Given) -> None:
             f"model {program.name!r}: the missing elements of {address!r} cannot be dropped, since {', '.join(map(repr, found))} "
             "depend on the site; impute them: observed(y, where=mask, missing='impute')"
         )
-
-

@@ -79,7 +79,9 @@ def condition(model: F, choices: Mapping[str, Any]) -> F:
 
 @dataclasses.dataclass(frozen=True)
 class _Set(Rewrite):
-    def site(self, site: Site, key: Any, given: Given | None) -> tuple[jax.Array, None, dict[str, Any]]:
+    def site(
+        self, site: Site, key: Any, given: Given | None
+    ) -> tuple[jax.Array, None, dict[str, Any]]:
         if given is None:
             return self.emit(site), None, {}
         return jnp.asarray(given.value).astype(site.spec.dtype), None, {}
@@ -236,7 +238,13 @@ class _Scale(Transformed):
         known = {a.name for s in table.values() for a in s.axes if a.name}
         for key in self.factors:
             if key not in known and not any(covers(key, a) for a in table):
-                raise AddressError(unknown(key, [*sorted(known), *table], f" (axis or site) in model {_name(self.inner)!r}"))
+                raise AddressError(
+                    unknown(
+                        key,
+                        [*sorted(known), *table],
+                        f" (axis or site) in model {_name(self.inner)!r}",
+                    )
+                )
         return _Multiply(tuple(self.factors.items())), {}
 
 
@@ -261,7 +269,9 @@ def scale(model: F, factors: Any) -> F:
         True
     """
     factors = dict(factors) if isinstance(factors, Mapping) else {"**": factors}
-    return transform(model, lambda f: _Scale(f, {dotted(k): jnp.asarray(v, float) for k, v in factors.items()}))
+    return transform(
+        model, lambda f: _Scale(f, {dotted(k): jnp.asarray(v, float) for k, v in factors.items()})
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +298,9 @@ class _Masked(Transformed):
                     raise AddressError(
                         f"mask of {address!r}: expected a scalar or leading axes of {info.batch_shape}, got shape {jnp.shape(where)}"
                     )
-                lead = jnp.reshape(where, jnp.shape(where) + (1,) * (len(info.batch_shape) - jnp.ndim(where)))
+                lead = jnp.reshape(
+                    where, jnp.shape(where) + (1,) * (len(info.batch_shape) - jnp.ndim(where))
+                )
                 found[address] = jnp.broadcast_to(lead, info.batch_shape)
         return _Mask(), unflatten(found)
 
@@ -311,7 +323,10 @@ def mask(model: F, where: Any) -> F:
         -0.9189
     """
     where = dict(where) if isinstance(where, Mapping) else {"**": where}
-    return transform(model, lambda f: _Masked(f, {dotted(k): jnp.asarray(v, bool) for k, v in flatten(where).items()}))
+    return transform(
+        model,
+        lambda f: _Masked(f, {dotted(k): jnp.asarray(v, bool) for k, v in flatten(where).items()}),
+    )
 
 
 # --- gradient strategies ----------------------------------------------------------------------------------------------
@@ -338,7 +353,9 @@ class _WithGradients(Transformed):
 
 def with_gradients(model: F, strategies: Mapping[str, Any]) -> F:
     """Choose the gradient strategy of sites from outside; addresses may hold wildcards."""
-    return transform(model, lambda f: _WithGradients(f, {dotted(k): v for k, v in strategies.items()}))
+    return transform(
+        model, lambda f: _WithGradients(f, {dotted(k): v for k, v in strategies.items()})
+    )
 
 
 def _covered(patterns: Iterable[str], table: dict[str, SiteInfo], name: str) -> list[str]:

@@ -76,7 +76,10 @@ class FlatUnconstrained(eqx.Module):
     def addresses(self) -> dict[str, slice]:
         """Where each latent choice stands in the vector."""
         ends = list(itertools.accumulate(math.prod(s) for s in self.nested.shapes.values()))
-        return {a: slice(e - math.prod(s), e) for (a, s), e in zip(self.nested.shapes.items(), ends, strict=True)}
+        return {
+            a: slice(e - math.prod(s), e)
+            for (a, s), e in zip(self.nested.shapes.items(), ends, strict=True)
+        }
 
     def ravel(self, z: Mapping[str, Any]) -> jax.Array:
         flat = flatten(z)
@@ -84,7 +87,9 @@ class FlatUnconstrained(eqx.Module):
         return jnp.concatenate(parts) if parts else jnp.zeros((0,))
 
     def unravel(self, x: jax.Array) -> Positions:
-        return unflatten({a: x[where].reshape(self.nested.shapes[a]) for a, where in self.addresses.items()})
+        return unflatten(
+            {a: x[where].reshape(self.nested.shapes[a]) for a, where in self.addresses.items()}
+        )
 
     def log_density(self, x: jax.Array) -> jax.Array:
         return self.nested.log_density(self.unravel(x))
@@ -119,8 +124,12 @@ def unconstrain(target: Target) -> Unconstrained:
 
 def _shape_of_positions(target: Target, key: Any) -> Any:
     # Improper priors cannot be drawn: shapes come from the inverse bijection at any value.
-    given = {a: Given(jnp.ones(s.shape, s.dtype)) for a, s in target.sites.items() if s.kind == "sample"}
-    return _positions_of(target, key, {a: g for a, g in given.items() if a in target.program.latents})
+    given = {
+        a: Given(jnp.ones(s.shape, s.dtype)) for a, s in target.sites.items() if s.kind == "sample"
+    }
+    return _positions_of(
+        target, key, {a: g for a, g in given.items() if a in target.program.latents}
+    )
 
 
 def _positions_of(target: Target, key: Any, given: dict[str, Given]) -> dict[str, jax.Array]:
@@ -162,7 +171,9 @@ def _filler(target: Target, z: dict[str, Any]) -> jax.Array:
     for address in target.latents:
         if address in target.data and address not in target.missing:
             where = expand(target.data[address].where, z[address])
-            total += jnp.sum(jnp.where(where, -0.5 * z[address] ** 2 - 0.5 * math.log(2 * math.pi), 0))
+            total += jnp.sum(
+                jnp.where(where, -0.5 * z[address] ** 2 - 0.5 * math.log(2 * math.pi), 0)
+            )
     return total
 
 
@@ -176,16 +187,22 @@ def _log_density(target: Target, z: dict[str, Any]) -> jax.Array:
 @eqx.filter_jit
 def _trace(target: Target, z: dict[str, Any]) -> Trace:
     code, args = target.program.code()
-    outs, records, terms = interpret(code.jaxpr, args, Unconstrain(record=True), None, unflatten(_free(target, z)))
+    outs, records, terms = interpret(
+        code.jaxpr, args, Unconstrain(record=True), None, unflatten(_free(target, z))
+    )
     choices, active, derived = sort_records(records, target.sites)
     choices = {a: v for a, v in flatten(choices).items() if a in target.latents}
     active = {a: v for a, v in flatten(active).items() if a in target.latents}
     value = jax.tree.unflatten(code.out_tree, outs)
-    return Trace(unflatten(choices), unflatten(active), derived, terms["log_density"] + _filler(target, z), value)
+    return Trace(
+        unflatten(choices),
+        unflatten(active),
+        derived,
+        terms["log_density"] + _filler(target, z),
+        value,
+    )
 
 
 @eqx.filter_jit
 def _positions(target: Target, key: Any, given: dict[str, Given]) -> dict[str, jax.Array]:
     return _positions_of(target, key, given)
-
-

@@ -5,6 +5,7 @@ from weft import models as models
 from weft import ppl as ppl
 from weft.inference import kernels as kernels
 from weft.inference import load as load
+from weft.models import distributions as distributions
 from weft.ppl import Model as Model
 from weft.ppl import Program as Program
 from weft.ppl import Target as Target
