@@ -185,10 +185,10 @@ def describe(
                 _mean(x, a),
                 sd,
                 *(np.where(_has_nan(x, a), np.nan, _quantile(*ordered, q)) for q in quantiles),
-                sd / np.sqrt(_valid(_ess_mean(x, a), x, a)),
-                _valid(_ess_bulk(x, a), x, a),
-                _valid(_ess_tail(x, a, ordered), x, a),
-                _valid(_rhat(x, a), x, a),
+                sd / np.sqrt(_valid(_ess_mean, x, a)),
+                _valid(_ess_bulk, x, a),
+                _valid(lambda x, a: _ess_tail(x, a, ordered), x, a),
+                _valid(_rhat, x, a),
                 np.ones(len(x)) if a is None else a.mean(axis=(1, 2)),
                 bad,
                 ordered[0][:, 0] == ordered[0][np.arange(len(x)), ordered[1] - 1],
@@ -289,7 +289,7 @@ def khat(log_weights: Float[ArrayLike, " particle"], r_eff: float = 1.0) -> floa
         r_eff: relative efficiency of the draws, 1 for independent ones.
 
     Returns:
-        The shape. NaN if there are fewer than 25 weights, or one is NaN or +inf, or all are zero.
+        The shape. NaN if there are fewer than 21 weights, or one is NaN or +inf, or all are zero.
         Infinite if no more than four weights stand out of the rest: the fit is impossible because
         so few carry everything. Minus infinity if the largest weights are all equal: there is no
         tail.
@@ -396,8 +396,7 @@ def _each(
         if a is not None and a.all():
             a = None
         with np.errstate(invalid="ignore", divide="ignore"):
-            value = f(block, a)
-            out[i : i + step] = _valid(value, block, a) if check else value
+            out[i : i + step] = _valid(f, block, a) if check else f(block, a)
     return out.reshape((*shape,) if width is None else (*shape, width))
 
 
@@ -411,10 +410,11 @@ def _lead(mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
     return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
 
 
-def _valid(value: np.ndarray, x: _Series, a: _Mask) -> np.ndarray:
-    """NaN where a diagnostic means nothing: too few draws, values not finite, a constant."""
+def _valid(diagnostic: Callable[[_Series, _Mask], np.ndarray], x: _Series, a: _Mask) -> np.ndarray:
+    """A diagnostic; NaN where it means nothing: too few draws, values not finite, a constant."""
     if x.shape[2] < _MIN_DRAWS:
-        return np.full(value.shape, np.nan)
+        return np.full(len(x), np.nan)
+    value = diagnostic(x, a)
     lo = (x if a is None else np.where(a, x, np.inf)).min(axis=(1, 2))
     hi = (x if a is None else np.where(a, x, -np.inf)).max(axis=(1, 2))
     if (

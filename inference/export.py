@@ -359,7 +359,7 @@ def _wrap(datasets: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.2x announces 1.0 at every import
         import arviz
-    if hasattr(arviz, "InferenceData"):
+    if "InferenceData" in vars(arviz):  # not hasattr: 1.x answers it with a warning
         return arviz.InferenceData(**datasets)
     import xarray
 

@@ -66,8 +66,8 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
         target: the target the result belongs to. A file holds no code, hence no model: without it
             the arrays, tables and exports are there, but not what scores or predicts
             (`log_likelihood` in ArviZ, say).
-        like: a template for pytrees other than dicts, lists and tuples, such as the parameters of a
-            `Fit`: anything with their structure, shapes and dtypes.
+        like: for a `Fit` whose parameters are more than dicts, lists and tuples of arrays (modules,
+            say): parameters of the same structure, shapes and dtypes, or another such `Fit`.
 
     Returns:
         `Draws`, `Particles` or `Fit`, equal to what was saved. Arrays that this JAX configuration
@@ -91,13 +91,13 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
     """
     from .results import Draws, Particles
 
-    saved = read(path, like)
+    saved = read(path, None if like is None else {"params": getattr(like, "params", like)})
     if saved.kind == "draws":
         return Draws.from_saved(saved, target)
     if saved.kind == "particles":
         return Particles.from_saved(saved, target)
     if saved.kind == "fit":
-        from .fit import Fit
+        from .fitted import Fit
 
         return Fit.from_saved(saved, target)
     raise StorageError(f"{saved.path} holds a result of unknown kind {saved.kind!r}")

@@ -308,7 +308,8 @@ def _cell(name: str, value: float, places: int) -> str:
     if name == "active":
         return f"{100 * value:.3g}%"
     if name == "mcse":
-        return f"{value:.2g}"
+        places = 1 - math.floor(math.log10(value)) if value > 0 else 0
+        return f"{value:.2g}" if places > 6 else f"{value:.{max(0, places)}f}"
     if places > 6 or abs(value) >= 1e7:
         return f"{value:.3g}" if value else "0"
     places = max(0, places)

@@ -68,7 +68,7 @@ def judge_draws(
     if not table:
         return [_note("There is nothing to summarise: no choice and no derived value was kept.")]
     chains, draws = next(iter(choices.values())).shape[:2] if choices else _shape(stats)
-    recentre = _recentre(table, sites)
+    recentre = iter([_recentre(table, sites)])  # advice to be given once
     bad = [
         *_not_finite(table),
         *_too_few(draws),
@@ -152,18 +152,20 @@ def _stuck(choices: Mapping[str, np.ndarray], active: Mapping[str, Any]) -> Iter
         )
 
 
-def _divergences(stats: Mapping[str, Any], recentre: str) -> Iterator[Finding]:
+def _divergences(stats: Mapping[str, Any], recentre: Iterator[str]) -> Iterator[Finding]:
     diverging = np.asarray(stats.get("diverging", False))
     count = int(diverging.sum())
     if count:
         yield Finding(
             f"{count} of {diverging.size} draws diverged ({_percent(count / diverging.size)}): "
             "where the density bends sharply the sampler cannot follow, and means may be biased. "
-            f"Try target_acceptance=0.95{recentre}."
+            f"Try target_acceptance=0.95{next(recentre, '')}."
         )
 
 
-def _disagreement(table: Table, chains: int, draws: int, recentre: str) -> Iterator[Finding]:
+def _disagreement(
+    table: Table, chains: int, draws: int, recentre: Iterator[str]
+) -> Iterator[Finding]:
     sizes = {row: v for row, v in _rows(table, "r_hat") if not math.isnan(v)}
     high = {row: v for row, v in sizes.items() if v > MAX_RHAT}
     if not high:
@@ -178,7 +180,8 @@ def _disagreement(table: Table, chains: int, draws: int, recentre: str) -> Itera
         text += f"do not quite agree yet. Draw more: num_samples={_nice(4 * draws)}."
     else:
         text += (
-            f"disagree, and the table is no posterior. Try a longer warm-up{recentre}; if chains "
+            "disagree, and the table is no posterior. Try a longer "
+            f"warm-up{next(recentre, '')}; if chains "
             "settle in different places, the posterior has several modes, or a symmetry that an "
             "ordering or a prior should break."
         )
@@ -216,7 +219,7 @@ def _deep_trees(stats: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _energy(stats: Mapping[str, Any], recentre: str) -> Iterator[Finding]:
+def _energy(stats: Mapping[str, Any], recentre: Iterator[str]) -> Iterator[Finding]:
     energy = np.asarray(stats.get("energy", np.zeros((1, 1))))
     if energy.ndim != 2 or energy.shape[1] < 4 or not np.isfinite(energy).all():
         return
@@ -225,7 +228,8 @@ def _energy(stats: Mapping[str, Any], recentre: str) -> Iterator[Finding]:
     if len(low):
         yield Finding(
             f"E-BFMI is {np.nanmin(fractions):.2f} in {_chains(low).lower()} (below {MIN_BFMI}): "
-            f"the energy changes too slowly to reach the tails. Try a longer warm-up{recentre}."
+            "the energy changes too slowly to reach the tails. Try a longer "
+            f"warm-up{next(recentre, '')}."
         )
 
 
@@ -274,7 +278,7 @@ def _weights(log_weights: np.ndarray) -> Finding:
     k, limit = diagnostics.khat(log_weights), diagnostics.khat_threshold(n)
     worth = f"{n} particles are worth {ess:.{0 if ess >= 10 else 1}f} independent draws"
     if math.isnan(k):
-        return Finding(f"{worth}: too few for k-hat, which needs 25. Take more.")
+        return Finding(f"{worth}: too few for k-hat, which needs 21. Take more.")
     if k > limit:
         return Finding(
             f"k-hat {k:.2f} is above {limit:.2f}: a few particles carry the estimates, whose "
