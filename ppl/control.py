@@ -1,9 +1,10 @@
 """Scopes, and control flow that holds sites under ``jax.vmap``.
 
-``scope_p`` is a nested program: its choices land under its name. ``lanes_p`` is a control-flow equation (cond, scan, while
-or scope) that holds sites and stands under vmap, kept with its *un-vmapped* body. Left to JAX, a ``cond`` with a mapped
-predicate becomes a select and the staged jaxpr no longer tells which branch was taken; a vmapped scan becomes one scan
-over a batched body, and its lanes are no longer separate series. So the batching rules of the three primitives are
+``scope_p`` is a nested program: its choices land under its name. ``lanes_p`` is a control-flow equation (cond, scan,
+while or scope) that holds sites and stands under vmap, kept with its *un-vmapped* body. Left to JAX, a ``cond`` with
+a mapped predicate becomes a select and the staged jaxpr no longer tells which branch was taken; a vmapped scan
+becomes one scan over a batched body, and its lanes are no longer separate series. So the batching rules of the three
+primitives are
 wrapped here: an equation without sites goes to JAX's own rule untouched.
 """
 
@@ -152,7 +153,8 @@ fancy_primitive_batchers[scope_p] = _keep_unmapped(scope_p)
 def _refuse_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     names = ", ".join(repr(n) for n in site_names(params.get("jaxpr"))) or repr(params.get("name"))
     raise GradientError(
-        f"jax.grad, jvp or linearize goes through a part of a model that holds the sites {names}, which have no value yet. "
+        f"jax.grad, jvp or linearize goes through a part of a model that holds the sites {names}, which "
+        f"have no value yet. "
         "Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, ...)"
     )
 

@@ -1,4 +1,4 @@
-"""Expectations of programs: ``expect(f)`` is an unbiased, differentiable estimator of the mean of what ``f`` returns."""
+"""Expectations of programs: ``expect(f)`` is an unbiased, differentiable estimator of the mean of ``f``."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Expectation(eqx.Module):
 def expect(f: Callable[..., Any]) -> Expectation:
     r"""An unbiased estimator of $\mathbb{E}[f(\text{args})]$, the mean over the choices that ``f`` makes.
 
-    ``f`` may call ``sample`` itself and run programs in place with ``draw``. ``jax.grad`` of the estimator is an unbiased
-    estimate of the gradient of the mean, also under ``jit`` and ``vmap``: choices are reparametrised, and a gradient
-    through one that cannot be is an error, never a silent bias.
+    ``f`` may call ``sample`` itself and run programs in place with ``draw``. ``jax.grad`` of the estimator is an
+    unbiased estimate of the gradient of the mean, also under ``jit`` and ``vmap``: choices are reparametrised, and a
+    gradient through one that cannot be is an error, never a silent bias.
 
     Args:
         f: a function of arrays that returns arrays, or a model.

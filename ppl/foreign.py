@@ -9,7 +9,7 @@ from numpyro.primitives import Messenger
 from .errors import ModelError
 
 
-class refuse_numpyro(Messenger):  # noqa: N801 (a context manager)
+class refuse_numpyro(Messenger):
     """While a model is staged, ``numpyro.sample`` and its like are errors: unhandled, they would vanish silently."""
 
     def process_message(self, msg: dict[str, Any]) -> None:

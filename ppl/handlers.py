@@ -134,8 +134,8 @@ class Evaluate(Handler):
             value = site.draw(key)
         except NotImplementedError as e:
             raise DensityError(
-                f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled ({e or 'it is improper'}); it can "
-                "stand in a target, where its choice is given or inferred"
+                f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled "
+                f"({e or 'it is improper'}); it can stand in a target, where its choice is given or inferred"
             ) from None
         if self.gradients and not site.spec.reparametrised:
             return no_gradient(site, value)
@@ -146,7 +146,8 @@ class Evaluate(Handler):
 
         if key is None:
             raise DensityError(
-                "the program runs another one in place (draw), whose choices have no address, so its density is not known "
+                "the program runs another one in place (draw), whose choices have no address, so its "
+                "density is not known "
                 "without a key; nest it with sample(name, program) instead"
             )
         trace, _ = run_program(eqn.params["jaxpr"], args, Evaluate("value", self.gradients), key)
@@ -174,7 +175,8 @@ def no_gradient(site: Site, value: jax.Array) -> jax.Array:
     def rule(primals: Any, tangents: Any) -> Any:
         if not all(isinstance(t, SymbolicZero) for t in tangents[1]):
             raise GradientError(
-                f"a gradient is needed through the choice {address!r}, but a draw of {label} is not reparametrised, so the "
+                f"a gradient is needed through the choice {address!r}, but a draw of {label} is not "
+                f"reparametrised, so the "
                 "gradient would be silently wrong. Use a reparametrised distribution there, sum the choice out "
                 "(marginalize), or stop the gradient of its parameters"
             )
@@ -200,7 +202,8 @@ def bijection(d: Any, address: str) -> Any:
     label = type(d).__name__
     if getattr(d, "is_discrete", False):
         raise DensityError(
-            f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient there: give its "
+            f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient "
+            f"there: give its "
             "value (observe or condition it), sum it out (marginalize), or use an algorithm for discrete choices "
             "(importance, enumeration)"
         )
@@ -208,7 +211,8 @@ def bijection(d: Any, address: str) -> Any:
         return biject_to(d.support)
     except (NotImplementedError, AttributeError) as e:
         raise DensityError(
-            f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no bijection from R^n "
+            f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no "
+            f"bijection from R^n "
             f"({e}); reparametrise the site or give its value"
         ) from None
 
@@ -324,9 +328,10 @@ class ToUnconstrained(Handler):
         if site.spec.kind != "sample":
             return evaluate.site(site, key, given)[0], None, {}
         given = conditioned(site, given)
-        inverse = lambda value: site.over_lanes(
-            lambda p, x: bijection(p["d"], address).inv(x), value
-        )  # noqa: E731
+
+        def inverse(value: Any) -> jax.Array:
+            return site.over_lanes(lambda p, x: bijection(p["d"], address).inv(x), value)
+
         try:
             value = evaluate.value(site, key, given)
         except DensityError:  # improper: a box around zero on the unconstrained scale

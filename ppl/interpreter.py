@@ -266,7 +266,7 @@ def _lanes(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
 def walk_while(
     eqn: Any, ins: list[Any], context: Context
 ) -> tuple[list[Any], Records, dict[str, Any]]:
-    """Run a ``while_loop``; what its sites record and what they weigh is lost, since nobody knows how many there are."""
+    """Run a ``while_loop``; what its sites record and weigh is lost: nobody knows how many there are."""
     params = eqn.params
     n, m = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = ins[:n], ins[n : n + m], ins[n + m :]
@@ -336,7 +336,7 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     outs, records, terms = jax.lax.switch(
         index, [branch(i) for i in range(len(branches))], operands, keys, given
     )
-    here = [{n for n in _leaf_names(walk_names(b))} for b in branches]
+    here = [set(_leaf_names(walk_names(b))) for b in branches]
     return outs, _flag(records, index, here), terms
 
 
@@ -409,7 +409,6 @@ def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[s
 
     Its parameters may be infinite or not a number there: their cotangents are cut off where they are.
     """
-
     return walk(branch, finite_cotangents(operands), context)[1:]
 
 

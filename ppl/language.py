@@ -22,8 +22,8 @@ def sample(
 ) -> Any:
     """A named random choice; ``d`` is a distribution or a program.
 
-    Under ``jax.vmap`` every lane makes its own draw, whether or not ``d`` depends on the mapped values; under ``lax.scan``
-    every step does.
+    Under ``jax.vmap`` every lane makes its own draw, whether or not ``d`` depends on the mapped values; under
+    ``lax.scan`` every step does.
 
     Args:
         name: its address in the scope; no dot.
@@ -31,6 +31,7 @@ def sample(
             ``model(*args)``, whose choices land under ``name``.
         dims: names for the leading axes of the value that ``d`` itself makes.
         grad: gradient strategy for expectations (default: reparametrised where ``d`` is).
+        **unknown: refused; ``obs=`` with the way data are given here.
 
     Returns:
         The value of the choice, an array; of a program, its return value.

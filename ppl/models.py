@@ -1,4 +1,4 @@
-"""Models, programs and traces: ``@gen`` makes a model, a model applied to arguments is a program, a run of it a trace."""
+"""Models, programs and traces: ``@gen`` makes a model, its application is a program, a run of that a trace."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Trace(eqx.Module):
 
     Attributes:
         choices: nested dict of the values of its choices.
-        active: the same tree, booleans that lead the axes of the choice: whether it counts (False in a branch that was not
-            taken, where a mask is False, in unused steps of a loop).
+        active: the same tree, booleans that lead the axes of the choice: whether it counts (False in a branch that
+            was not taken, where a mask is False, in unused steps of a loop).
         derived: nested dict of what ``deterministic`` recorded.
         log_density: log density of the choices, a scalar; not a number where the program has none (it holds a
             ``while_loop`` with sites, or hidden ones).
@@ -214,7 +214,10 @@ class Program:
         return entry
 
     def staged(self) -> Program:
-        """The same program staged now: what the model captured is among its leaves, and the rest compares by structure."""
+        """The same program, staged now.
+
+        What the model captured is among its leaves, and the rest compares by structure.
+        """
         if self.is_staged:
             return self
         code, args = self.code()

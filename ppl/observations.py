@@ -181,7 +181,8 @@ def _forecast(info: SiteInfo, value: Any, where: Any) -> tuple[Any, Any]:
 def _shapes(info: SiteInfo, shape: tuple[int, ...], site: str) -> str:
     named = ", ".join(a.name or f"{a.kind} axis" for a in info.axes)
     return (
-        f"{site}: expected shape {info.shape} ({named or 'scalar'}{', event' if info.event_shape else ''}), got {shape}; "
+        f"{site}: expected shape {info.shape} ({named or 'scalar'}{', event' if info.event_shape else ''}), "
+        f"got {shape}; "
         "nothing is broadcast silently"
     )
 
@@ -199,7 +200,8 @@ def _check_values(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, s
         if bad.any():
             raise ObservationError(
                 f"{site}: {int(bad.sum())} of {bad.size} observations are NaN, the first at {_first(bad)}. If they are "
-                f"missing, say so: given({{{info.address!r}: observed(y, where=~jnp.isnan(y))}}), with missing='drop' to "
+                f"missing, say so: given({{{info.address!r}: observed(y, where=~jnp.isnan(y))}}), with "
+                f"missing='drop' to "
                 "leave them out"
             )
     if not _castable(value.dtype, info.dtype):
@@ -208,7 +210,8 @@ def _check_values(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, s
             bad = (chosen.astype(info.dtype) != chosen).reshape(*info.batch_shape, -1).any(-1)
             first = np.asarray(value)[tuple(np.argwhere(bad)[0])] if bad.ndim else value
             raise ObservationError(
-                f"{site}: the site is of dtype {info.dtype} and {first} at {_first(bad)} is not (its values would change)"
+                f"{site}: the site is of dtype {info.dtype} and {first} at {_first(bad)} is not (its values "
+                f"would change)"
             )
     if info.support is not None:
         try:
@@ -226,7 +229,8 @@ def _check_values(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, s
         if bad.any():
             first = value[tuple(np.argwhere(bad)[0])] if bad.ndim else value
             raise ObservationError(
-                f"{site}: {int(bad.sum())} of {bad.size} observations are outside the support {_support(info)}, the first, "
+                f"{site}: {int(bad.sum())} of {bad.size} observations are outside the support "
+                f"{_support(info)}, the first, "
                 f"{first}, at {_first(bad)}"
             )
 
@@ -251,7 +255,10 @@ def _support(info: SiteInfo) -> str:
 
 
 def _fill(value: Any, where: Any) -> Any:
-    """Put a value that was observed where none was: it is of the support, so that its density and gradient are finite."""
+    """Put a value that was observed where none was.
+
+    It is of the support, so that its density and gradient are finite.
+    """
     concrete = not isinstance(value, Tracer) and not isinstance(where, Tracer)
     numpy = np if concrete else jnp
     value, where = numpy.asarray(value), numpy.asarray(where)

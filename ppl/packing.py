@@ -1,7 +1,7 @@
 """Splitting a pytree into the arrays that are traced and a hashable rest.
 
-The rule is Equinox's, floats excepted: arrays and Python floats are traced; ints, bools, strings, functions and None are
-part of the structure, hence of the compilation key. Inside a distribution every number is traced.
+The rule is Equinox's, floats excepted: arrays and Python floats are traced; ints, bools, strings, functions and None
+are part of the structure, hence of the compilation key. Inside a distribution every number is traced.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 r"""Reparametrisation: the same law with other choices. ``noncentered`` and ``reparametrize``.
 
-A site $x \sim d$ becomes a base choice at ``x_base`` and a computed value recorded under ``x`` in ``trace.derived``; the law
-of everything else is unchanged (Papaspiliopoulos, Roberts and Sköld 2007; Gorinova, Moore and Hoffman 2020).
+A site $x \sim d$ becomes a base choice at ``x_base`` and a computed value recorded under ``x`` in ``trace.derived``;
+the law of everything else is unchanged (Papaspiliopoulos, Roberts and Sköld 2007; Gorinova, Moore and Hoffman 2020).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -42,7 +43,8 @@ class Reparam(eqx.Module):
 class LocScale(Reparam):
     r"""$x = c\,\mu + ...$: location-scale families, centred by ``centered`` in [0, 1] (0 is non-centred).
 
-    With $\lambda$ = ``centered``: base $\sim F(\lambda\mu, \sigma^\lambda)$ and $x = \mu + \sigma^{1-\lambda}(\text{base} - \lambda\mu)$.
+    With $\lambda$ = ``centered``: base $\sim F(\lambda\mu, \sigma^\lambda)$ and $x = \mu +
+    \sigma^{1-\lambda}(\text{base} - \lambda\mu)$.
     """
 
     centered: float = 0.0
@@ -114,7 +116,8 @@ def default_reparam(d: Any) -> Reparam:
         return LocScale()
     raise ModelError(
         f"{type(d).__name__} has no non-centred form: it takes a location-scale family on the real line, a "
-        "MultivariateNormal or a TransformedDistribution; give a strategy with reparametrize(model, {address: strategy})"
+        "MultivariateNormal or a TransformedDistribution; give a strategy with reparametrize(model, "
+        "{address: strategy})"
     )
 
 
@@ -126,14 +129,11 @@ class _Reparametrise(Rewrite):
         address = ".".join(site.address)
         for pattern, strategy in self.strategies:
             if site.spec.kind == "sample" and covers(pattern, address):
-                return (
-                    site.over_lanes(lambda payload: self.split(site, payload, strategy)),
-                    None,
-                    {},
-                )
+                split = functools.partial(self.split, site, strategy)
+                return site.over_lanes(split), None, {}
         return self.emit(site), None, {}
 
-    def split(self, site: Site, payload: dict[str, Any], strategy: Reparam | None) -> Any:
+    def split(self, site: Site, strategy: Reparam | None, payload: dict[str, Any]) -> Any:
         if "value" in payload:
             raise ModelError(
                 f"{'.'.join(site.address)!r} is conditioned: reparametrise before condition, or leave it out"
@@ -179,7 +179,9 @@ def reparametrize(model: F, strategies: Mapping[str, Reparam | None]) -> F:
 
 
 def noncentered(model: F, *addresses: str) -> F:
-    r"""The non-centred form of sites: $x = \mu + \sigma\,\varepsilon$ with $\varepsilon$ at ``x_base``, ``x`` in ``derived``.
+    r"""The non-centred form of sites: $x = \mu + \sigma\,\varepsilon$, with $\varepsilon$ at ``x_base``.
+
+    The value of ``x`` itself is recorded in ``derived``.
 
     It cures the funnel of hierarchical models with little data a group; with much data the centred form mixes better.
 
@@ -196,4 +198,4 @@ def noncentered(model: F, *addresses: str) -> F:
     """
     if not addresses:
         raise TypeError("noncentered(model, address, ...) takes at least one address")
-    return reparametrize(model, {a: None for a in addresses})
+    return reparametrize(model, dict.fromkeys(addresses))

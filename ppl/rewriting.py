@@ -86,7 +86,8 @@ def rewrite(
 
     Args:
         function: any function with sites.
-        args: its arguments; ``kwargs`` likewise.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
         handler: from the table of its sites to the handler and the entries that it is given by address.
     """
     code, operands = stage_call(function, args, kwargs)

@@ -1,9 +1,9 @@
 """The site: one random choice, factor or record of a program, as one JAX primitive.
 
-``site_p`` keeps everything that stands at a site unflattened nowhere but in its rules: its operands are the arrays of the
-payload (distribution, gradient strategy, scale, mask, value), its parameters the rest. It is staged, never evaluated:
-the interpreter gives it its meaning. Its batching rule keeps the un-vmapped payload and stacks the lanes, so that a
-plain ``jax.vmap`` makes independent draws.
+``site_p`` keeps everything that stands at a site unflattened nowhere but in its rules: its operands are the arrays of
+the payload (distribution, gradient strategy, scale, mask, value), its parameters the rest. It is staged, never
+evaluated: the interpreter gives it its meaning. Its batching rule keeps the un-vmapped payload and stacks the lanes,
+so that a plain ``jax.vmap`` makes independent draws.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ mlir.register_lowering(site_p, lambda ctx, *_, **params: _outside(**params))
 
 def _refuse_jvp(primals: Any, tangents: Any, *, spec: SiteSpec, **__: Any) -> Any:
     raise GradientError(
-        f"jax.grad, jvp or linearize goes through site {spec.name!r} inside a model, where the choice has no value yet. "
+        f"jax.grad, jvp or linearize goes through site {spec.name!r} inside a model, where the choice has "
+        f"no value yet. "
         "Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, ...)"
     )
 
@@ -205,7 +206,8 @@ def _sample_spec(
         dtype = jnp.result_type(int if stated["is_discrete"] else float)
     except (TypeError, AttributeError) as e:
         raise ModelError(
-            f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and log_prob(value): {e}"
+            f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and "
+            f"log_prob(value): {e}"
         ) from e
     batch_shape = stated.get("batch_shape")
     if batch_shape is not None:
@@ -223,7 +225,8 @@ def _sample_spec(
         ).shape
         if tuple(batch_shape) != shape[: len(batch_shape)]:
             raise ModelError(
-                f"site {name!r}: log_prob of {label} has shape {batch_shape}, which does not lead the shape {shape} of a draw"
+                f"site {name!r}: log_prob of {label} has shape {batch_shape}, which does not lead the shape "
+                f"{shape} of a draw"
             )
     if len(dims) > len(shape):
         raise ModelError(
@@ -312,7 +315,10 @@ class Site:
         return frozenset(self.skeleton.unpack([0.0] * self.skeleton.num_arrays))
 
     def over_lanes(self, f: Any, *xs: Any) -> Any:
-        """``f(payload, *xs)`` for every lane; ``xs`` carry all lane axes in front, the payload those that are mapped."""
+        """``f(payload, *xs)`` for every lane.
+
+        ``xs`` carry all lane axes in front, the payload those that are mapped.
+        """
 
         def one(operands: Any, *xs: Any) -> Any:
             return f(self.skeleton.unpack(operands[:-1]), *xs)

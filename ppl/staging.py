@@ -1,8 +1,8 @@
 """Staging: from a function to a jaxpr that compares by structure, and the cache that notices a changed global.
 
-A model is staged once for each combination of static arguments and shapes. What it captured (closed-over arrays, globals)
-becomes operands, so that the staged program is a hashable structure plus arrays: two stagings of one model over new data of
-the same shape are equal, and compiled code is shared between them.
+A model is staged once for each combination of static arguments and shapes. What it captured (closed-over arrays,
+globals) becomes operands, so that the staged program is a hashable structure plus arrays: two stagings of one model
+over new data of the same shape are equal, and compiled code is shared between them.
 """
 
 from __future__ import annotations
@@ -169,10 +169,9 @@ def _code_of(f: Any, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
 
 def _filled(cell: Any) -> bool:
     try:
-        cell.cell_contents
-    except ValueError:
+        return cell.cell_contents is not cell
+    except ValueError:  # a variable that is not bound yet
         return False
-    return True
 
 
 # --- staging ----------------------------------------------------------------------------------------------------------
@@ -195,7 +194,8 @@ def _arrays_only(out: Any) -> Any:
             leaf, (jax.Array, np.ndarray, np.generic, Tracer, bool, int, float, complex)
         ):
             raise ModelError(
-                f"a model returned a {type(leaf).__name__}; return arrays, or pytrees of arrays (a Program is sampled with "
+                f"a model returned a {type(leaf).__name__}; return arrays, or pytrees of arrays (a Program "
+                f"is sampled with "
                 "sample(name, program) to give its value)"
             )
     return out
@@ -241,7 +241,11 @@ def _watching() -> Iterator[None]:
 
 
 def captured(root: Any) -> list[tuple[Any, Any, Any]]:
-    """Where a function reads from outside: ``(container, name, value)`` of closure cells and globals, callees included."""
+    """Where a function reads from outside.
+
+    Returns:
+        ``(container, name, value)`` of closure cells and globals, those of callees included.
+    """
     found: list[tuple[Any, Any, Any]] = []
     seen: set[int] = set()
 

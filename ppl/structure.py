@@ -21,7 +21,10 @@ from .sites import SiteSpec, site_p
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One axis of a recorded choice: made by ``jax.vmap`` ("lanes"), ``lax.scan`` ("scan") or the distribution ("batch")."""
+    """One axis of a recorded choice.
+
+    Its kind tells who made it: ``jax.vmap`` ("lanes"), ``lax.scan`` ("scan") or the distribution ("batch").
+    """
 
     size: int
     name: str | None
@@ -164,7 +167,8 @@ def _equation(eqn: Any, place: _Place) -> Scope:
     if primitive.name in CALLS:
         return _scope(inner_jaxprs(eqn)[0], place)
     raise ModelError(
-        f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, scan, cond, switch, "
+        f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, "
+        f"scan, cond, switch, "
         "jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
     )
 

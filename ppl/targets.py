@@ -15,7 +15,6 @@ from .addresses import unflatten
 from .compat import Tracer, as_key
 from .errors import AddressError, DensityError
 from .handlers import Given, expand
-
 from .models import Program, Trace, _generate, _log_densities, _log_density, by_axis
 from .observations import entries
 from .structure import SiteInfo
@@ -30,8 +29,8 @@ class Target(eqx.Module):
     Attributes:
         program: the program.
         data: what is given, by dotted address.
-        missing: for a site observed in part, the flat indices of its missing elements, where they were known when it was
-            made; they are its coordinates in unconstrained space.
+        missing: for a site observed in part, the flat indices of its missing elements, where they were known when it
+            was made; they are its coordinates in unconstrained space.
     """
 
     program: Program
@@ -85,7 +84,10 @@ class Target(eqx.Module):
         return _log_density(self.program.staged(), unflatten(self.complete(latents)))
 
     def log_densities(self, latents: Mapping[str, Any], by: str | None = None) -> Any:
-        """Log density of each site; with ``by`` the observed sites summed to one number for every index of that axis."""
+        """Log density of each site.
+
+        With ``by``, the observed sites are summed to one number for every index of that axis.
+        """
         self.program.require_density()
         found = _log_densities(self.program.staged(), unflatten(self.complete(latents)))
         if by is None:
@@ -114,7 +116,10 @@ class Target(eqx.Module):
         batch_size: int | None = None,
         keep: str | Iterable[str] | None = None,
     ) -> Trace:
-        """Draw the data anew (and the missing and unseen) for every draw of the latent choices; see ``Program.predict``."""
+        """Draw the data anew (and the missing and unseen) for every draw of the latent choices.
+
+        See ``Program.predict``.
+        """
         from .addresses import flatten
 
         return self.program.predict(
@@ -201,6 +206,7 @@ def _require_unread(program: Program, address: str, given: Given) -> None:
     found = readers(code.jaxpr, address)
     if found:
         raise DensityError(
-            f"model {program.name!r}: the missing elements of {address!r} cannot be dropped, since {', '.join(map(repr, found))} "
-            "depend on the site; impute them: observed(y, where=mask, missing='impute')"
+            f"model {program.name!r}: the missing elements of {address!r} cannot be dropped, since "
+            f"{', '.join(map(repr, found))} depend on the site; impute them: "
+            "observed(y, where=mask, missing='impute')"
         )

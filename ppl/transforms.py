@@ -1,6 +1,7 @@
-"""Transforms of models: ``condition``, ``do``, ``block``, ``scope``, ``scale``, ``mask``, ``replay``, ``with_gradients``.
+"""Transforms of models.
 
-Each takes a model, or any function with sites, and returns the same kind.
+``condition``, ``do``, ``block``, ``scope``, ``scale``, ``mask``, ``replay``, ``with_gradients``: each takes a model, or
+any function with sites, and returns the same kind.
 """
 
 from __future__ import annotations
@@ -296,7 +297,8 @@ class _Masked(Transformed):
                     continue
                 if jnp.ndim(where) and jnp.shape(where) != info.batch_shape[: jnp.ndim(where)]:
                     raise AddressError(
-                        f"mask of {address!r}: expected a scalar or leading axes of {info.batch_shape}, got shape {jnp.shape(where)}"
+                        f"mask of {address!r}: expected a scalar or leading axes of {info.batch_shape}, got "
+                        f"shape {jnp.shape(where)}"
                     )
                 lead = jnp.reshape(
                     where, jnp.shape(where) + (1,) * (len(info.batch_shape) - jnp.ndim(where))

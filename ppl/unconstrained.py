@@ -16,7 +16,6 @@ from .compat import as_key
 from .handlers import Free, Given, ToUnconstrained, Unconstrain, expand
 from .interpreter import interpret
 from .models import Trace, flat_records, sort_records
-
 from .packing import pack
 from .targets import Target
 
