@@ -7,6 +7,7 @@ values lead with (chain, draw) in `Draws` and with (particle,) in `Particles`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from scipy import special
 from weft.ppl.addresses import flatten, unknown
 from weft.ppl.compat import as_key
 from weft.ppl.errors import AddressError, WeftError
@@ -295,25 +297,17 @@ class Particles(eqx.Module):
             >>> sorted(equal.choices["z"].tolist()), equal.ess().item()
             ([0, 2, 2, 2], 4.0)
         """
-        if not isinstance(self.log_weights, jax.core.Tracer) and not jnp.isfinite(
-            self.log_weights.max()
-        ):
-            raise WeftError(
-                f"resample: the largest log weight is {self.log_weights.max()}, no particle can be "
-                "drawn by them"
-            )
+        if not _traced(self.log_weights):
+            largest = np.max(np.asarray(self.log_weights), initial=-np.inf)
+            if not np.isfinite(largest):
+                raise WeftError(
+                    f"resample: the largest log weight is {largest}, no particle can be drawn by them"
+                )
         count = self.num_particles if num_samples is None else num_samples
-        shift, shuffle = jax.random.split(as_key(key))
-        heaps = jnp.cumsum(self.weights)
-        at = (jax.random.uniform(shift, (), heaps.dtype) + jnp.arange(count)) / count * heaps[-1]
-        at = jnp.minimum(
-            at, jnp.nextafter(heaps[-1], 0)
-        )  # rounding must not reach past the last positive weight
-        chosen = jax.random.permutation(shuffle, jnp.searchsorted(heaps, at, side="right"))
-        n = self.num_particles
+        chosen = _systematic(as_key(key), self.log_weights, count)
         evidence = self.log_evidence
         if evidence is None:
-            evidence = jax.nn.logsumexp(self.log_weights) - jnp.log(n)
+            evidence = jax.nn.logsumexp(self.log_weights) - jnp.log(self.num_particles)
         return Particles(
             choices=jax.tree.map(lambda x: x[chosen], self.choices),
             derived=jax.tree.map(lambda x: x[chosen], self.derived),
@@ -418,7 +412,9 @@ class Particles(eqx.Module):
         if self.exact:
             return f"{title}, log evidence {float(self.log_evidence):.6g}"
         variance = self.log_evidence_variance
-        variance = 1 / self.ess() - 1 / self.num_particles if variance is None else variance
+        if variance is None:
+            share = special.softmax(np.asarray(self.log_weights, dtype=float))
+            variance = np.square(share).sum() - 1 / self.num_particles
         error = max(float(variance), 0.0) ** 0.5
         return f"{title}, log evidence {float(self.log_evidence):.6g} (standard error {error:.2g})"
 
@@ -439,6 +435,18 @@ class Particles(eqx.Module):
 
 
 # ------------------------------------------------------------------------------------------- shared
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _systematic(key: PRNGKeyArray, log_weights: Array, count: int) -> Int[Array, " count"]:
+    """Indices of a systematic resampling, shuffled."""
+    shift, shuffle = jax.random.split(key)
+    heaps = jnp.cumsum(jax.nn.softmax(log_weights))
+    at = (jax.random.uniform(shift, (), heaps.dtype) + jnp.arange(count)) / count * heaps[-1]
+    at = jnp.minimum(
+        at, jnp.nextafter(heaps[-1], 0)
+    )  # rounding must not pass the last positive weight
+    return jax.random.permutation(shuffle, jnp.searchsorted(heaps, at, side="right"))
 
 
 def _lookup(address: str, *trees: dict[str, Any]) -> Any:
