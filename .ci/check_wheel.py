@@ -7,7 +7,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"weft": "weft", "ppl": "weft/ppl", "inference": "weft/inference", "models": "weft/models"}
+FOLDERS = {
+    "weft": "weft",
+    "ppl": "weft/ppl",
+    "inference": "weft/inference",
+    "models": "weft/models",
+}
 
 
 def main(wheel: str) -> None:

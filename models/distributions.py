@@ -9,4 +9,4 @@ Example:
     ()
 """
 
-from numpyro.distributions import *  # noqa: F403
+from numpyro.distributions import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
