@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer as Tracer
+from jax.core import eval_jaxpr as eval_jaxpr
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters.batching import fancy_primitive_batchers as fancy_primitive_batchers

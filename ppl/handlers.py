@@ -79,7 +79,7 @@ class Evaluate(Handler):
 
     def site(
         self, site: Site, key: Any, given: Any
-    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
         if site.spec.kind == "deterministic":
             value = site.part("value")
             return value, {"value": value} if self.record == "value" else None, {}
@@ -155,7 +155,7 @@ class Evaluate(Handler):
 
     def loop(
         self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
         outs, records, _ = walk_while(
             eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients))
         )
@@ -258,7 +258,7 @@ class Unconstrain(Handler):
 
     def site(
         self, site: Site, key: Any, given: Any
-    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
         given = conditioned(site, given)
         if isinstance(given, Free):
             if site.address in self.skip:
@@ -323,7 +323,7 @@ class ToUnconstrained(Handler):
 
     def site(
         self, site: Site, key: Any, given: Any
-    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
         evaluate, address = Evaluate(None), ".".join(site.address)
         if site.spec.kind != "sample":
             return evaluate.site(site, key, given)[0], None, {}

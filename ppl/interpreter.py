@@ -62,7 +62,7 @@ class Handler:
 
     def site(
         self, site: Site, key: Any, given: Any
-    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
         """``(value, record or None, terms)`` of one site; the terms are summed over the program."""
         raise NotImplementedError
 
@@ -76,19 +76,17 @@ class Handler:
 
     def scope(
         self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
         """A nested program."""
         return walk(eqn.params["jaxpr"], args, context.enter(eqn.params["name"]))
 
-    def anonymous(
-        self, eqn: Any, args: list[Any], key: Any
-    ) -> tuple[list[Any], dict[str, jax.Array]]:
+    def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
         """An anonymous run of a program (``draw``): its outputs are its trace."""
         raise NotImplementedError
 
     def loop(
         self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
         """A ``while_loop`` that holds sites."""
         return walk_while(eqn, args, context)
 
@@ -135,7 +133,7 @@ def interpret(
     handler: Handler,
     key: Any = None,
     given: dict[str, Any] | None = None,
-) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+) -> tuple[list[Any], Records, dict[str, Any]]:
     """Run a staged program under a handler.
 
     Args:
@@ -154,9 +152,7 @@ def interpret(
     return walk(jaxpr, args, Context(handler, key or {}, given or {}))
 
 
-def walk(
-    jaxpr: Any, args: Any, context: Context
-) -> tuple[list[Any], Records, dict[str, jax.Array]]:
+def walk(jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
     """Evaluate the equations of a jaxpr in order; equations that hold no site are evaluated as they are."""
     opened, consts = open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))

@@ -170,8 +170,7 @@ def repeat(f: Callable[[], Any], n: int, axis_name: str | None = None) -> Any:
         >>> dice().simulate(jax.random.key(0)).choices["face"].shape
         (5,)
     """
-    kwargs = {} if axis_name is None else {"axis_name": axis_name}
-    return jax.vmap(lambda _: f(), axis_size=n, **kwargs)(jnp.zeros(n))
+    return jax.vmap(lambda _: f(), axis_size=n, axis_name=axis_name)(jnp.zeros(n))
 
 
 def loop(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .addresses import flatten
+from .compat import Tracer
 
 if TYPE_CHECKING:
     from .models import Program, Trace
@@ -91,7 +92,7 @@ def trace(t: Trace) -> str:
             )
     density = (
         ""
-        if isinstance(t.log_density, jax.core.Tracer) or jax.numpy.ndim(t.log_density)
+        if isinstance(t.log_density, Tracer) or jax.numpy.ndim(t.log_density)
         else f" {float(t.log_density):.4g}"
     )
     return f"Trace: log density{density or ' ' + str(jax.numpy.shape(t.log_density))}\n" + table(

@@ -8,6 +8,7 @@ over new data of the same shape are equal, and compiled code is shared between t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compat import Literal, Tracer, consts_first, is_jaxpr, open_jaxpr
+from .compat import Literal, Tracer, consts_first, eval_jaxpr, is_jaxpr, open_jaxpr
 from .errors import ModelError
 
 # --- jaxprs by structure ----------------------------------------------------------------------------------------------
@@ -34,9 +35,7 @@ class Code:
         self._hash: int | None = None
 
     def __call__(self, *args: Any) -> Any:
-        return jax.tree.unflatten(
-            self.out_tree, jax.core.eval_jaxpr(*open_jaxpr(self.jaxpr), *args)
-        )
+        return jax.tree.unflatten(self.out_tree, eval_jaxpr(*open_jaxpr(self.jaxpr), *args))
 
     def __hash__(self) -> int:
         if self._hash is None:
@@ -266,7 +265,7 @@ def captured(root: Any) -> list[tuple[Any, Any, Any]]:
                 if name in x.__globals__:
                     note(x.__globals__, name, x.__globals__[name])
         elif hasattr(x, "__wrapped__") and callable(x):
-            visit(x.__wrapped__)
+            visit(inspect.unwrap(x))
         elif type(x).__module__.startswith("weft.") and hasattr(x, "__dict__"):
             for value in vars(x).values():
                 visit(value)
