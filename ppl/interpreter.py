@@ -347,7 +347,7 @@ def walk_names(jaxpr: Any) -> dict[str, Any]:
                 names[eqn.params["name"]] = walk_names(eqn.params["jaxpr"])
         elif eqn_holds_sites(eqn):
             for j in inner_jaxprs(eqn):
-                names.update(walk_names(j))
+                names = _merge(names, walk_names(j))
     return names
 
 

@@ -283,7 +283,8 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
             plan[params["spec"].name] = KeyNode(loops)
         elif eqn.primitive is scope_p:
             name = params["name"] if params["name"] is not None else anonymous_name(anonymous)
-            plan[name] = KeyNode(loops, key_plan(params["jaxpr"]))
+            other = plan[name].inner if name in plan else None  # the same name in another branch
+            plan[name] = KeyNode(loops, {**(other or {}), **key_plan(params["jaxpr"])})
         elif (
             eqn.primitive is while_p
         ):  # iterations are not known: the body derives its keys as it goes
