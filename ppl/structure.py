@@ -284,7 +284,7 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
         elif eqn.primitive is scope_p:
             name = params["name"] if params["name"] is not None else anonymous_name(anonymous)
             other = plan[name].inner if name in plan else None  # the same name in another branch
-            plan[name] = KeyNode(loops, {**(other or {}), **key_plan(params["jaxpr"])})
+            plan[name] = KeyNode(loops, _merge_plans(other or {}, key_plan(params["jaxpr"])))
         elif (
             eqn.primitive is while_p
         ):  # iterations are not known: the body derives its keys as it goes
@@ -301,6 +301,15 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
                 _plan(j, inside, offset, plan)
                 offset += count_anonymous(j)
         anonymous += eqn_anonymous(eqn)
+
+
+def _merge_plans(a: dict[str, KeyNode], b: dict[str, KeyNode]) -> dict[str, KeyNode]:
+    merged = {**a, **b}
+    for name in a.keys() & b.keys():
+        inner, other = a[name].inner, b[name].inner
+        if inner is not None and other is not None:
+            merged[name] = KeyNode(b[name].loops, _merge_plans(inner, other))
+    return merged
 
 
 def anonymous_name(index: int) -> str:
