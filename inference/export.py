@@ -22,6 +22,7 @@ from weft.ppl.errors import AddressError, WeftError
 
 _SAMPLE = ("chain", "draw")
 _LARGE = 10**8  # numbers of pointwise log likelihood that nobody asked for
+_BY_AXIS = "log_likelihood"  # the variable that holds it by the index of an axis, whatever the site
 _BATCH = 2**22  # numbers of it evaluated at once
 
 Coords = Mapping[str, Sequence[Any]]
@@ -43,7 +44,7 @@ def draws_to_arviz(
         else np.broadcast_to(value[:, None], (draws.num_chains, draws.num_draws))
         for name, value in stats.items()
     }
-    return _assemble(groups, draws.target, coords or {}, {})
+    return _assemble(groups, draws.target, coords or {}, {}, log_likelihood)
 
 
 def particles_to_arviz(
@@ -67,12 +68,8 @@ def particles_to_arviz(
     draws = Draws(*one, active=active, target=particles.target)
     if predictions is not None:
         predictions = jax.tree.map(lambda x: jnp.asarray(x)[None], _recorded(predictions))
-    return _assemble(
-        _groups(draws, predictions, log_likelihood, batch_size),
-        particles.target,
-        coords or {},
-        attributes,
-    )
+    groups = _groups(draws, predictions, log_likelihood, batch_size)
+    return _assemble(groups, particles.target, coords or {}, attributes, log_likelihood)
 
 
 def pointwise_log_likelihood(
@@ -89,8 +86,8 @@ def pointwise_log_likelihood(
 
     Returns:
         Address of an observed site to an array (chain, draw, mapped axes..., *batch_shape), event
-        axes summed; with `by`, that name to an array (chain, draw, size). What is missing of a site
-        observed in part has 0.
+        axes summed; with `by`, "log_likelihood" to an array (chain, draw, size). What is missing of
+        a site observed in part has 0.
 
     Raises:
         WeftError: if a latent choice is not among the choices.
@@ -119,7 +116,7 @@ def pointwise_log_likelihood(
 def _evaluate(target: Any, latents: Any, by: str | None, batch_size: int) -> dict[str, jax.Array]:
     def one(latents: Any) -> dict[str, jax.Array]:
         if by is not None:
-            return {by: target.log_densities(latents, by=by)}
+            return {_BY_AXIS: target.log_densities(latents, by=by)}
         densities = flatten(target.log_densities(latents))
         return {a: _where_observed(target, a, densities[a]) for a in _observed_sites(target)}
 
@@ -265,7 +262,11 @@ def _predictions(draws: Any, predictions: Any) -> tuple[str, dict[str, np.ndarra
 
 
 def _assemble(
-    groups: Mapping[str, Any], target: Any, coords: Coords, attributes: Mapping[str, Any]
+    groups: Mapping[str, Any],
+    target: Any,
+    coords: Coords,
+    attributes: Mapping[str, Any],
+    by: bool | str | None,
 ) -> Any:
     import xarray
 
@@ -284,11 +285,9 @@ def _assemble(
         variables = {}
         for address, value in values.items():
             value = np.asarray(value)
-            axes = (
-                (address,)
-                if group == "log_likelihood" and address not in names
-                else names.get(address, ())
-            )
+            axes = names.get(address, ())
+            if group == "log_likelihood" and isinstance(by, str):
+                axes = (by,)
             dims = _dims(address, value.shape[len(sample) :], axes, values, sizes)
             variables[address] = ((*sample, *dims), value)
         used |= set(sizes)
