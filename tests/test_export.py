@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+import xarray
 from scipy import stats
 from weft.inference import Draws, Particles, load
 from weft.inference.export import pointwise_log_likelihood
@@ -74,9 +75,7 @@ def groups(data: Any) -> set[str]:
 def test_groups_dims_and_values() -> None:
     draws = some_draws(stats={"lp": np.ones((CHAINS, DRAWS)), "step_size": np.array([0.1, 0.2])})
     data = draws.to_arviz(coords={"row": ["a", "b", "c"]})
-    assert isinstance(
-        data, getattr(arviz, "InferenceData" if "InferenceData" in vars(arviz) else "", object)
-    )
+    assert isinstance(data, vars(arviz).get("InferenceData", xarray.DataTree))
     assert groups(data) == {"posterior", "sample_stats", "observed_data", "log_likelihood"}
     dims = {name: v.dims[2:] for name, v in data.posterior.data_vars.items()}
     assert dims == {
@@ -217,7 +216,7 @@ def test_draws_without_a_target(tmp_path: pathlib.Path) -> None:
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = some_draws()
-    with pytest.raises(AddressError, match="'rows' among the dims for coords; did you mean 'row'"):
+    with pytest.raises(AddressError, match=r"'rows' among the dims for coords; did you mean 'row'"):
         draws.to_arviz(coords={"rows": [1, 2, 3]})
     with pytest.raises(WeftError, match=r"'row' has 3 elements, and \(2,\) labels were given"):
         draws.to_arviz(coords={"row": [1, 2]})
@@ -225,7 +224,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         draws.to_arviz(log_likelihood="raw")
     part = Draws({"mu": draws["mu"]}, stats=draws.stats, target=TARGET)
     assert "log_likelihood" not in groups(part.to_arviz())
-    with pytest.raises(WeftError, match="the draws lack 'inner.size', 'theta'"):
+    with pytest.raises(WeftError, match=r"the draws lack 'inner.size', 'theta'"):
         part.to_arviz(log_likelihood=True)
     with pytest.raises(WeftError, match="outside jit, vmap and grad"):
         jax.jit(lambda d: d.to_arviz())(draws)
