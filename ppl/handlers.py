@@ -11,9 +11,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from numpyro.distributions import biject_to
 
+from .cotangents import finite_cotangents
 from .errors import AddressError, DensityError, GradientError
-from .interpreter import Context, Handler, Records, finite_cotangents, walk_while
-from .sites import Site
+from .interpreter import Context, Handler, Records, walk_while
+from .sites import Site, is_discrete
 
 
 class Given(NamedTuple):
@@ -93,6 +94,8 @@ class Evaluate(Handler):
         value = self.value(site, key, given)
         if site.spec.hidden and not fixed:  # the density of what is not recorded is not known
             return value, None, {"log_density": jnp.nan, "log_weight": 0.0}
+        if "where" in site.parts or (given is not None and given.drop is not None):
+            site = site.guarded()
         log_prob = site.weigh(site.log_prob(value))
         terms = {}
         if given is None:
@@ -130,13 +133,12 @@ class Evaluate(Handler):
         )
 
     def draw(self, site: Site, key: Any) -> jax.Array:
-        try:
-            value = site.draw(key)
-        except NotImplementedError as e:
+        if site.spec.unsampled:
             raise DensityError(
-                f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled "
-                f"({e or 'it is improper'}); it can stand in a target, where its choice is given or inferred"
-            ) from None
+                f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled ({site.spec.unsampled}); it can "
+                "stand in a target, where its choice is given or inferred"
+            )
+        value = site.draw(key)
         if self.gradients and not site.spec.reparametrised:
             return no_gradient(site, value)
         return value
@@ -200,7 +202,7 @@ def bijection(d: Any, address: str) -> Any:
         DensityError: if the site is discrete, or its support has none.
     """
     label = type(d).__name__
-    if getattr(d, "is_discrete", False):
+    if is_discrete(d):
         raise DensityError(
             f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient "
             f"there: give its "
@@ -209,7 +211,7 @@ def bijection(d: Any, address: str) -> Any:
         )
     try:
         return biject_to(d.support)
-    except (NotImplementedError, AttributeError) as e:
+    except (NotImplementedError, AttributeError, AssertionError) as e:
         raise DensityError(
             f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no "
             f"bijection from R^n "
@@ -270,44 +272,36 @@ class Unconstrain(Handler):
         return value, record, {"log_density": terms["log_density"]} if terms else {}
 
     def latent(self, site: Site, given: Free) -> Any:
-        value, jacobian = to_support(
-            site, finite_cotangents(given.z) if self.idle_branch else given.z
-        )
-        free = True
+        active: Any = not self.idle_branch
+        z = given.z
+        if self.idle_branch or "where" in site.parts:
+            site, z = site.guarded(), finite_cotangents(z)
+            if "where" in site.parts and not self.idle_branch:
+                active = site.part("where")
+        value, jacobian = to_support(site, z)
+        free: Any = True
         if given.where is not None:
             value = jnp.where(
                 expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value
             )
             free = ~jnp.asarray(given.where)
         own = site.log_prob(value)
-        active = site.part("where") if "where" in site.parts else True
-        if self.idle_branch:
-            total = self.pseudo_prior(site, own + jacobian, value, given.z)
-        else:
-            term = (
-                jnp.where(active, site.weigh(own), own)
-                if "where" in site.parts
-                else site.weigh(own)
-            )
-            total = jnp.sum(term) + jnp.sum(
-                jnp.where(free, jacobian, 0) if given.where is not None else jacobian
-            )
+        term = site.weigh(own) + jnp.where(free, jacobian, 0)
+        if active is not True:
+            stand_in = jnp.where(free, self.pseudo_prior(own + jacobian, given.z), 0)
+            term = jnp.where(active, term, stand_in)
         record = None
         if self.record:
             record = {"value": value}
             if "where" in site.parts:
                 record["active"] = jnp.broadcast_to(active, own.shape)
-        return value, record, {"log_density": total}
+        return value, record, {"log_density": jnp.sum(term)}
 
-    def pseudo_prior(self, site: Site, own: jax.Array, value: jax.Array, z: jax.Array) -> jax.Array:
-        finite = jnp.isfinite(own)
-        ndim = own.ndim
-        normal = (
-            jnp.sum((-0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)).reshape(*own.shape, -1), -1)
-            if z.ndim >= ndim
-            else own
-        )
-        return jnp.sum(jnp.where(finite, own, normal))
+    @staticmethod
+    def pseudo_prior(own: jax.Array, z: jax.Array) -> jax.Array:
+        """The own density of an idle choice, or N(0, 1) where that is not finite."""
+        normal = -0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)
+        return jnp.where(jnp.isfinite(own), own, jnp.sum(normal.reshape(*own.shape, -1), -1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import ad, mlir
-from jax.interpreters.batching import primitive_batchers
 
 from .compat import (
     CALLS,
     Literal,
-    Primitive,
-    ShapedArray,
     bind,
     cond_p,
     inner_jaxprs,
@@ -35,6 +31,7 @@ from .compat import (
     while_p,
 )
 from .control import eqn_holds_sites, lanes_p, scope_p
+from .cotangents import finite_cotangents
 from .sites import Site, site_p
 from .structure import (
     anonymous_name,
@@ -305,7 +302,7 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
         outs = [_cast(o, a) for o, a in zip(outs, branches[i].out_avals, strict=True)]
         if not context.handler.every_branch:
             return outs, records, terms
-        mine = set(_leaf_names(records))
+        mine = _leaf_names(walk_names(branches[i]))
         for j, other in enumerate(branches):
             if j != i:
                 skip = frozenset((*context.prefix, *address) for address in mine)
@@ -315,6 +312,7 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
                 )
                 more, extra = _idle(other, operands, idle)
                 records, terms = _merge(records, more), _add(terms, extra)
+                mine = [*mine, *_leaf_names(walk_names(other))]
         return outs, records, terms
 
     union: Records = {}
@@ -406,23 +404,6 @@ def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[s
     Its parameters may be infinite or not a number there: their cotangents are cut off where they are.
     """
     return walk(branch, finite_cotangents(operands), context)[1:]
-
-
-finite_p = Primitive("finite_cotangent")
-finite_p.def_impl(lambda x: x)
-finite_p.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
-mlir.register_lowering(finite_p, mlir.lower_fun(lambda x: x, multiple_results=False))
-ad.deflinear2(finite_p, lambda ct, _: [jnp.where(jnp.isfinite(ct), ct, 0)])
-primitive_batchers[finite_p] = lambda args, dims: (finite_p.bind(*args), dims[0])
-
-
-def finite_cotangents(tree: Any) -> Any:
-    """The same values; cotangents that come back to them and are not finite are replaced by zero."""
-
-    def cut(x: Any) -> Any:
-        return finite_p.bind(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
-
-    return jax.tree.map(cut, tree)
 
 
 _RULES: dict[Any, Any] = {

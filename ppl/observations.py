@@ -131,7 +131,7 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
     return Given(
         value,
         None if where is None else jnp.asarray(where),
-        None if drop is None else jnp.zeros(()),
+        None if drop is None else jnp.ones(info.batch_shape, bool),
     )
 
 

@@ -8,6 +8,7 @@ so that a plain ``jax.vmap`` makes independent draws.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -19,6 +20,7 @@ import numpy as np
 from jax.interpreters import ad, mlir
 
 from .compat import Primitive, ShapedArray, Tracer, fancy_primitive_batchers
+from .cotangents import finite_cotangents
 from .errors import GradientError, ModelError
 from .packing import Skeleton, is_number, pack
 
@@ -73,6 +75,7 @@ class SiteSpec:
     takes_sample_shape: bool = False
     num_distribution_arrays: int = 0
     hidden: bool = False
+    unsampled: str = ""  # why it cannot be drawn
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -195,38 +198,46 @@ def _sample_spec(
         for attribute in ("batch_shape", "event_shape", "has_rsample"):
             stated[attribute] = getattr(d, attribute, None)
         stated["takes_sample_shape"] = "sample_shape" in inspect.signature(d.sample).parameters
-        stated["is_discrete"] = getattr(d, "is_discrete", False)
+        stated["discrete"] = is_discrete(d)
         return jnp.asarray(d.sample(key))
 
+    unsampled = ""
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
     try:
         out = jax.eval_shape(draw, key, arrays)
-        shape, dtype = out.shape, out.dtype
-    except NotImplementedError:
-        shape = tuple(stated["batch_shape"] or ()) + tuple(stated["event_shape"] or ())
-        dtype = jnp.result_type(int if stated["is_discrete"] else float)
-    except (TypeError, AttributeError) as e:
+        shape, dtype = tuple(out.shape), out.dtype
+    except (NotImplementedError, ImportError) as e:
+        unsampled = str(e) or "it is improper"
+    except Exception as e:
         raise ModelError(
             f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and "
-            f"log_prob(value): {e}"
+            f"log_prob(value): {type(e).__name__}: {e}"
         ) from e
     batch_shape = stated.get("batch_shape")
-    if batch_shape is not None:
-        expected = tuple(batch_shape) + tuple(stated["event_shape"])
-        if expected != shape:
-            raise ModelError(
-                f"site {name!r}: {label} states batch_shape {tuple(batch_shape)} and event_shape "
-                f"{tuple(stated['event_shape'])} but a draw has shape {shape}. It was probably built by jax.vmap; "
-                "sample inside the vmap instead: jax.vmap(lambda x: sample(name, make(x)))(xs)"
-            )
-    else:
+    if batch_shape is None:
         value = jax.ShapeDtypeStruct(shape, dtype)
-        batch_shape = jax.eval_shape(
-            lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays
-        ).shape
+        density = jax.eval_shape(lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays)
+        batch_shape = density.shape
         if tuple(batch_shape) != shape[: len(batch_shape)]:
             raise ModelError(
                 f"site {name!r}: log_prob of {label} has shape {batch_shape}, which does not lead the shape "
                 f"{shape} of a draw"
+            )
+    else:
+        expected = tuple(batch_shape) + tuple(stated["event_shape"])
+        if not unsampled and shape != expected:
+            unsampled = f"its draws have shape {shape}, not the {expected} that it states"
+            if len(shape) > len(expected):
+                raise ModelError(
+                    f"site {name!r}: {label} states batch_shape {tuple(batch_shape)} and event_shape "
+                    f"{tuple(stated['event_shape'])}, but a draw has shape {shape}. It was probably built by jax.vmap; "
+                    "sample inside the vmap instead: jax.vmap(lambda x: sample(name, make(x)))(xs)"
+                )
+        if unsampled:
+            shape = expected
+            dtype = (
+                jnp.result_type(int if stated["discrete"] else float) if dtype is None else dtype
             )
     if len(dims) > len(shape):
         raise ModelError(
@@ -237,7 +248,7 @@ def _sample_spec(
         name=name,
         kind="sample",
         label=label,
-        shape=tuple(shape),
+        shape=shape,
         dtype=jnp.dtype(dtype),
         batch_ndim=len(batch_shape),
         dims=dims,
@@ -247,7 +258,16 @@ def _sample_spec(
         takes_sample_shape=stated["takes_sample_shape"],
         num_distribution_arrays=len(arrays),
         hidden=hidden,
+        unsampled=unsampled,
     )
+
+
+def is_discrete(d: Any) -> bool:
+    """Whether a distribution says that it is discrete (some of NumPyro's fail to say anything)."""
+    try:
+        return bool(d.is_discrete)
+    except (AttributeError, AssertionError, NotImplementedError):
+        return False
 
 
 def _support(d: Any) -> Constant | None:
@@ -313,6 +333,12 @@ class Site:
     def parts(self) -> frozenset[str]:
         """Which parts the payload has."""
         return frozenset(self.skeleton.unpack([0.0] * self.skeleton.num_arrays))
+
+    def guarded(self) -> Site:
+        """The same site; cotangents to its operands that are not finite are replaced by zero."""
+        site = copy.copy(self)
+        site.operands = finite_cotangents(self.operands)
+        return site
 
     def over_lanes(self, f: Any, *xs: Any) -> Any:
         """``f(payload, *xs)`` for every lane.

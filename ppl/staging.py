@@ -8,7 +8,7 @@ over new data of the same shape are equal, and compiled code is shared between t
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -249,12 +249,9 @@ def captured(root: Any) -> list[tuple[Any, Any, Any]]:
     seen: set[int] = set()
 
     def visit(x: Any) -> None:
-        if id(x) in seen or len(found) > 2000:
+        if id(x) in seen or len(found) > MAX_CAPTURED:
             return
         seen.add(id(x))
-        if isinstance(x, types.MethodType):
-            visit(x.__self__)
-            x = x.__func__
         if isinstance(x, types.FunctionType):
             if x.__module__ and x.__module__.split(".")[0] in _LIBRARIES:
                 return
@@ -264,11 +261,28 @@ def captured(root: Any) -> list[tuple[Any, Any, Any]]:
             for name in _global_names(x.__code__):
                 if name in x.__globals__:
                     note(x.__globals__, name, x.__globals__[name])
-        elif hasattr(x, "__wrapped__") and callable(x):
-            visit(inspect.unwrap(x))
-        elif type(x).__module__.startswith("weft.") and hasattr(x, "__dict__"):
-            for value in vars(x).values():
-                visit(value)
+            for default in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
+                visit(default)
+        elif isinstance(x, types.MethodType):
+            visit(x.__self__)
+            visit(x.__func__)
+        elif isinstance(x, functools.partial):
+            for part in (x.func, *x.args, *x.keywords.values()):
+                visit(part)
+        elif isinstance(x, dict):
+            for name, value in x.items():
+                note(x, name, value)
+        elif isinstance(x, (list, tuple)):
+            for i, value in enumerate(x):
+                note(x, i, value)
+        elif isinstance(x, (type, types.ModuleType)):
+            return
+        elif hasattr(x, "__dict__"):
+            for name, value in vars(x).items():
+                note(x, name, value)
+            if callable(x):
+                visit(getattr(type(x), "__call__", None))  # noqa: B004 (the function, not whether there is one)
+                visit(getattr(x, "__wrapped__", None))
 
     def note(container: Any, name: Any, value: Any) -> None:
         if isinstance(value, types.ModuleType):
@@ -279,6 +293,9 @@ def captured(root: Any) -> list[tuple[Any, Any, Any]]:
     visit(root)
     return found
 
+
+MAX_CAPTURED = 4000
+"""Beyond this many captured objects a program is staged at every call."""
 
 _LIBRARIES = {
     "jax",
@@ -304,8 +321,15 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 def unchanged(snapshot: list[tuple[Any, Any, Any]]) -> bool:
     """Whether everything captured is still the same object."""
-    for container, name, value in snapshot:
-        now = container.get(name) if isinstance(container, dict) else container.cell_contents
-        if now is not value:
-            return False
-    return True
+    return len(snapshot) <= MAX_CAPTURED and all(_read(c, n) is value for c, n, value in snapshot)
+
+
+def _read(container: Any, name: Any) -> Any:
+    try:
+        if isinstance(container, types.CellType):
+            return container.cell_contents
+        if isinstance(container, (dict, list, tuple)):
+            return container[name]
+        return vars(container).get(name)
+    except (KeyError, IndexError, ValueError):
+        return None
