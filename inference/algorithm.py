@@ -62,15 +62,24 @@ class Algorithm(eqx.Module):
     def result(self, state: Any, target: Target) -> Any:
         """What the user gets from a state, after `state.iteration` iterations."""
 
-    def check(self, target: Target) -> None:
-        """Refuse, before anything is compiled, a target that the algorithm cannot treat."""
+    def check(self, target: Target, init: Any = None) -> None:
+        """Refuse, before anything is compiled, a target or choices that cannot be treated."""
 
     def prepare(self, target: Target) -> Algorithm:
         """The settings as they enter compiled code: programs among them staged."""
         return self
 
-    def check_state(self, state: Any, target: Target) -> None:
-        """Refuse a first state that leads nowhere. Runs where values are concrete."""
+    def thrifty(self) -> Algorithm:
+        """Settings that begin at less cost; the full ones are compiled only where these fail."""
+        return self
+
+    def begins(self, state: Any) -> bool:
+        """Whether a first state leads anywhere (values are concrete)."""
+        return True
+
+    def refusal(self, state: Any, target: Target) -> Exception:
+        """The error for a first state that leads nowhere."""
+        raise NotImplementedError
 
     def has_result(self, iteration: int) -> bool:
         """Whether there is anything to return after so many iterations."""
@@ -101,7 +110,7 @@ class Algorithm(eqx.Module):
             WeftError: if the algorithm does not apply to this target; the message names the sites.
         """
         _require_target(target, self)
-        self.check(target)
+        self.check(target, init)
         key = as_key(key)
         staged, settings = target.staged(), _traced_floats(self.prepare(target))
         if init is not None:
@@ -109,8 +118,12 @@ class Algorithm(eqx.Module):
         if tracing(key, staged, init, settings):
             return self.result(_whole(settings, staged, key, init), target)
 
-        state = _begin(settings, staged, key, init)
-        self.check_state(state, staged)
+        thrifty = settings.thrifty()
+        state = _begin(thrifty, staged, key, init)
+        if thrifty is not settings and not self.begins(state):
+            state = _begin(settings, staged, key, init)
+        if not self.begins(state):
+            raise self.refusal(state, staged)
         start, stop = int(state.iteration), self.num_iterations(staged)
 
         def advance(state: Any, first: int, last: int) -> Any:

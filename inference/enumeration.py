@@ -63,7 +63,9 @@ class enumeration(Algorithm):
         if self.max_terms >= 2**31:
             raise WeftError("enumeration: max_terms must be below 2**31")
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, init: Any = None) -> None:
+        if init is not None:
+            raise WeftError("enumeration has no starting point: it visits every value")
         endless = [a for a in target.latents if target.sites[a].values is None]
         if endless:
             what = ", ".join(
@@ -94,8 +96,6 @@ class enumeration(Algorithm):
         return -(-self._terms(target) // self.batch_size)
 
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> WeightedState:
-        if init is not None:
-            raise WeftError("enumeration has no starting point: it visits every value")
         term = jax.eval_shape(lambda i: self._term(i, target), jnp.int32(0))
         return WeightedState.empty(key, self._terms(target), term)
 

@@ -8,6 +8,7 @@ final size as the chains go, so that neither a warm-up nor a discarded site ever
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from weft.ppl.errors import AddressError, DensityError, WeftError
 from . import kernels
 from .adaptation import AdaptationState, MassLayout, Warmup
 from .algorithm import Algorithm, State
-from .initial import InitStrategy, explain
+from .initial import InitStrategy, Start, check_init, explain
 from .results import Draws
 
 
@@ -92,7 +93,7 @@ class HamiltonianSampler(Algorithm):
     def has_result(self, iteration: int) -> bool:
         return iteration >= self.num_warmup + self.thin
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target, init: Any = None) -> None:
         if not target.latents:
             raise WeftError(
                 f"{type(self).__name__}: this target has no latent choices, there is nothing to sample"
@@ -107,6 +108,7 @@ class HamiltonianSampler(Algorithm):
                 "Sum them out (weft.inference.enumeration where the support is finite and all latents are discrete, "
                 "or a mixture distribution in the model), observe them, or take importance sampling"
             )
+        check_init(init, target, self.num_chains)
         self._layout(target)
         self._kept(target.sites)
 
@@ -149,12 +151,18 @@ class HamiltonianSampler(Algorithm):
             stats={name: jnp.zeros(lead, dtype) for name, dtype in stats.items()},
         )
 
-    def check_state(self, state: ChainsState, target: Target) -> None:
-        finite = np.isfinite(np.asarray(state.chains.logdensity))
-        finite &= np.isfinite(np.asarray(state.chains.logdensity_grad)).all(axis=-1)
-        if not finite.all():
-            chain = int(np.flatnonzero(~finite)[0])
-            raise explain(target, state.chains.position[chain], self.init_strategy.num_tries)
+    def thrifty(self) -> HamiltonianSampler:
+        if not self.init_strategy.prior:
+            return self
+        without = dataclasses.replace(self.init_strategy, prior=False)
+        return dataclasses.replace(self, init_strategy=without)
+
+    def begins(self, state: ChainsState) -> bool:
+        return bool(Start(*state.chains).valid.all())
+
+    def refusal(self, state: ChainsState, target: Target) -> Exception:
+        chain = int(np.flatnonzero(~np.asarray(Start(*state.chains).valid))[0])
+        return explain(target, state.chains.position[chain])
 
     def step(self, key: PRNGKeyArray, state: ChainsState, target: Target) -> ChainsState:
         space = target.unconstrain().flat

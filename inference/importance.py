@@ -67,6 +67,10 @@ class importance(Algorithm):
     def num_iterations(self, target: Target) -> int:
         return -(-self.num_particles // self.batch_size)
 
+    def check(self, target: Target, init: Any = None) -> None:
+        if init is not None:
+            raise WeftError("importance has no starting point: give a proposal instead of init")
+
     def prepare(self, target: Target) -> importance:
         if self.proposal is None:
             return self
@@ -77,8 +81,6 @@ class importance(Algorithm):
         return dataclasses.replace(self, proposal=program.staged())
 
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> WeightedState:
-        if init is not None:
-            raise WeftError("importance has no starting point: give a proposal instead of init")
         particle = jax.eval_shape(lambda k: self._particle(k, target), key)
         return WeightedState.empty(key, self.num_particles, particle)
 

@@ -1,9 +1,9 @@
 """Where a chain begins: a point of finite density and finite gradient.
 
-Two kinds of candidates are tried together, a draw from the prior and a point of a small box around
-zero on the unconstrained scale: vague priors make the first absurd, informative ones the second. Of
-each pair the one of higher density is taken; if neither is finite the next pair is tried, from a
-box that shrinks.
+Points of a small box around zero on the unconstrained scale are tried first, from a box that
+shrinks; where the data leave no such point there, draws from the prior. The box comes first since
+vague priors, which are common, make absurd points, and since compiling the samplers of priors takes
+longer than all the rest.
 """
 
 from __future__ import annotations
@@ -14,33 +14,39 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.addresses import flatten, unflatten, unknown
 from weft.ppl.errors import AddressError, DensityError, WeftError
+from weft.ppl.observations import entries
 
 
 class Start(eqx.Module):
-    """Points to begin at.
+    """Points to begin at, with or without a leading axis of chains.
 
     Attributes:
-        position: `(num_chains, n)`, on the unconstrained scale.
-        log_density: `(num_chains,)`; not finite where no try was any good.
-        gradient: `(num_chains, n)`; likewise.
+        position: `(n,)`, on the unconstrained scale.
+        log_density: there; not finite where no try was any good.
+        gradient: `(n,)`; likewise.
     """
 
-    position: Float[Array, "chains n"]
-    log_density: Float[Array, " chains"]
-    gradient: Float[Array, "chains n"]
+    position: Float[Array, "*chains n"]
+    log_density: Float[Array, "*chains"]
+    gradient: Float[Array, "*chains n"]
+
+    @property
+    def valid(self) -> Bool[Array, "*chains"]:
+        """Whether density and gradient are finite."""
+        return jnp.isfinite(self.log_density) & jnp.isfinite(self.gradient).all(-1)
 
 
 class InitStrategy(eqx.Module):
     """How chains find their first point.
 
     Attributes:
-        num_tries: pairs of candidates tried for each chain.
-        radius: of the box around zero that one of each pair is drawn from.
-        prior: whether the other is a draw from the prior; if not, both come from the box.
+        num_tries: points of the box tried for each chain, and then as many draws from the prior.
+        radius: half the width of the box.
+        prior: whether to try the prior at all.
     """
 
     num_tries: int = 50
@@ -56,55 +62,61 @@ class InitStrategy(eqx.Module):
             key: a random key.
             target: the target.
             num_chains: how many points to find.
-            init: choices that every candidate takes over, all latents or some, with or without a
+            init: choices that every point takes over, all latents or some, with or without a
                 leading axis of chains.
 
         Returns:
             The points: the last tried, where none was any good.
         """
         space = target.unconstrain().flat
-        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(num_chains))
         given, axes = _align(init, target, num_chains)
-        whole = set(given) == set(target.latents)
+        whole = bool(given) and set(given) == set(target.latents)
+        num_tries = 1 if whole else self.num_tries
 
-        def candidates(key: PRNGKeyArray, tries: Array, given: dict[str, Array]) -> Array:
-            box_key, other_key = jax.random.split(jax.random.fold_in(key, tries))
+        def from_box(key: PRNGKeyArray, tries: Array) -> Array:
             radius = self.radius * 0.9**tries
-            box = radius * jax.random.uniform(box_key, (space.size,), minval=-1.0, maxval=1.0)
-            other = space.init(other_key) if self.prior else -box
-            points = jnp.stack([box.astype(other.dtype), other])
-            return jax.vmap(lambda z: _overlay(z, given, space))(points) if given else points
+            return radius * jax.random.uniform(key, (space.size,), minval=-1.0, maxval=1.0)
 
-        def pick(points: Array) -> tuple[Array, Array, Array, Array]:
-            value, slope = jax.vmap(jax.value_and_grad(space.log_density))(points)
-            valid = jnp.isfinite(value) & jnp.all(jnp.isfinite(slope), axis=-1)
-            best = jnp.argmax(jnp.where(valid, value, -jnp.inf))
-            return points[best], value[best], slope[best], valid[best]
+        def from_prior(key: PRNGKeyArray, tries: Array) -> Array:
+            return space.init(key)
 
-        def find(key: PRNGKeyArray, given: dict[str, Array]) -> tuple[Array, Array, Array]:
-            num_tries = 1 if whole else self.num_tries
-            shapes = jax.eval_shape(lambda: pick(candidates(key, jnp.int32(0), given)))
-            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            _, (point, value, slope, _) = jax.lax.while_loop(
-                lambda c: ~c[1][3] & (c[0] < num_tries),
-                lambda c: (c[0] + 1, pick(candidates(key, c[0], given))),
-                (jnp.int32(0), nothing),
-            )
-            return point, value, slope
+        def find(key: PRNGKeyArray, given: dict[str, Array]) -> Start:
+            def attempt(source: Any, tries: Array) -> Start:
+                point = source(jax.random.fold_in(key, tries), tries)
+                if given:
+                    point = _overlay(point, given, target, space)
+                return Start(point, *jax.value_and_grad(space.log_density)(point))
 
-        return Start(*jax.vmap(find, in_axes=(0, axes))(keys, given))
+            shapes = jax.eval_shape(lambda: attempt(from_box, jnp.int32(0)))
+            start = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+            for source in (from_box, from_prior) if self.prior and not whole else (from_box,):
+                _, start = jax.lax.while_loop(
+                    lambda c: ~c[1].valid & (c[0] < num_tries),
+                    lambda c, source=source: (c[0] + 1, attempt(source, c[0])),
+                    (jnp.int32(0), start),
+                )
+            return start
+
+        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(num_chains))
+        return jax.vmap(find, in_axes=(0, axes))(keys, given)
 
 
-def _overlay(z: Array, given: dict[str, Array], space: Any) -> Array:
-    choices = flatten(space.to_choices(z))
-    return space.from_choices(unflatten({**choices, **given})).astype(z.dtype)
+def _overlay(z: Array, given: dict[str, Array], target: Target, space: Any) -> Array:
+    """The position with some choices given; not a number where these have no position."""
+    choices = {**flatten(space.to_choices(z)), **given}
+    moved = space.from_choices(unflatten(choices)).astype(z.dtype)
+    back, held = flatten(space.to_choices(moved)), jnp.bool_(True)
+    for address, value in given.items():
+        if address not in target.data:  # of a site observed in part, the observed elements are not taken
+            held &= jnp.allclose(back[address], value, rtol=1e-2, atol=1e-4)
+    return jnp.where(held, moved, jnp.nan)
 
 
 def _align(
     init: Any, target: Target, num_chains: int
 ) -> tuple[dict[str, Array], dict[str, int | None]]:
     """The given choices by address, and which of them have an axis of chains."""
-    given, axes = flatten(init), {}
+    given, axes = {a: jnp.asarray(v) for a, v in flatten(init).items()}, {}
     shapes = flatten(target.latent_shapes())
     for address, value in given.items():
         if address not in shapes:
@@ -119,19 +131,41 @@ def _align(
                 f"init: {address!r} has shape {came}, expected {shape}, or {(num_chains, *shape)} "
                 f"with one point for each of the {num_chains} chains"
             )
-        given[address] = jnp.asarray(value, shapes[address].dtype)
     return given, axes
 
 
-def explain(target: Target, position: Float[Array, " n"], num_tries: int) -> DensityError:
-    """The error for a chain that found no point to begin at: which sites are not finite, and the values tried."""
+def check_init(init: Any, target: Target, num_chains: int) -> None:
+    """Refuse choices to begin at that do not fit the target: address, shape, dtype, support.
+
+    Raises:
+        AddressError: for an address that is no latent choice.
+        WeftError: for another shape than that of the choice, with or without an axis of chains.
+        ObservationError: for values that the site cannot take.
+    """
+    given, axes = _align(init, target, num_chains)
+    for chain in range(num_chains if 0 in axes.values() else 1):
+        point = {a: v if axes[a] is None else v[chain] for a, v in given.items()}
+        whole = {a: v for a, v in point.items() if a not in target.data}  # the rest is data in part
+        entries(target.sites, whole, target.program.name, data=True)
+
+
+def explain(target: Target, position: Float[Array, " n"]) -> DensityError:
+    """The error for a chain that found no point to begin at: the sites at fault, the values tried.
+
+    Args:
+        target: the target.
+        position: the last point tried.
+    """
     space = target.unconstrain().flat
+    lost = [a for a, part in space.addresses.items() if np.isnan(position[part]).any()]
     choices = space.to_choices(position)
     culprits = []
+    if lost:
+        culprits = ["the choices given in init lie outside their supports there"]
     for address, term in flatten(target.log_densities(choices)).items():
         term = np.asarray(term)
         bad = ~np.isfinite(term)
-        if bad.any():
+        if bad.any() and not lost:
             amount = "" if term.ndim == 0 else f" in {bad.sum()} of {term.size} elements"
             culprits.append(f"the log density of {address!r} is {term[bad].flat[0]}{amount}")
     if not culprits:
@@ -143,13 +177,12 @@ def explain(target: Target, position: Float[Array, " n"], num_tries: int) -> Den
         ] or ["the log-Jacobian of the map from the unconstrained scale is not finite"]
     values = ", ".join(f"{a} = {_short(v)}" for a, v in flatten(choices).items())
     return DensityError(
-        f"no point to begin at: density or gradient is not finite in any of {num_tries} tries. "
-        f"At the last one {'; '.join(culprits)}. The values tried: {values}. "
-        "Check the data and the priors of these sites, or begin at choices of your own: run(..., init=choices)"
+        "no point to begin at: density or gradient is not finite at any of the points tried. At the "
+        f"last one {'; '.join(culprits)}. The values tried: {values}. Check the data and the priors "
+        "of these sites, or begin at choices of your own: run(..., init=choices)"
     )
 
 
 def _short(value: Any) -> str:
-    value = np.asarray(value)
-    text = np.array2string(value, precision=4, threshold=6, edgeitems=3)
+    text = np.array2string(np.asarray(value), precision=4, threshold=6, edgeitems=3)
     return text.replace("\n", "")
