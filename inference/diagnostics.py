@@ -179,6 +179,8 @@ def describe(
     def columns(x: _Series, a: _Mask) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
             ordered = _ordered(x, a)
+            # the dearest part by far: once for both
+            scores = None if x.shape[2] < _MIN_DRAWS else _split_scores(x, a)
             bad = _not_finite(x, a)
             sd = _sd(x, a)
             rows = [
@@ -186,12 +188,12 @@ def describe(
                 sd,
                 *(np.where(_has_nan(x, a), np.nan, _quantile(*ordered, q)) for q in quantiles),
                 sd / np.sqrt(_valid(_ess_mean, x, a)),
-                _valid(_ess_bulk, x, a),
+                _valid(lambda x, a: _ess_bulk(x, a, scores), x, a),
                 _valid(lambda x, a: _ess_tail(x, a, ordered), x, a),
-                _valid(_rhat, x, a),
+                _valid(lambda x, a: _rhat(x, a, scores), x, a),
                 np.ones(len(x)) if a is None else a.mean(axis=(1, 2)),
                 bad,
-                ordered[0][:, 0] == ordered[0][np.arange(len(x)), ordered[1] - 1],
+                (ordered[1] > 0) & (ordered[0][:, 0] == _quantile(*ordered, 1.0)),
             ]
         return np.stack(rows, axis=-1)
 
@@ -420,7 +422,7 @@ def _valid(diagnostic: Callable[[_Series, _Mask], np.ndarray], x: _Series, a: _M
     if (
         a is not None
     ):  # a branch taken by some chains only is no constant: its indicator has not mixed
-        mixed = a.any(axis=2).all(axis=1) & (a.sum(axis=(1, 2)) >= _MIN_DRAWS)
+        mixed = np.all(np.any(a, axis=2), axis=1) & (a.sum(axis=(1, 2)) >= _MIN_DRAWS)
         return np.where((_not_finite(x, a) > 0) | ((lo >= hi) & mixed) | (lo > hi), np.nan, value)
     return np.where((_not_finite(x, a) > 0) | (lo >= hi), np.nan, value)
 
@@ -432,7 +434,7 @@ def _not_finite(x: _Series, a: _Mask) -> np.ndarray:
 
 def _has_nan(x: _Series, a: _Mask) -> np.ndarray:
     bad = np.isnan(x)
-    return (bad if a is None else bad & a).any(axis=(1, 2))
+    return np.any(bad if a is None else bad & a, axis=(1, 2))
 
 
 def _mean(x: _Series, a: _Mask) -> np.ndarray:
@@ -493,12 +495,16 @@ def _centred(x: np.ndarray, a: _Mask) -> np.ndarray:
     return off if a is None else np.where(a, off, 0.0)
 
 
-def _rhat(x: _Series, a: _Mask) -> np.ndarray:
+def _split_scores(x: _Series, a: _Mask) -> np.ndarray:
+    return _scores(_split(x), None if a is None else _split(a))
+
+
+def _rhat(x: _Series, a: _Mask, scores: np.ndarray | None = None) -> np.ndarray:
+    scores = _split_scores(x, a) if scores is None else scores
     x, a = _split(x), None if a is None else _split(a)
     middle = _quantile(*_ordered(x, a), 0.5)[:, None, None]
-    worst = np.fmax(
-        _scale_reduction(_scores(x, a)), _scale_reduction(_scores(np.abs(x - middle), a))
-    )
+    folded = _scores(np.abs(x - middle), a)
+    worst = np.fmax(_scale_reduction(scores), _scale_reduction(folded))
     if a is not None:
         worst = np.fmax(worst, _scale_reduction(a.astype(float)))
     return worst
@@ -515,9 +521,9 @@ def _scale_reduction(x: _Series) -> np.ndarray:
     return np.sqrt((ratio + n - 1) / n)
 
 
-def _ess_bulk(x: _Series, a: _Mask) -> np.ndarray:
-    x, a = _split(x), None if a is None else _split(a)
-    return _effective(_scores(x, a), a)
+def _ess_bulk(x: _Series, a: _Mask, scores: np.ndarray | None = None) -> np.ndarray:
+    scores = _split_scores(x, a) if scores is None else scores
+    return _effective(scores, None if a is None else _split(a))
 
 
 def _ess_mean(x: _Series, a: _Mask) -> np.ndarray:
@@ -572,6 +578,6 @@ def _autocovariance(u: _Series) -> Float[np.ndarray, "scalar lag"]:
     """Mean over chains of the autocovariances within each (divided by n), by the power spectrum."""
     n = u.shape[2]
     padded = fft.next_fast_len(2 * n, real=True)
-    spectrum = fft.rfft(u - u.mean(axis=2, keepdims=True), n=padded, axis=2)
+    spectrum = np.fft.rfft(u - u.mean(axis=2, keepdims=True), n=padded, axis=2)
     power = np.square(spectrum.real) + np.square(spectrum.imag)
-    return fft.irfft(power.mean(axis=1), n=padded, axis=1)[:, :n] / n
+    return np.fft.irfft(power.mean(axis=1), n=padded, axis=1)[:, :n] / n

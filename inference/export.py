@@ -141,10 +141,10 @@ def plain_observed(target: Any) -> dict[str, Any]:
 def _groups(
     draws: Any, predictions: Any, log_likelihood: bool | str | None, batch_size: int | None
 ) -> dict[str, Any]:
-    target, choices = draws.target, flatten(draws.choices)
+    target, choices = draws.target, _arrays(draws.choices)
     active = flatten(draws.active)
     posterior = {a: _idle_as_nan(v, active.get(a, True)) for a, v in choices.items()}
-    posterior |= {a: np.asarray(v) for a, v in flatten(draws.derived).items()}
+    posterior |= {a: np.asarray(v) for a, v in _arrays(draws.derived).items()}
     groups: dict[str, Any] = {"posterior": posterior}
     if predictions is not None:
         name, values = _predictions(draws, predictions)
@@ -155,6 +155,13 @@ def _groups(
     if target is not None and target.observed:
         groups["observed_data"] = flatten(plain_observed(target))
     return groups
+
+
+def _arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Addresses to values, less the random keys, which NumPy does not know."""
+    flat = flatten(tree)
+    keys = jax.dtypes.prng_key
+    return {a: v for a, v in flat.items() if not jnp.issubdtype(jnp.result_type(v), keys)}
 
 
 def _wants_likelihood(draws: Any, asked: bool | str | None) -> bool:

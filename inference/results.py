@@ -18,13 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from scipy import special
 from weft.ppl.addresses import flatten, unknown
-from weft.ppl.compat import as_key
+from weft.ppl.compat import Tracer, as_key
 from weft.ppl.errors import AddressError, WeftError
 
 from . import diagnostics, export, record, storage
 from .summary import Summary, summarise_draws, summarise_particles
 
-_PRINTED = 10_000_000  # numbers that printing summarises: some seconds
+_PRINTED = 5_000_000  # numbers that printing summarises: some seconds
 
 
 class Draws(eqx.Module):
@@ -186,7 +186,8 @@ class Draws(eqx.Module):
             *jax.tree.leaves(self.derived),
         ):
             if jnp.ndim(value) >= 2:
-                return jnp.shape(value)[:2]
+                chains, draws = jnp.shape(value)[:2]
+                return chains, draws
         return (0, 0)
 
     def _title(self) -> str:
@@ -199,16 +200,17 @@ class Draws(eqx.Module):
         for name, value in flatten(self.stats).items():
             if value.ndim > 2:
                 raise WeftError(
-                    f"{what} of Draws whose statistics have shape {value.shape} ({name!r}) instead "
-                    "of (chain, draw): they come "
-                    "from a vmap. Take one of them, jax.tree.map(lambda x: x[i], draws)"
+                    f"{what} of Draws whose statistics have shape {value.shape} ({name!r}) instead of (chain, draw): "
+                    "they come from a vmap. Take one of them, jax.tree.map(lambda x: x[i], draws)"
                 )
         for address, value in flatten({**self.choices, **self.derived}).items():
             if value.ndim < 2 or value.shape[:2] != self._lead():
                 raise WeftError(
-                    f"{what}: {address!r} has shape {value.shape}, which does not lead with "
-                    f"(chain, draw) = {self._lead()}"
+                    f"{what}: {address!r} has shape {value.shape}, which does not lead with (chain, draw) = "
+                    f"{self._lead()}"
                 )
+            if 0 in self._lead():
+                raise WeftError(f"{what}: there are no draws, (chain, draw) = {self._lead()}")
 
 
 class Particles(eqx.Module):
@@ -407,7 +409,7 @@ class Particles(eqx.Module):
         name = record.name_of(self.target)
         of = f" of {name}" if name else ""
         title = f"Particles{of}: {self.num_particles} {'values' if self.exact else 'particles'}"
-        if self.log_evidence is None or isinstance(self.log_weights, jax.core.Tracer):
+        if self.log_evidence is None or isinstance(self.log_weights, Tracer):
             return title
         if self.exact:
             return f"{title}, log evidence {float(self.log_evidence):.6g}"
@@ -422,9 +424,8 @@ class Particles(eqx.Module):
         _check_host(self, what)
         if self.log_weights.ndim != 1:
             raise WeftError(
-                f"{what} of Particles whose log weights have shape {self.log_weights.shape} "
-                "instead of (particle,): they come "
-                "from a vmap. Take one of them, jax.tree.map(lambda x: x[i], particles)"
+                f"{what} of Particles whose log weights have shape {self.log_weights.shape} instead of (particle,): "
+                "they come from a vmap. Take one of them, jax.tree.map(lambda x: x[i], particles)"
             )
         for address, value in flatten({**self.choices, **self.derived}).items():
             if value.shape[:1] != self.log_weights.shape:
@@ -469,7 +470,7 @@ def _host(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _traced(tree: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
 
 
 def _check_host(result: Any, what: str) -> None:

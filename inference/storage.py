@@ -30,6 +30,7 @@ from urllib.parse import quote
 import jax
 import jax.numpy as jnp
 import numpy as np
+from weft.ppl.compat import Tracer
 from weft.ppl.errors import WeftError
 
 FORMAT = 1
@@ -215,7 +216,7 @@ def _encode(node: Any, at: tuple[str, ...], arrays: dict[str, np.ndarray]) -> di
 
 
 def _encode_array(node: Any, at: tuple[str, ...], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    if isinstance(node, jax.core.Tracer):
+    if isinstance(node, Tracer):
         raise StorageError(
             f"cannot save {_named(at)} under jit or vmap: return the result and save it outside"
         )

@@ -307,6 +307,10 @@ def test_results_pass_through_jit_and_vmap() -> None:
 def test_shapes_that_do_not_lead_with_chain_and_draw() -> None:
     with pytest.raises(WeftError, match=r"'mu' has shape \(4, 3\).*\(chain, draw\) = \(4, 500\)"):
         Draws(choices={"mu": np.zeros((4, 3))}, stats=STATS).summary()
+    none = Draws(choices={"mu": np.zeros((4, 0))})
+    with pytest.raises(WeftError, match=r"there are no draws, \(chain, draw\) = \(4, 0\)"):
+        none.summary()
+    assert "there are no draws" in repr(none)
     with pytest.raises(WeftError, match=r"'x' has shape \(3,\).*\(particle,\) = \(5,\)"):
         Particles({"x": np.zeros(3)}, log_weights=np.zeros(5)).summary()
 
