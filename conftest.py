@@ -20,6 +20,11 @@ _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+if os.environ.get("WEFT_TYPECHECK", "0") == "1":  # annotations, shapes among them, are checked
+    from jaxtyping import install_import_hook
+
+    install_import_hook("weft", "typechecking.checked")
+
 
 def pytest_collect_file(file_path: Path) -> None:
     """Let doctests of `ppl/x.py` run in the module `weft.ppl.x` that the tests import.

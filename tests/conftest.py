@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 
 
@@ -32,3 +33,12 @@ def two_devices() -> list[jax.Device]:
     if len(devices) < 2:
         pytest.skip("XLA_FLAGS was set by hand to fewer than two host devices")
     return devices[:2]
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Switch run-time type checks off, to see what Weft itself says of an argument of a wrong type."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
