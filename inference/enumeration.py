@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl import Target
-from weft.ppl.addresses import flatten, unflatten
+from weft.ppl.addresses import unflatten
 from weft.ppl.errors import DensityError, WeftError
 
 from .algorithm import Algorithm
 from .results import Particles
 from .weighted import WeightedState, particles, record
-from .weights import trailing
+from .weights import live
 
 
 class enumeration(Algorithm):
@@ -117,23 +117,41 @@ class enumeration(Algorithm):
         choices: dict[str, Array] = {}
         stride = self._terms(target)
         for address, values, size in _supports(target):
-            base = len(values)
-            strides = stride // np.array([base ** (i + 1) for i in range(size)], dtype=object)
-            digits = (index // jnp.asarray(strides.astype(np.int32))) % base
-            site = target.sites[address]
-            choices[address] = jnp.asarray(values, site.dtype)[digits].reshape(site.shape)
-            stride //= base**size
+            strides = np.array([stride // len(values) ** (i + 1) for i in range(size)], np.int32)
+            digits = (index // strides) % len(values)
+            choices[address] = _place(target, address, jnp.asarray(values)[digits])
+            stride //= len(values) ** size
         # Everything is given, so the key draws nothing.
         trace, log_weight = target.generate(jax.random.key(0), unflatten(choices))
-        active = flatten(trace.active)
-        for address, values, _ in _supports(target):
-            idle = ~trailing(jnp.asarray(active[address]), choices[address].ndim)
-            count = jnp.sum(jnp.broadcast_to(idle, choices[address].shape))
-            log_weight = log_weight - count * math.log(len(values))
+        for address, values, size in _supports(target):
+            counted = _take(target, address, live(target, trace.active, address, choices[address].ndim))
+            idle = size - jnp.sum(jnp.broadcast_to(counted, (size,)))
+            log_weight = log_weight - idle * math.log(len(values))
         return record(target, trace), log_weight
 
 
 def _supports(target: Target) -> list[tuple[str, np.ndarray, int]]:
-    """Address, values of one element and number of elements of every latent choice."""
-    sites = target.sites
-    return [(a, sites[a].values, math.prod(sites[a].shape)) for a in target.latents]
+    """Address, values of one element and number of elements to enumerate of every latent choice."""
+    found = []
+    for address in target.latents:
+        site = target.sites[address]
+        missing = target.missing.get(address)
+        size = math.prod(site.shape) if missing is None else missing.size
+        found.append((address, site.values, size))
+    return found
+
+
+def _place(target: Target, address: str, values: Array) -> Array:
+    """The whole value of a choice from its enumerated elements."""
+    site = target.sites[address]
+    values = values.astype(site.dtype)
+    if address in target.missing:
+        given = jnp.ravel(target.data[address].value)
+        values = given.at[target.missing[address]].set(values)
+    return values.reshape(site.shape)
+
+
+def _take(target: Target, address: str, flags: Array) -> Array:
+    """The flags of the enumerated elements."""
+    flags = jnp.broadcast_to(flags, target.sites[address].shape).reshape(-1)
+    return flags[target.missing[address]] if address in target.missing else flags

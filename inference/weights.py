@@ -59,26 +59,35 @@ def check_proposal(program: Any, target: Target, what: str = "proposal") -> None
 
 
 def may_idle(target: Target) -> bool:
-    """Whether a latent choice of the target may be idle: in a branch not taken, or masked."""
-    return any(target.sites[a].conditional or target.sites[a].masked for a in target.latents)
+    """Whether elements of a latent choice may not be latent: idle (in a branch not taken, masked) or given in part."""
+    return any(
+        target.sites[a].conditional or target.sites[a].masked or a in target.data
+        for a in target.latents
+    )
+
+
+def live(target: Target, active: Any, address: str, ndim: int) -> Array:
+    """Which elements of a latent choice are latent and count, as booleans to be broadcast over `ndim` axes."""
+    flag = trailing(jnp.asarray(flatten(active)[address]), ndim)
+    if address in target.data:
+        flag = flag & trailing(~target.data[address].where, ndim)
+    return flag
 
 
 def log_ratio(target: Target, program: Program, trace: Any) -> Float[Array, ""]:
-    """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the
-    program's.
+    """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the program's.
 
-    Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The
-    program's own conditional density then stands on both sides and cancels: the ratio has `q` of
-    the active choices only. It stays unbiased, since a conditional density integrates to one.
+    Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The program's own conditional
+    density then stands on both sides and cancels: the ratio has `q` of the active choices only. It stays unbiased,
+    since a conditional density integrates to one. The same holds for the elements that are given of a site observed in part.
     """
     if not may_idle(target):
         return target.log_density(trace.choices) - trace.log_density
     against, log_p = target.generate(jax.random.key(0), trace.choices)  # nothing is left to draw
-    active = flatten(against.active)
     log_q = jnp.zeros(())
     for address, term in flatten(program.log_densities(trace.choices)).items():
-        flag = trailing(jnp.asarray(active[address]), term.ndim)
-        log_q = log_q + jnp.sum(jnp.where(flag, term, 0.0))
+        counts = live(target, against.active, address, term.ndim)
+        log_q = log_q + jnp.sum(jnp.where(counts, term, 0.0))
     return log_p - log_q
 
 
