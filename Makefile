@@ -49,8 +49,10 @@ wheel: $(VENV)/.test  ## build a wheel into dist/ and check what it holds
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/python .ci/check_wheel.py dist/weft-*.whl
 
-bench: $(VENV)/.test  ## compiled cost and run time against hand-written JAX and NumPyro
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+bench: $(VENV)/.test  ## accuracy against references; cost against hand-written JAX and NumPyro
+	$(BIN)/python benchmarks/costs.py --times 9
+	$(BIN)/python benchmarks/nuts.py
+	$(BIN)/python benchmarks/posteriors.py
 
 lanes:  ## the tests on every supported line of Python and JAX found on this machine
 	bash .ci/lanes
