@@ -15,11 +15,10 @@ from .language import loop as loop
 from .language import repeat as repeat
 from .language import sample as sample
 from .models import Model as Model
-from .models import Program as Program
-from .models import Trace as Trace
 from .models import gen as gen
 from .observations import Observed as Observed
 from .observations import observed as observed
+from .programs import Program as Program
 from .reparam import Affine as Affine
 from .reparam import LocScale as LocScale
 from .reparam import Reparam as Reparam
@@ -29,6 +28,7 @@ from .reparam import reparametrize as reparametrize
 from .structure import Axis as Axis
 from .structure import SiteInfo as SiteInfo
 from .targets import Target as Target
+from .traces import Trace as Trace
 from .transforms import block as block
 from .transforms import condition as condition
 from .transforms import do as do

@@ -15,6 +15,7 @@ from .cotangents import finite_cotangents
 from .errors import AddressError, DensityError, GradientError
 from .interpreter import Context, Handler, Records, walk_while
 from .sites import Site, is_discrete
+from .traces import run_program
 
 
 class Given(NamedTuple):
@@ -144,8 +145,6 @@ class Evaluate(Handler):
         return value
 
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
-        from .models import run_program
-
         if key is None:
             raise DensityError(
                 "the program runs another one in place (draw), whose choices have no address, so its "
@@ -214,8 +213,8 @@ def bijection(d: Any, address: str) -> Any:
     except (NotImplementedError, AttributeError, AssertionError) as e:
         raise DensityError(
             f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no "
-            f"bijection from R^n "
-            f"({e}); reparametrise the site or give its value"
+            f"bijection from R^n"
+            f"{f' ({e})' if str(e) else ''}; reparametrise the site or give its value"
         ) from None
 
 

@@ -12,9 +12,11 @@ from .compat import ShapedArray
 from .control import scope_p
 from .errors import ModelError
 from .handlers import Evaluate
-from .models import Program, Trace, check_name, run_program
+from .models import check_name
+from .programs import Program
 from .sites import SiteSpec, bind_site, sample_spec
 from .staging import used
+from .traces import Trace, run_program
 
 
 def sample(

@@ -14,11 +14,11 @@ from .addresses import flatten, select, unflatten, unknown
 from .compat import as_key
 from .errors import AddressError, ObservationError
 from .handlers import Evaluate
-from .models import Trace, run_program
 from .observations import entries
+from .traces import Trace, run_program
 
 if TYPE_CHECKING:
-    from .models import Program
+    from .programs import Program
 
 
 def predict(

@@ -11,9 +11,10 @@ from .addresses import flatten
 from .compat import Tracer
 
 if TYPE_CHECKING:
-    from .models import Program, Trace
+    from .programs import Program
     from .structure import SiteInfo
     from .targets import Target
+    from .traces import Trace
 
 MAX_ROWS = 24
 
@@ -61,7 +62,10 @@ def _role(address: str, info: SiteInfo) -> str:
 
 
 def program(p: Program) -> str:
-    sites = p.sites
+    try:
+        sites = p.sites
+    except Exception as e:  # a model that cannot be staged still has a name
+        return f"Program of {p.name!r}, which cannot be staged: {e}"
     lanes = f", one a lane of {p.lanes}" if p.lanes else ""
     unnormalised = ", unnormalised" if p.unnormalised else ""
     return f"Program of {p.name!r}: {len(sites)} sites{lanes}{unnormalised}\n" + _sites(

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import printing
-from .addresses import unflatten
+from .addresses import flatten, unflatten
 from .compat import Tracer, as_key
 from .errors import AddressError, DensityError
 from .handlers import Given, expand
-from .models import Program, Trace, _generate, _log_densities, _log_density, by_axis
 from .observations import entries
+from .programs import Program, by_axis, run_generate, run_log_densities, run_log_density
 from .structure import SiteInfo
+from .traces import Trace
 
 if TYPE_CHECKING:
     from .unconstrained import Unconstrained
@@ -81,7 +82,7 @@ class Target(eqx.Module):
             key: for programs whose density is estimated.
         """
         self.program.require_density()
-        return _log_density(self.program.staged(), unflatten(self.complete(latents)))
+        return run_log_density(self.program.staged(), unflatten(self.complete(latents)))
 
     def log_densities(self, latents: Mapping[str, Any], by: str | None = None) -> Any:
         """Log density of each site.
@@ -89,11 +90,9 @@ class Target(eqx.Module):
         With ``by``, the observed sites are summed to one number for every index of that axis.
         """
         self.program.require_density()
-        found = _log_densities(self.program.staged(), unflatten(self.complete(latents)))
+        found = run_log_densities(self.program.staged(), unflatten(self.complete(latents)))
         if by is None:
             return found
-        from .addresses import flatten
-
         flat = flatten(found)
         seen = {
             a: v
@@ -107,7 +106,7 @@ class Target(eqx.Module):
     ) -> tuple[Trace, jax.Array]:
         """Draw the latent choices that are not given; weigh the data and those that are."""
         given = {**self.data, **self._latent_entries(latents or {})}
-        return _generate(self.program.staged(), as_key(key), unflatten(given))
+        return run_generate(self.program.staged(), as_key(key), unflatten(given))
 
     def predict(
         self,
@@ -120,8 +119,6 @@ class Target(eqx.Module):
 
         See ``Program.predict``.
         """
-        from .addresses import flatten
-
         return self.program.predict(
             key,
             {a: v for a, v in flatten(choices).items() if not self._partial(a)},

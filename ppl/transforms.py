@@ -18,11 +18,12 @@ from .addresses import Address, covers, dotted, flatten, unflatten, unknown
 from .errors import AddressError
 from .handlers import Given
 from .interpreter import Handler
-from .models import Trace, check_name
+from .models import check_name
 from .observations import Observed, entries
 from .rewriting import Rewrite, Transformed, rebind_scope, transform
 from .sites import Site, SiteSpec
 from .structure import SiteInfo
+from .traces import Trace
 
 F = TypeVar("F", bound=Callable[..., Any])
 

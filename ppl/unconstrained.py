@@ -15,9 +15,9 @@ from .addresses import flatten, unflatten
 from .compat import as_key
 from .handlers import Free, Given, ToUnconstrained, Unconstrain, expand
 from .interpreter import interpret
-from .models import Trace, flat_records, sort_records
 from .packing import pack
 from .targets import Target
+from .traces import Trace, flat_records, sort_records
 
 Positions = dict[str, Any]
 
