@@ -39,7 +39,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-_LINEAR = {"report": ("beta", "sigma"), "settings": {"dense_mass": True}}
+_LINEAR = {"report": ("beta", "sigma"), "settings": {"dense_mass": True, "num_samples": 2000}}
 
 CASES: dict[str, Case] = {
     "eight_schools_centered": Case(
@@ -47,13 +47,13 @@ CASES: dict[str, Case] = {
         schools.centered,
         ("theta", "mu", "tau"),
         # No setting makes NUTS exact on the funnel; a small step lets it deep enough into the neck.
-        settings={"target_acceptance_rate": 0.99, "num_samples": 4000},
+        settings={"target_acceptance": 0.99, "num_samples": 4000},
     ),
     "eight_schools_noncentered": Case(
         "posteriordb/eight_schools-eight_schools_noncentered",
         schools.noncentered_target,
         ("theta", "mu", "tau"),
-        settings={"target_acceptance_rate": 0.95, "num_samples": 2000},
+        settings={"target_acceptance": 0.95, "num_samples": 2000},
     ),
     "earnings": Case(
         "posteriordb/earnings-logearn_interaction", regression.earnings, x64=True, **_LINEAR
@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
         regression.kilpisjarvi,
         ("alpha", "beta", "sigma"),
         x64=True,
-        settings={"dense_mass": True},
+        settings={"dense_mass": True, "num_samples": 2000},
     ),
     "arK": Case(
         "posteriordb/arK-arK",
@@ -79,6 +79,7 @@ CASES: dict[str, Case] = {
         "posteriordb/hmm_example-hmm_example",
         series.hidden_markov_target,
         ("theta1", "theta2", "mu"),
+        settings={"dense_mass": True},
     ),
     "gauss_mix": Case(
         "posteriordb/low_dim_gauss_mix-low_dim_gauss_mix",
@@ -90,6 +91,7 @@ CASES: dict[str, Case] = {
         gaussian_process.target,
         ("rho", "alpha", "f"),
         x64=True,
+        settings={"target_acceptance": 0.95, "num_samples": 2000},
     ),
     "lotka_volterra": Case(
         "posteriordb/hudson_lynx_hare-lotka_volterra",

@@ -45,7 +45,10 @@ def hidden_markov(num_steps: int) -> jax.Array:
     the transition matrix give the law of the next state: the forward recursion, one step a line.
     """
     theta = jnp.stack(
-        [sample("theta1", dist.Dirichlet(jnp.ones(2))), sample("theta2", dist.Dirichlet(jnp.ones(2)))]
+        [
+            sample("theta1", dist.Dirichlet(jnp.ones(2))),
+            sample("theta2", dist.Dirichlet(jnp.ones(2))),
+        ]
     )
     mu = sample("mu", dist.ImproperUniform(constraints.positive_ordered_vector, (), (2,)))
     factor("mu_prior", dist.Normal(jnp.array([3.0, 10.0]), 1.0).log_prob(mu).sum())

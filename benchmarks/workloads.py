@@ -1,0 +1,418 @@
+"""The programs whose cost is measured, each written by hand in JAX, in Weft and in NumPyro.
+
+The hand-written versions use the same formulas as NumPyro's distributions (which Weft uses too), so that a difference in
+floating-point operations is what a language adds, not another way to write a density. Every version of an operation takes
+the same arguments; data are arguments, so nothing is folded at compile time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from jax import lax
+from jax.nn import softplus
+from numpyro.contrib.control_flow import scan as numpyro_scan
+from numpyro.handlers import seed, trace
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.util import log_density as numpyro_log_density
+
+from weft import gen, sample
+from weft.inference import elbo
+
+LOG_ROOT_2PI = 0.5 * jnp.log(2 * jnp.pi).item()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of one program.
+
+    Attributes:
+        args: what every version is called with.
+        versions: "hand", "weft", "numpyro" to functions of `args`; for draws also "hand, a key a lane".
+    """
+
+    args: tuple[Any, ...]
+    versions: dict[str, Callable[..., Any]]
+
+
+def normal(x, loc, scale):
+    """log N(x; loc, scale), the arithmetic of `numpyro.distributions.Normal`."""
+    return -0.5 * ((x - loc) / scale) ** 2 - jnp.log(jnp.sqrt(2 * jnp.pi) * scale)
+
+
+def bernoulli(x, logits):
+    """log Bernoulli(x; logits), the arithmetic of `numpyro.distributions.BernoulliLogits`."""
+    return -(jnp.clip(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits))) - x * logits)
+
+
+def lane_keys(key, size):
+    """A key for every lane, as Weft derives them."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size))
+
+
+def operations(log_densities, simulators, choices, data, key) -> dict[str, Operation]:
+    """Log density, its gradient in the choices, and a simulation, from the versions of the first and the last."""
+    gradients = {system: jax.grad(f) for system, f in log_densities.items()}
+    return {
+        "log density": Operation((choices, *data), log_densities),
+        "gradient": Operation((choices, *data), gradients),
+        "simulate": Operation((key, *data[:-1]), simulators),
+    }
+
+
+# ---- eight schools ---------------------------------------------------------------------------------------------------
+
+
+@gen
+def schools(sigma):
+    mu = sample("mu", dist.Normal(0.0, 5.0))
+    tau = sample("tau", dist.HalfCauchy(5.0))
+
+    def school(s):
+        theta = sample("theta", dist.Normal(mu, tau))
+        return sample("y", dist.Normal(theta, s))
+
+    return jax.vmap(school)(sigma)
+
+
+def numpyro_schools(sigma, y=None):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    with numpyro.plate("school", sigma.shape[0]):
+        theta = numpyro.sample("theta", dist.Normal(mu, tau))
+        return numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def eight_schools() -> dict[str, Operation]:
+    sigma = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    choices = {"mu": jnp.array(4.0), "tau": jnp.array(3.0), "theta": y / 3}
+
+    def hand(c, sigma, y):
+        half_cauchy = -jnp.log(jnp.pi) - jnp.log(5.0) - jnp.log1p((c["tau"] / 5.0) ** 2)
+        terms = normal(c["theta"], c["mu"], c["tau"]) + normal(y, c["theta"], sigma)
+        return normal(c["mu"], 0.0, 5.0) + jnp.log(2.0) + half_cauchy + terms.sum()
+
+    def weft(c, sigma, y):
+        return schools(sigma).given({"y": y}).log_density(c)
+
+    def peer(c, sigma, y):
+        return numpyro_log_density(numpyro_schools, (sigma, y), {}, c)[0]
+
+    def draw(key, sigma, by_lane):
+        k = [jax.random.fold_in(key, i) for i in range(4)]
+        mu = 5.0 * jax.random.normal(k[0])
+        tau = jnp.abs(5.0 * jax.random.cauchy(k[1]))
+        theta = mu + tau * jax.random.normal(k[2], sigma.shape)
+        keys = lane_keys(k[3], sigma.size)
+        noise = (
+            jax.vmap(jax.random.normal)(keys) if by_lane else jax.random.normal(k[3], theta.shape)
+        )
+        return {"mu": mu, "tau": tau, "theta": theta, "y": theta + sigma * noise}
+
+    simulators = {
+        "hand": lambda key, sigma: draw(key, sigma, False),
+        "hand, a key a lane": lambda key, sigma: draw(key, sigma, True),
+        "weft": lambda key, sigma: schools(sigma).simulate(key).choices,
+        "numpyro": lambda key, sigma: values(numpyro_schools, key, sigma),
+    }
+    versions = {"hand": hand, "weft": weft, "numpyro": peer}
+    return operations(versions, simulators, choices, (sigma, y), jax.random.key(0))
+
+
+def values(model, key, *args):
+    """What a NumPyro model's sites draw."""
+    sites = trace(seed(model, key)).get_trace(*args)
+    return {name: site["value"] for name, site in sites.items() if site["type"] == "sample"}
+
+
+# ---- logistic regression, 10,000 rows --------------------------------------------------------------------------------
+
+
+@gen
+def logistic(x):
+    beta = sample("beta", dist.Normal(jnp.zeros(x.shape[1]), 1.0).to_event(1))
+    return jax.vmap(lambda row: sample("y", dist.Bernoulli(logits=row @ beta)))(x)
+
+
+def numpyro_logistic(x, y=None):
+    beta = numpyro.sample("beta", dist.Normal(jnp.zeros(x.shape[1]), 1.0).to_event(1))
+    with numpyro.plate("row", x.shape[0]):
+        return numpyro.sample("y", dist.Bernoulli(logits=x @ beta), obs=y)
+
+
+def logistic_data(rows: int = 10_000, size: int = 20):
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (rows, size))
+    beta = 0.5 * jax.random.normal(keys[1], (size,))
+    return x, beta, jax.random.bernoulli(keys[2], jax.nn.sigmoid(x @ beta)).astype(jnp.int32)
+
+
+def logistic_regression() -> dict[str, Operation]:
+    x, beta, y = logistic_data()
+
+    def hand(c, x, y):
+        return normal(c["beta"], 0.0, 1.0).sum() + bernoulli(y, x @ c["beta"]).sum()
+
+    def weft(c, x, y):
+        return logistic(x).given({"y": y}).log_density(c)
+
+    def peer(c, x, y):
+        return numpyro_log_density(numpyro_logistic, (x, y), {}, c)[0]
+
+    def draw(key, x, by_lane):
+        k = [jax.random.fold_in(key, i) for i in range(2)]
+        beta = jax.random.normal(k[0], (x.shape[1],))
+        probs = jax.nn.sigmoid(x @ beta)
+        keys = lane_keys(k[1], x.shape[0]) if by_lane else k[1]
+        y = (jax.vmap(jax.random.bernoulli) if by_lane else jax.random.bernoulli)(keys, probs)
+        return {"beta": beta, "y": y.astype(jnp.int32)}
+
+    simulators = {
+        "hand": lambda key, x: draw(key, x, False),
+        "hand, a key a lane": lambda key, x: draw(key, x, True),
+        "weft": lambda key, x: logistic(x).simulate(key).choices,
+        "numpyro": lambda key, x: values(numpyro_logistic, key, x),
+    }
+    versions = {"hand": hand, "weft": weft, "numpyro": peer}
+    return operations(versions, simulators, {"beta": beta}, (x, y), jax.random.key(0))
+
+
+# ---- a state-space model of 1,000 steps ------------------------------------------------------------------------------
+
+
+@gen
+def state_space(rho, num_steps):
+    def step(x, _):
+        x = sample("x", dist.Normal(rho * x, 1.0))
+        return x, sample("y", dist.Normal(x, 0.5))
+
+    return lax.scan(step, 0.0, length=num_steps)[1]
+
+
+def numpyro_state_space(rho, num_steps, y=None):
+    def step(x, y):
+        x = numpyro.sample("x", dist.Normal(rho * x, 1.0))
+        return x, numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+    return numpyro_scan(step, 0.0, y, length=num_steps)[1]
+
+
+def state_space_model(num_steps: int = 1000) -> dict[str, Operation]:
+    rho = jnp.array(0.9)
+    x, y = jax.random.normal(jax.random.key(2), (2, num_steps))
+
+    def hand(c, rho, y):
+        def step(previous, now):
+            x, y = now
+            return x, normal(x, rho * previous, 1.0) + normal(y, x, 0.5)
+
+        return lax.scan(step, 0.0, (c["x"], y))[1].sum()
+
+    def weft(c, rho, y):
+        return state_space(rho, num_steps).given({"y": y}).log_density(c)
+
+    def peer(c, rho, y):
+        return numpyro_log_density(numpyro_state_space, (rho, num_steps, y), {}, c)[0]
+
+    def draw(key, rho):
+        def step(x, keys):
+            x = rho * x + jax.random.normal(keys[0])
+            return x, (x, x + 0.5 * jax.random.normal(keys[1]))
+
+        steps = lane_keys(key, num_steps)
+        keys = jnp.stack([jax.vmap(jax.random.fold_in, (0, None))(steps, i) for i in range(2)], 1)
+        x, y = lax.scan(step, 0.0, keys)[1]
+        return {"x": x, "y": y}
+
+    simulators = {
+        "hand": draw,
+        "weft": lambda key, rho: state_space(rho, num_steps).simulate(key).choices,
+        "numpyro": lambda key, rho: values(numpyro_state_space, key, rho, num_steps),
+    }
+    versions = {"hand": hand, "weft": weft, "numpyro": peer}
+    return operations(versions, simulators, {"x": x}, (rho, y), jax.random.key(0))
+
+
+def unrolled_state_space_model() -> dict[str, Operation]:
+    """Thirty-two steps with every loop unrolled: XLA counts the body of a loop once, here every step counts."""
+    return {
+        name: Operation(op.args, {system: unrolled(f) for system, f in op.versions.items()})
+        for name, op in state_space_model(32).items()
+    }
+
+
+def unrolled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, traced, with every scan in it unrolled."""
+
+    def rewrite(jaxpr: Any) -> Any:
+        if hasattr(jaxpr, "jaxpr") and hasattr(jaxpr, "consts"):
+            return jaxpr.replace(jaxpr=rewrite(jaxpr.jaxpr))
+        eqns = []
+        for eqn in jaxpr.eqns:
+            params = {
+                name: rewrite(value) if hasattr(value, "eqns") or hasattr(value, "jaxpr") else value
+                for name, value in eqn.params.items()
+            }
+            if eqn.primitive.name == "scan":
+                params["unroll"] = params["length"]
+            eqns.append(eqn.replace(params=params))
+        return jaxpr.replace(eqns=eqns)
+
+    def call(*args: Any) -> Any:
+        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        flat = jax.extend.core.jaxpr_as_fun(rewrite(jaxpr))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), flat)
+
+    return call
+
+
+# ---- a variational autoencoder, the gradient of its bound ------------------------------------------------------------
+
+PIXELS, HIDDEN, LATENT, IMAGES = 784, 400, 50, 64
+
+
+def networks(key):
+    """Weights of an encoder 784-400-2x50 and a decoder 50-400-784."""
+    shapes = {
+        "e1": (PIXELS, HIDDEN),
+        "mean": (HIDDEN, LATENT),
+        "log_sd": (HIDDEN, LATENT),
+        "d1": (LATENT, HIDDEN),
+        "d2": (HIDDEN, PIXELS),
+    }
+    keys = jax.random.split(key, len(shapes))
+    return {
+        n: 0.05 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def encode(p, x):
+    h = softplus(x @ p["e1"])
+    return h @ p["mean"], jnp.exp(h @ p["log_sd"])
+
+
+def decode(p, z):
+    return softplus(z @ p["d1"]) @ p["d2"]
+
+
+@gen
+def site_decoder(p, count):
+    z = sample("z", dist.Normal(jnp.zeros((count, LATENT)), 1.0).to_event(2))
+    return sample("x", dist.Bernoulli(logits=decode(p, z)).to_event(2))
+
+
+@gen
+def site_encoder(p, x):
+    mean, sd = encode(p, x)
+    return sample("z", dist.Normal(mean, sd).to_event(2))
+
+
+@gen
+def image_decoder(p):
+    z = sample("z", dist.Normal(jnp.zeros(LATENT), 1.0).to_event(1))
+    return sample("x", dist.Bernoulli(logits=decode(p, z)).to_event(1))
+
+
+@gen
+def image_encoder(p, x):
+    mean, sd = encode(p, x)
+    return sample("z", dist.Normal(mean, sd).to_event(1))
+
+
+@gen
+def vmap_decoder(p, count):
+    def image(_):
+        z = sample("z", dist.Normal(jnp.zeros(LATENT), 1.0).to_event(1))
+        return sample("x", dist.Bernoulli(logits=decode(p, z)).to_event(1))
+
+    return jax.vmap(image)(jnp.arange(count))
+
+
+@gen
+def vmap_encoder(p, x):
+    def image(x):
+        mean, sd = encode(p, x)
+        return sample("z", dist.Normal(mean, sd).to_event(1))
+
+    return jax.vmap(image)(x)
+
+
+def numpyro_decoder(p, x):
+    shape = (*x.shape[:-1], LATENT)
+    z = numpyro.sample("z", dist.Normal(jnp.zeros(shape), 1.0).to_event(x.ndim))
+    numpyro.sample("x", dist.Bernoulli(logits=decode(p, z)).to_event(x.ndim), obs=x)
+
+
+def numpyro_encoder(p, x):
+    mean, sd = encode(p, x)
+    numpyro.sample("z", dist.Normal(mean, sd).to_event(x.ndim))
+
+
+def hand_bound(key, p, x, noise=None):
+    """The bound of a batch or of one image, one draw of the latent."""
+    mean, sd = encode(p, x)
+    z = mean + sd * (jax.random.normal(key, mean.shape) if noise is None else noise)
+    prior, guide = normal(z, 0.0, 1.0).sum(), normal(z, mean, sd).sum()
+    return prior + bernoulli(x, decode(p, z)).sum() - guide
+
+
+def numpyro_bound(key, p, x):
+    model, guide = (lambda x: numpyro_decoder(p, x)), (lambda x: numpyro_encoder(p, x))
+    return -Trace_ELBO().loss(key, {}, model, guide, x)
+
+
+def vae() -> dict[str, Operation]:
+    """The gradient in all weights of a batch's bound: latents as one site, as a vmap, as a program per image."""
+    p = networks(jax.random.key(0))
+    x = jax.random.bernoulli(jax.random.key(1), 0.5, (IMAGES, PIXELS)).astype(jnp.float32)
+
+    def hand_by_lane(key, p, x):
+        keys = lane_keys(key, len(x))
+        noise = jax.vmap(lambda k: jax.random.normal(k, (LATENT,)))(keys)
+        return hand_bound(key, p, x, noise)
+
+    def batch(bound):
+        def total(key, p, x):
+            return jax.vmap(bound, (0, None, 0))(jax.random.split(key, len(x)), p, x).sum()
+
+        return total
+
+    site = elbo(lambda p, x: site_decoder(p, len(x)).given({"x": x}), site_encoder)
+    vmap = elbo(lambda p, x: vmap_decoder(p, len(x)).given({"x": x}), vmap_encoder)
+    image = elbo(lambda p, x: image_decoder(p).given({"x": x}), image_encoder)
+    layouts = {
+        "one site": {"hand": hand_bound, "weft": site, "numpyro": numpyro_bound},
+        "vmap": {
+            "hand": hand_bound,
+            "hand, a key a lane": hand_by_lane,
+            "weft": vmap,
+            "numpyro": numpyro_bound,
+        },
+        "per image": {
+            "hand": batch(hand_bound),
+            "weft": batch(image),
+            "numpyro": batch(numpyro_bound),
+        },
+    }
+    args = (jax.random.key(3), p, x)
+    return {
+        f"bound's gradient, {layout}": Operation(
+            args, {system: jax.grad(f, argnums=1) for system, f in versions.items()}
+        )
+        for layout, versions in layouts.items()
+    }
+
+
+WORKLOADS: dict[str, Callable[[], dict[str, Operation]]] = {
+    "eight schools": eight_schools,
+    "logistic regression, 10,000 rows": logistic_regression,
+    "state-space model, 1,000 steps": state_space_model,
+    "state-space model, 32 steps unrolled": unrolled_state_space_model,
+    "variational autoencoder": vae,
+}
