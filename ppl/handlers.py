@@ -14,7 +14,8 @@ from numpyro.distributions import biject_to
 from .cotangents import finite_cotangents
 from .errors import AddressError, DensityError, GradientError
 from .interpreter import Context, Handler, Records, walk_while
-from .sites import Site, is_discrete
+from .sites import Site
+from .specs import is_discrete
 from .traces import run_program
 
 

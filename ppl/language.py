@@ -14,7 +14,8 @@ from .errors import ModelError
 from .handlers import Evaluate
 from .models import check_name
 from .programs import Program
-from .sites import SiteSpec, bind_site, sample_spec
+from .sites import bind_site
+from .specs import SiteSpec, sample_spec
 from .staging import used
 from .traces import Trace, run_program
 

@@ -20,7 +20,8 @@ from .control import scope_p
 from .interpreter import Context, Handler, Records, walk
 from .models import Model
 from .packing import pack
-from .sites import Site, SiteSpec, bind_site
+from .sites import Site, bind_site
+from .specs import SiteSpec
 from .staging import Code, stage
 from .structure import site_table
 

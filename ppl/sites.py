@@ -9,22 +9,18 @@ so that a plain ``jax.vmap`` makes independent draws.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import ad, mlir
 
-from .compat import Primitive, ShapedArray, Tracer, fancy_primitive_batchers
+from .compat import Primitive, ShapedArray, fancy_primitive_batchers
 from .cotangents import finite_cotangents
 from .errors import GradientError, ModelError
 from .packing import Skeleton, is_number, pack
-
-# --- what a site knows that is not an array ---------------------------------------------------------------------------
+from .specs import SiteSpec
 
 
 class Lane(NamedTuple):
@@ -33,53 +29,6 @@ class Lane(NamedTuple):
     size: int
     name: str | None
     mapped: tuple[bool, ...]
-
-
-class Constant:
-    """A value kept among the static parameters of an equation: compares by value, hashes by type."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Constant):
-            return NotImplemented
-        a, b = self.value, other.value
-        if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-            return type(a) is type(b) and np.array_equal(a, b)
-        return a is b or (type(a) is type(b) and bool(a == b))
-
-    def __hash__(self) -> int:
-        return hash(type(self.value))
-
-    def __repr__(self) -> str:
-        return repr(self.value)
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteSpec:
-    """The static part of a site: what is true of it before any value is known."""
-
-    name: str
-    kind: str  # "sample", "factor" or "deterministic"
-    label: str  # name of the distribution's class
-    shape: tuple[int, ...]  # of one lane's value
-    dtype: Any
-    batch_ndim: int
-    dims: tuple[str | None, ...] = ()
-    support: Constant | None = None
-    values: Constant | None = None
-    reparametrised: bool = False
-    takes_sample_shape: bool = False
-    num_distribution_arrays: int = 0
-    hidden: bool = False
-    unsampled: str = ""  # why it cannot be drawn
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        return self.shape[self.batch_ndim :]
 
 
 # --- the primitive ----------------------------------------------------------------------------------------------------
@@ -151,154 +100,6 @@ def bind_site(spec: SiteSpec, payload: dict[str, Any]) -> Any:
     return site_p.bind(*arrays, jnp.zeros(()), spec=spec, skeleton=skeleton, lanes=())[0]
 
 
-def sample_spec(name: str, d: Any, dims: tuple[str | None, ...], hidden: bool = False) -> SiteSpec:
-    """Everything static about a sample site, from its distribution."""
-    arrays, skeleton = pack(d, is_number)
-    label = type(d).__name__
-    if jax.tree_util.all_leaves([d]):
-        raise ModelError(
-            f"site {name!r}: {label} is no pytree, so its parameters cannot be traced; make it a class derived from "
-            "equinox.Module (or register it with jax.tree_util), with sample(key) and log_prob(value)"
-        )
-    try:
-        hash(skeleton)
-    except TypeError as e:
-        raise ModelError(
-            f"site {name!r}: {label} keeps an unhashable value in its static structure ({e}); "
-            f"{_array_field(d)}pass its parameters as jax arrays (jnp.asarray)"
-        ) from None
-    shapes = tuple((jnp.shape(a), jnp.result_type(a)) for a in arrays)
-    return _sample_spec(name, skeleton, shapes, tuple(dims), hidden, _support(d), _values(d), label)
-
-
-def _array_field(d: Any) -> str:
-    for field, value in vars(d).items():
-        if isinstance(value, np.ndarray):
-            return f"its field {field!r} is a NumPy array of shape {value.shape}: "
-    return ""
-
-
-@functools.lru_cache(maxsize=4096)
-def _sample_spec(
-    name: str,
-    skeleton: Skeleton,
-    shapes: tuple[Any, ...],
-    dims: tuple[str | None, ...],
-    hidden: bool,
-    support: Constant | None,
-    values: Constant | None,
-    label: str,
-) -> SiteSpec:
-    arrays = [jax.ShapeDtypeStruct(*s) for s in shapes]
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    stated: dict[str, Any] = {}
-
-    def draw(key: Any, arrays: Any) -> Any:
-        d = skeleton.unpack(arrays)
-        for attribute in ("batch_shape", "event_shape", "has_rsample"):
-            stated[attribute] = getattr(d, attribute, None)
-        stated["takes_sample_shape"] = "sample_shape" in inspect.signature(d.sample).parameters
-        stated["discrete"] = is_discrete(d)
-        return jnp.asarray(d.sample(key))
-
-    unsampled = ""
-    shape: tuple[int, ...] = ()
-    dtype: Any = None
-    try:
-        out = jax.eval_shape(draw, key, arrays)
-        shape, dtype = tuple(out.shape), out.dtype
-    except (NotImplementedError, ImportError) as e:
-        unsampled = str(e) or "it is improper"
-    except Exception as e:
-        raise ModelError(
-            f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and "
-            f"log_prob(value): {type(e).__name__}: {e}"
-        ) from e
-    batch_shape = stated.get("batch_shape")
-    if batch_shape is None:
-        value = jax.ShapeDtypeStruct(shape, dtype)
-        density = jax.eval_shape(lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays)
-        batch_shape = density.shape
-        if tuple(batch_shape) != shape[: len(batch_shape)]:
-            raise ModelError(
-                f"site {name!r}: log_prob of {label} has shape {batch_shape}, which does not lead the shape "
-                f"{shape} of a draw"
-            )
-    else:
-        expected = tuple(batch_shape) + tuple(stated["event_shape"])
-        if not unsampled and shape != expected:
-            unsampled = f"its draws have shape {shape}, not the {expected} that it states"
-            if len(shape) > len(expected):
-                raise ModelError(
-                    f"site {name!r}: {label} states batch_shape {tuple(batch_shape)} and event_shape "
-                    f"{tuple(stated['event_shape'])}, but a draw has shape {shape}. It was probably built by jax.vmap; "
-                    "sample inside the vmap instead: jax.vmap(lambda x: sample(name, make(x)))(xs)"
-                )
-        if unsampled:
-            shape = expected
-            dtype = (
-                jnp.result_type(int if stated["discrete"] else float) if dtype is None else dtype
-            )
-    if len(dims) > len(shape):
-        raise ModelError(
-            f"site {name!r}: dims={dims} names {len(dims)} axes of a value of shape {shape}"
-        )
-    rsample = stated.get("has_rsample")
-    return SiteSpec(
-        name=name,
-        kind="sample",
-        label=label,
-        shape=shape,
-        dtype=jnp.dtype(dtype),
-        batch_ndim=len(batch_shape),
-        dims=dims,
-        support=support,
-        values=values,
-        reparametrised=bool(rsample) and jnp.issubdtype(dtype, jnp.inexact),
-        takes_sample_shape=stated["takes_sample_shape"],
-        num_distribution_arrays=len(arrays),
-        hidden=hidden,
-        unsampled=unsampled,
-    )
-
-
-def is_discrete(d: Any) -> bool:
-    """Whether a distribution says that it is discrete (some of NumPyro's fail to say anything)."""
-    try:
-        return bool(d.is_discrete)
-    except (AttributeError, AssertionError, NotImplementedError):
-        return False
-
-
-def _support(d: Any) -> Constant | None:
-    """The support, where no traced value enters it."""
-    try:
-        support = d.support
-        leaves = jax.tree.leaves(support)
-    except (AttributeError, NotImplementedError):
-        return None
-    if any(isinstance(leaf, Tracer) for leaf in leaves):
-        return None
-    return Constant(support)
-
-
-def _values(d: Any) -> Constant | None:
-    """The values of one element of a finite support, where they can be listed without a traced value."""
-    if not getattr(d, "has_enumerate_support", False):
-        return None
-    try:
-        with jax.ensure_compile_time_eval():
-            listed = d.enumerate_support(expand=False)
-        if isinstance(listed, Tracer):
-            return None
-        listed = np.asarray(listed)
-    except Exception:  # NumPyro raises several kinds where it cannot list a support
-        return None
-    if listed.size != listed.shape[0]:
-        return None
-    return Constant(listed.reshape(-1))
-
-
 # --- a site met by the interpreter ------------------------------------------------------------------------------------
 
 
@@ -350,11 +151,8 @@ class Site:
             return f(self.skeleton.unpack(operands[:-1]), *xs)
 
         for lane in self.lanes:
-            one = jax.vmap(
-                one,
-                in_axes=([0 if m else None for m in lane.mapped], *(0 for _ in xs)),
-                axis_size=lane.size,
-            )
+            in_axes = ([0 if m else None for m in lane.mapped], *(0 for _ in xs))
+            one = jax.vmap(one, in_axes, axis_size=lane.size, axis_name=lane.name)
         return one(self.operands, *xs)
 
     def part(self, name: str) -> Any:

@@ -16,7 +16,8 @@ import numpy as np
 from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
 from .control import eqn_holds_sites, holds_sites, lanes_p, scope_p, site_names
 from .errors import ModelError
-from .sites import SiteSpec, site_p
+from .sites import site_p
+from .specs import SiteSpec
 
 
 @dataclasses.dataclass(frozen=True)

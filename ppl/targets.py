@@ -93,12 +93,13 @@ class Target(eqx.Module):
         found = run_log_densities(self.program.staged(), unflatten(self.complete(latents)))
         if by is None:
             return found
-        flat = flatten(found)
-        seen = {
-            a: v
-            for a, v in flat.items()
-            if a in self.data or self.sites[a].observed or self.sites[a].kind == "factor"
-        }
+        seen = {}
+        for address, density in flatten(found).items():
+            info, data = self.sites[address], self.data.get(address)
+            if data is not None and data.where is not None:
+                density = jnp.where(data.where, density, 0)
+            if data is not None or info.observed or info.kind == "factor":
+                seen[address] = density
         return by_axis(self.sites, seen, by, self.program.name)
 
     def generate(

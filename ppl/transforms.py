@@ -21,7 +21,8 @@ from .interpreter import Handler
 from .models import check_name
 from .observations import Observed, entries
 from .rewriting import Rewrite, Transformed, rebind_scope, transform
-from .sites import Site, SiteSpec
+from .sites import Site
+from .specs import SiteSpec
 from .structure import SiteInfo
 from .traces import Trace
 
