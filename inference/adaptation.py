@@ -168,7 +168,7 @@ class Warmup:
         log_density: Callable[[Array], Array],
         step_size: Any = None,
     ) -> AdaptationState:
-        """Unit mass, and the step size given or else one at which a leapfrog step is accepted about as often as wanted."""
+        """Unit mass, and a step size: the one given, or one at which leapfrog steps are accepted as wanted."""
         parts = self.layout.split(state.position)
         mass = tuple(
             init(part.size) for (init, _, _), part in zip(self._mass(), parts, strict=True)

@@ -88,8 +88,8 @@ class enumeration(Algorithm):
                 for a, values, size in _supports(target)
             )
             raise WeftError(
-                f"enumeration would take {terms:,} terms ({counts}), more than max_terms={self.max_terms:,}. Sum sites out "
-                "one by one (marginalize), raise max_terms, or use importance sampling"
+                f"enumeration would take {terms:,} terms ({counts}), more than max_terms={self.max_terms:,}. "
+                "Sum sites out one by one (marginalize), raise max_terms, or use importance sampling"
             )
 
     def num_iterations(self, target: Target) -> int:
@@ -124,7 +124,9 @@ class enumeration(Algorithm):
         # Everything is given, so the key draws nothing.
         trace, log_weight = target.generate(jax.random.key(0), unflatten(choices))
         for address, values, size in _supports(target):
-            counted = _take(target, address, live(target, trace.active, address, choices[address].ndim))
+            counted = _take(
+                target, address, live(target, trace.active, address, choices[address].ndim)
+            )
             idle = size - jnp.sum(jnp.broadcast_to(counted, (size,)))
             log_weight = log_weight - idle * math.log(len(values))
         return record(target, trace), log_weight

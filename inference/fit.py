@@ -141,7 +141,7 @@ def fit(
         def advance(carry: FitState, first: int, last: int) -> FitState:
             carry = _advance((*pure, jnp.int32(first), jnp.int32(last)), carry)
             if first == 0 and not np.isfinite(carry.bounds[0]):
-                raise _explain(key, objective, unwrap(params), batches)
+                raise _explain(key, objective, unwrap(eqx.combine(free, rest)), batches)
             return carry
 
         def describe(carry: FitState) -> str:

@@ -101,7 +101,7 @@ class Fit(eqx.Module):
                 + (
                     "it was loaded from a file, which holds no code; apply your guide to fit.params"
                     if self.objective is None
-                    else "its objective is not one of weft.inference (elbo(target, guide)); apply your guide to fit.params"
+                    else "its objective, unlike elbo(target, guide), has none; apply your guide to fit.params"
                 )
             )
         return self.objective.at(self.params, *self.data)
@@ -118,7 +118,7 @@ class Fit(eqx.Module):
         if khat < limit:
             verdict = "its draws, weighted, can be trusted: importance(fit.guide)"
         else:
-            verdict = "its tails or its shape miss the target's; do not trust weighted draws of it, use a richer guide or nuts"
+            verdict = "its tails or its shape miss the target's; do not trust weighted draws; take a richer guide, or nuts"
         return (
             f"Guide against target, by {n} weighted draws: k-hat {khat:.2f} (limit {limit:.2f}), {verdict}. "
             f"Log evidence {float(particles.log_evidence):.4g} by importance sampling."
@@ -163,13 +163,18 @@ def _course(bounds: np.ndarray, minimize: bool) -> str:
     span = tail[-1] - tail[0]
     change, noise = slope * span, error * span
     better = -change if minimize else change
-    head = bounds[steps[: max(steps.size // 20, 1)]].mean()
+    gain = abs(y.mean() - bounds[steps[: max(steps.size // 20, 1)]].mean())
     size = f"{abs(change):.2g} +- {noise:.1g} over the last {tail.size} steps"
     text = f"The {name} ended at {y.mean():.5g} (mean of the last {tail.size} steps)"
-    if abs(change) < 3 * noise or abs(change) < 1e-3 * abs(y.mean() - head):
-        return f"{text} and was level: its trend, {size}, is within its noise or negligible. It has converged."
-    if better > 0:
-        word = "falling" if minimize else "rising"
-        return f"{text} and was still {word}, by {size}: it has not converged, run more steps."
-    word = "rose" if minimize else "fell"
-    return f"{text} and {word}, by {size}: the optimiser is unstable, lower its learning rate."
+    if abs(change) >= 3 * noise and abs(change) >= 1e-3 * gain:
+        if better > 0:
+            word = "falling" if minimize else "rising"
+            return f"{text} and was still {word}, by {size}: it has not converged, run more steps."
+        word = "rose" if minimize else "fell"
+        return f"{text} and {word}, by {size}: the optimiser is unstable, lower its learning rate."
+    if 3 * noise > max(0.1 * gain, 0.05):
+        return (
+            f"{text}. Its trend, {size}, is hidden in the noise of single estimates: whether it has "
+            "converged cannot be told. Run more steps, or average more draws a step (num_samples)."
+        )
+    return f"{text} and was level: its trend is {size}. It has converged, as far as it tells."

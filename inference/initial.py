@@ -107,7 +107,9 @@ def _overlay(z: Array, given: dict[str, Array], target: Target, space: Any) -> A
     moved = space.from_choices(unflatten(choices)).astype(z.dtype)
     back, held = flatten(space.to_choices(moved)), jnp.bool_(True)
     for address, value in given.items():
-        if address not in target.data:  # of a site observed in part, the observed elements are not taken
+        if (
+            address not in target.data
+        ):  # of a site observed in part, the observed elements are not taken
             held &= jnp.allclose(back[address], value, rtol=1e-2, atol=1e-4)
     return jnp.where(held, moved, jnp.nan)
 

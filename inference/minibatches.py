@@ -51,7 +51,8 @@ class Minibatches(eqx.Module):
         rows = {shape[0] if shape else None for shape in shapes}
         if len(rows) != 1 or None in rows:
             raise WeftError(
-                f"fit: with batch_size={batch_size} the arrays of data must share their leading axis, got shapes {shapes}"
+                f"fit: with batch_size={batch_size} the arrays of data must share their leading axis, "
+                f"got shapes {shapes}"
             )
         (num_rows,) = rows
         if batch_size > num_rows:

@@ -108,7 +108,8 @@ class elbo(eqx.Module):
         target, guide = self.at(params, *batch)
         if not isinstance(target, Target):
             raise TypeError(
-                f"elbo: the target function returned a {type(target).__name__}, expected a Target: model(...).given(data)"
+                f"elbo: the target function returned a {type(target).__name__}, expected a Target: "
+                "model(...).given(data)"
             )
         check_proposal(guide, target, "guide")
 

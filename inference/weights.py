@@ -33,8 +33,8 @@ def check_proposal(program: Any, target: Target, what: str = "proposal") -> None
     if program.unnormalised:
         names = ", ".join(repr(a) for a in program.unnormalised_sites)
         raise DensityError(
-            f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is not known up to more than "
-            f"a constant. A {what} must be a plain program; weft.normalize turns an unnormalised one into one"
+            f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is known "
+            f"up to a constant only. A {what} must be a plain program; weft.normalize turns an unnormalised one into one"
         )
     missing = [a for a in target.latents if a not in drawn]
     spare = [a for a in drawn if a not in target.latents]
@@ -75,11 +75,13 @@ def live(target: Target, active: Any, address: str, ndim: int) -> Array:
 
 
 def log_ratio(target: Target, program: Program, trace: Any) -> Float[Array, ""]:
-    """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the program's.
+    """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the
+    program's.
 
-    Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The program's own conditional
-    density then stands on both sides and cancels: the ratio has `q` of the active choices only. It stays unbiased,
-    since a conditional density integrates to one. The same holds for the elements that are given of a site observed in part.
+    Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The
+    program's own conditional density then stands on both sides and cancels: the ratio has `q` of
+    the active choices only. It stays unbiased, since a conditional density integrates to one. The
+    same holds for the elements that are given of a site observed in part.
     """
     if not may_idle(target):
         return target.log_density(trace.choices) - trace.log_density

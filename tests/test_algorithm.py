@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from counting import counting
 from jaxtyping import Array
-
-from weft import gen, sample
 from weft.inference import Algorithm, State, hmc, importance, nuts
 from weft.inference import runner as runner_module
 from weft.ppl.errors import WeftError
+
+from counting import counting
+from weft import gen, sample
 
 OFFSET = jnp.float32(0.0)
 

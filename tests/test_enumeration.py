@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-
-from weft import gen, observed, repeat, sample
 from weft.inference import enumeration
 from weft.ppl.errors import DensityError, WeftError
+
+from weft import gen, observed, repeat, sample
 
 KEY = jax.random.key(0)
 
@@ -37,17 +37,23 @@ def by_hand(p: float, y: float) -> dict[tuple[int, ...], float]:
 @pytest.mark.parametrize("batch_size", [4096, 5])
 def test_every_value_and_the_evidence(batch_size: int) -> None:
     exact = by_hand(0.3, 4.0)
-    found = enumeration(batch_size=batch_size).run(KEY, model(0.3).given({"y": 4.0}), progress=False)
+    found = enumeration(batch_size=batch_size).run(
+        KEY, model(0.3).given({"y": 4.0}), progress=False
+    )
     values = np.column_stack([found.choices["z"], found.choices["face"]])
     assert [tuple(v) for v in values.tolist()] == list(exact)
     np.testing.assert_allclose(found.log_weights, list(exact.values()), rtol=1e-5)
-    np.testing.assert_allclose(found.log_evidence, np.logaddexp.reduce(list(exact.values())), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.log_evidence, np.logaddexp.reduce(list(exact.values())), rtol=1e-6
+    )
     assert found.exact
 
 
 def test_under_jit_and_vmap_over_data() -> None:
     ys = jnp.array([3.0, 4.0, 5.0])
-    run = jax.jit(jax.vmap(lambda y: enumeration().run(KEY, model(0.3).given({"y": y})).log_evidence))
+    run = jax.jit(
+        jax.vmap(lambda y: enumeration().run(KEY, model(0.3).given({"y": y})).log_evidence)
+    )
     exact = [np.logaddexp.reduce(list(by_hand(0.3, float(y)).values())) for y in ys]
     np.testing.assert_allclose(run(ys), exact, rtol=1e-6)
 
@@ -76,7 +82,9 @@ def branching() -> None:
 
 def test_idle_choices_count_once() -> None:
     log = lambda loc: float(dist.Normal(loc, 1.0).log_prob(0.5))  # noqa: E731
-    terms = [np.log(0.7) + log(-1.0)] + [np.log(0.3 * p) + log(a) for a, p in enumerate((0.2, 0.3, 0.5))]
+    terms = [np.log(0.7) + log(-1.0)] + [
+        np.log(0.3 * p) + log(a) for a, p in enumerate((0.2, 0.3, 0.5))
+    ]
     found = enumeration().run(KEY, branching().given({"y": 0.5}), progress=False)
     assert found.log_weights.shape == (6,)
     np.testing.assert_allclose(found.log_evidence, np.logaddexp.reduce(terms), rtol=1e-6)
@@ -89,7 +97,12 @@ def test_only_the_missing_elements_are_enumerated() -> None:
     @gen
     def faces() -> None:
         p = sample("bias", dist.Bernoulli(0.5))
-        sample("face", dist.Categorical(probs=jnp.where(p == 1, jnp.array([0.8, 0.1, 0.1]), jnp.ones(3) / 3)).expand([4]))
+        sample(
+            "face",
+            dist.Categorical(
+                probs=jnp.where(p == 1, jnp.array([0.8, 0.1, 0.1]), jnp.ones(3) / 3)
+            ).expand([4]),
+        )
 
     face = jnp.array([0, 2, 0, 0])
     where = jnp.array([True, False, True, False])
@@ -103,7 +116,8 @@ def test_only_the_missing_elements_are_enumerated() -> None:
     assert found.log_weights.shape == (2 * 3**2,)
     assert (np.asarray(found.choices["face"])[:, [0, 2]] == 0).all()
     np.testing.assert_allclose(found.log_evidence, exact, rtol=1e-6)
-    # Which elements are missing may be traced: then all are enumerated, and count as often as they must.
+    # Which elements are missing may be traced: then all are enumerated, and count as often as they
+    # must.
     traced = jax.jit(lambda where: evidence(where).log_evidence)(where)
     np.testing.assert_allclose(traced, exact, rtol=1e-6)
 
@@ -124,7 +138,9 @@ def test_supports_without_end_are_named() -> None:
         sample("x", dist.Normal(0.0, 1.0))
         sample("z", dist.Bernoulli(0.5))
 
-    with pytest.raises(DensityError, match=r"'k' \(Poisson, not finite.*'x' \(Normal, continuous\)") as e:
+    with pytest.raises(
+        DensityError, match=r"'k' \(Poisson, not finite.*'x' \(Normal, continuous\)"
+    ) as e:
         enumeration().run(KEY, endless().given())
     assert "'z'" not in str(e.value)
 

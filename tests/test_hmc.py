@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-
-from weft import deterministic, gen, sample
 from weft.inference import InitStrategy, diagnostics, hmc, kernels, nuts
 from weft.inference.adaptation import MassLayout
 from weft.ppl.errors import AddressError, DensityError, ObservationError, WeftError
+
+from weft import deterministic, gen, sample
 
 BAND = 5.0
 
@@ -151,15 +151,19 @@ def test_stats_have_arviz_names() -> None:
     draws = nuts(num_warmup=20, num_samples=12, num_chains=2).run(
         jax.random.key(0), target, progress=False
     )
-    names = {"lp", "acceptance_rate", "diverging", "energy", "tree_depth", "n_steps", "step_size"}
-    assert names <= set(draws.stats)
+    names = {"lp", "acceptance_rate", "diverging", "energy", "n_steps", "step_size"}
+    assert set(draws.stats) == names | {"tree_depth", "reached_max_treedepth"}
     assert all(s.shape == (2, 12) for s in draws.stats.values())
     assert (draws.stats["energy"] >= -draws.stats["lp"] - 1e-3).all()
     assert (draws.stats["n_steps"] < 2 ** (draws.stats["tree_depth"] + 1)).all()
     assert draws.warmup["divergences"].shape == (2,)
+    draws = TINY.run(jax.random.key(0), target, progress=False)
+    assert set(draws.stats) == names
+    assert (draws.stats["energy"] >= -draws.stats["lp"] - 1e-3).all()
 
 
-# --- where chains begin -----------------------------------------------------------------------------------------------
+# --- where chains begin
+# -----------------------------------------------------------------------------------------------
 
 
 @gen
@@ -183,7 +187,9 @@ def test_no_initial_point_names_the_sites_and_values() -> None:
         sample("b", dist.Normal(a, 1.0))
         sample("y", dist.Normal(jnp.log(-1.0 - a**2), 1.0))
 
-    with pytest.raises(DensityError, match=r"(?s)any of the points tried.*'y' is nan.*a = .*b = .*init=choices") as e:
+    with pytest.raises(
+        DensityError, match=r"(?s)any of the points tried.*'y' is nan.*a = .*b = .*init=choices"
+    ) as e:
         TINY.run(jax.random.key(0), broken().given({"y": 0.0}), progress=False)
     assert "'b' is" not in str(e.value)
 
@@ -246,11 +252,12 @@ def test_improper_priors_begin_in_the_box() -> None:
     assert np.abs(z_scores(draws["mu"], 3.0, 1.0)).max() < BAND
 
 
-# --- what cannot be sampled -------------------------------------------------------------------------------------------
+# --- what cannot be sampled
+# -------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_sample() -> None:
-    target, mean, _ = conjugate()
+    target, *_ = conjugate()
     observed = target.program.given({"w": jnp.zeros(3), "y": jnp.zeros(20)})
     with pytest.raises(WeftError, match="no latent choices"):
         nuts().run(jax.random.key(0), observed)
@@ -278,6 +285,44 @@ def test_divergences_are_counted() -> None:
     draws = algorithm.run(jax.random.key(0), funnel().given(), progress=False)
     assert int(draws.stats["diverging"].sum()) > 0
     assert "diverge" in draws.summary().verdict
+
+
+@gen
+def jump() -> None:
+    s = sample("s", dist.Normal(0.0, 1.0))
+    jax.lax.cond(
+        s > 0.5,
+        lambda: sample("a", dist.Normal(2.0, 1.0)),
+        lambda: sample("b", dist.Normal(-2.0, 0.5)),
+    )
+
+
+def test_branches_on_a_continuous_choice_warn_and_are_right() -> None:
+    algorithm = nuts(num_warmup=300, num_samples=1000)
+    with pytest.warns(UserWarning, match="depends on the continuous choice 's'.*jumps"):
+        draws = algorithm.run(jax.random.key(0), jump().given(), progress=False)
+    up = np.asarray(draws.choices["s"] > 0.5)
+    assert np.array_equal(draws.active["a"], up)
+    assert np.array_equal(draws.active["b"], ~up)
+    p = float(1 - dist.Normal(0.0, 1.0).cdf(0.5))
+    ess = float(diagnostics.ess(up.astype(float), kind="mean"))
+    assert abs(up.mean() - p) < BAND * np.sqrt(p * (1 - p) / ess)
+    a = np.asarray(draws.choices["a"])
+    assert abs(a[up].mean() - 2.0) < BAND / np.sqrt(ess * p / 2)
+    assert "s" not in draws.active
+
+
+def test_double_precision(x64: None) -> None:
+    algorithm = hmc(num_warmup=100, num_samples=100, num_chains=2)
+    draws = algorithm.run(jax.random.key(0), jump_free().given({"y": 1.0}), progress=False)
+    assert draws.choices["mu"].dtype == jnp.float64
+    assert np.abs(z_scores(draws.choices["mu"], 0.5, 0.5**0.5)).max() < BAND
+
+
+@gen
+def jump_free() -> None:
+    mu = sample("mu", dist.Normal(0.0, 1.0))
+    sample("y", dist.Normal(mu, 1.0))
 
 
 def test_kernels_leave_a_density_invariant() -> None:

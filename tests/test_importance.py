@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-
-from weft import deterministic, factor, gen, observed, sample
 from weft.inference import importance
 from weft.ppl.errors import AddressError, DensityError, WeftError
+
+from weft import deterministic, factor, gen, observed, sample
 
 BAND = 5.0
 
@@ -106,9 +106,7 @@ def branching() -> None:
 
 def branching_evidence(y: float) -> float:
     up = np.log(0.3) + float(dist.Normal(1.0, 2.0**0.5).log_prob(y))
-    return float(
-        np.logaddexp(up, np.log(0.7) + float(dist.Normal(-2.0, 1.25**0.5).log_prob(y)))
-    )
+    return float(np.logaddexp(up, np.log(0.7) + float(dist.Normal(-2.0, 1.25**0.5).log_prob(y))))
 
 
 @gen
@@ -180,7 +178,9 @@ def test_a_proposal_draws_exactly_the_latents() -> None:
         sample("nu", dist.Normal(0.0, 1.0))
         sample("mv", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(AddressError, match=r"(?s)latent choices: 'mu'.*draws: +'nu', 'mv'.*missing: 'mu'"):
+    with pytest.raises(
+        AddressError, match=r"(?s)latent choices: 'mu'.*draws: +'nu', 'mv'.*missing: 'mu'"
+    ):
         importance(other()).run(jax.random.key(0), TARGET)
 
     @gen

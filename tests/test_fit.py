@@ -1,0 +1,507 @@
+"""fit and elbo: exact bounds and gradients, minibatches, parameters that are not free, errors.
+
+Bands are |z| < 5 of the estimator's own standard error, fixed keys (false alarm 6e-7 each).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro.distributions import constraints
+from weft.inference import constrained, elbo, fit, fixed, importance, load
+from weft.inference import runner as runner_module
+from weft.ppl.errors import AddressError, DensityError, GradientError, WeftError
+
+from counting import counting
+from weft import factor, gen, sample, scale
+
+BAND = 5.0
+KEY = jax.random.key(0)
+
+
+@gen
+def model() -> None:
+    mu = sample("mu", dist.Normal(0.0, 1.0))
+    sample("y", dist.Normal(mu, 1.0))
+
+
+@gen
+def guide(params: Any) -> None:
+    sample("mu", dist.Normal(params["loc"], params["scale"]))
+
+
+TARGET = model().given({"y": 2.0})
+EVIDENCE = float(dist.Normal(0.0, 2.0**0.5).log_prob(2.0))
+
+
+def closed_form(params: Any) -> Any:
+    """The ELBO of the pair above: log p(y) - KL(N(loc, scale^2) || N(1, 1/2))."""
+    posterior = dist.Normal(1.0, 0.5**0.5)
+    return EVIDENCE - dist.kl_divergence(dist.Normal(params["loc"], params["scale"]), posterior)
+
+
+# --- the objective
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_and_its_gradient_are_unbiased() -> None:
+    params = {"loc": 0.4, "scale": 1.3}
+    keys = jax.random.split(KEY, 4000)
+    estimate = jax.jit(jax.vmap(jax.value_and_grad(elbo(TARGET, guide), argnums=1), (0, None)))
+    exact = jax.value_and_grad(closed_form)(params)
+    for x, mean in zip(
+        jax.tree.leaves(estimate(keys, params)), jax.tree.leaves(exact), strict=True
+    ):
+        x = np.asarray(x, float)
+        assert abs(x.mean() - mean) < BAND * x.std() / np.sqrt(x.size)
+
+
+def test_at_the_posterior_every_estimate_is_the_evidence() -> None:
+    keys = jax.random.split(KEY, 10)
+    found = jax.vmap(elbo(TARGET, guide), (0, None))(keys, {"loc": 1.0, "scale": 0.5**0.5})
+    np.testing.assert_allclose(found, EVIDENCE, rtol=1e-5)
+
+
+def test_num_samples_is_a_mean_of_independent_estimates() -> None:
+    params = {"loc": 0.4, "scale": 1.3}
+    keys = jax.random.split(KEY, 2000)
+    one = jax.jit(jax.vmap(elbo(TARGET, guide), (0, None)))(keys, params)
+    ten = jax.jit(jax.vmap(elbo(TARGET, guide, num_samples=10), (0, None)))(keys, params)
+    np.testing.assert_allclose(ten.std() ** 2 * 10, one.std() ** 2, rtol=0.25)
+    assert abs(float(ten.mean()) - float(closed_form(params))) < BAND * ten.std() / 2000**0.5
+
+
+def test_the_target_may_depend_on_the_parameters() -> None:
+    """Maximising over the model's own parameter too: d/d noise of E log p(y | mu)."""
+
+    @gen
+    def noisy(noise: Any) -> None:
+        mu = sample("mu", dist.Normal(0.0, 1.0))
+        sample("y", dist.Normal(mu, noise))
+
+    objective = elbo(lambda params: noisy(params["noise"]).given({"y": 2.0}), guide)
+    params = {"loc": 0.4, "scale": 1.3, "noise": 0.8}
+    keys = jax.random.split(KEY, 4000)
+    slope = jax.jit(jax.vmap(jax.grad(objective, argnums=1), (0, None)))(keys, params)["noise"]
+    exact = -1 / 0.8 + ((2.0 - 0.4) ** 2 + 1.3**2) / 0.8**3
+    assert abs(slope.mean() - exact) < BAND * slope.std() / 4000**0.5
+
+
+def test_idle_choices_do_not_bias_the_bound() -> None:
+    """The guide draws what is idle in the target as well; with q = p the bound is exact."""
+
+    @gen
+    def branching() -> None:
+        s = sample("s", dist.Normal(0.0, 1.0))
+        jax.lax.cond(
+            s > 0,
+            lambda: sample("a", dist.Normal(2.0, 1.0)),
+            lambda: sample("b", dist.Normal(-2.0, 1.0)),
+        )
+
+    @gen
+    def straight(params: Any) -> None:
+        sample("s", dist.Normal(params["loc"], 1.0))
+        sample("a", dist.Normal(2.0, 1.0))
+        sample("b", dist.Normal(-2.0, 1.0))
+
+    bound = jax.vmap(elbo(branching().given(), straight), (0, None))
+    np.testing.assert_allclose(bound(jax.random.split(KEY, 8), {"loc": 0.0}), 0.0, atol=1e-5)
+
+
+# --- fitting
+# ----------------------------------------------------------------------------------------------------------
+
+
+def start() -> dict[str, Any]:
+    return {"loc": 0.0, "scale": constrained(1.0, constraints.positive)}
+
+
+def test_fit_finds_the_posterior() -> None:
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
+    found = fit(KEY, elbo(TARGET, guide, num_samples=8), start(), optimizer, 1500, progress=False)
+    assert abs(found.params["loc"] - 1.0) < 0.03
+    assert abs(found.params["scale"] - 0.5**0.5) < 0.03
+    assert found.bounds.shape == (1500,)
+    assert int(found.num_skipped) == 0
+    assert "has converged" in found.report()
+    assert "k-hat" in found.report()
+    particles = importance(found.guide, 500).run(KEY, TARGET, progress=False)
+    np.testing.assert_allclose(particles.log_evidence, EVIDENCE, atol=0.02)
+
+
+def test_the_report_tells_how_the_bound_went() -> None:
+    def report(objective: Any, optimizer: Any, steps: int = 100, **kwargs: Any) -> str:
+        params = {"loc": 0.0, "scale": 1.0}
+        return fit(KEY, objective, params, optimizer, steps, progress=False, **kwargs).report()
+
+    exact = lambda key, params: closed_form(params)  # noqa: E731
+    loss = lambda key, params: -closed_form(params)  # noqa: E731
+    assert "still rising" in report(exact, optax.sgd(1e-3))
+    assert "still falling" in report(loss, optax.sgd(1e-3), minimize=True)
+    assert "It has converged" in report(exact, optax.sgd(0.2))
+    assert "and fell" in report(exact, optax.sgd(-1e-3))
+    assert "hidden in the noise" in report(elbo(TARGET, guide), optax.adam(1e-3), 50)
+
+
+def test_fit_is_the_loop_by_hand() -> None:
+    """The same optimiser, step by step, on an objective without noise."""
+
+    def objective(key: Any, params: Any) -> Any:
+        return closed_form(params)
+
+    optimizer = optax.sgd(0.1)
+    found = fit(KEY, objective, {"loc": 0.0, "scale": 1.0}, optimizer, 5, progress=False)
+    params, bounds = {"loc": jnp.float32(0.0), "scale": jnp.float32(1.0)}, []
+    for _ in range(5):
+        bound, slope = jax.value_and_grad(closed_form)(params)
+        params = jax.tree.map(lambda p, s: p + 0.1 * s, params, slope)
+        bounds.append(bound)
+    np.testing.assert_allclose(found.bounds, bounds, rtol=1e-5)
+    np.testing.assert_allclose(found.params["loc"], params["loc"], rtol=1e-5)
+
+    loss = fit(
+        KEY,
+        lambda k, p: -closed_form(p),
+        {"loc": 0.0, "scale": 1.0},
+        optimizer,
+        5,
+        minimize=True,
+        progress=False,
+    )
+    np.testing.assert_allclose(loss.params["loc"], params["loc"], rtol=1e-5)
+    np.testing.assert_allclose(loss.bounds, -np.asarray(bounds), rtol=1e-5)
+
+
+def test_fit_goes_on_from_its_state() -> None:
+    def objective(key: Any, params: Any) -> Any:
+        return closed_form(params)
+
+    params, optimizer = {"loc": 0.0, "scale": 1.0}, optax.adam(0.1)
+    whole = fit(KEY, objective, params, optimizer, 6, progress=False)
+    half = fit(KEY, objective, params, optimizer, 3, progress=False)
+    rest = fit(KEY, objective, half.params, optimizer, 3, state=half.state, progress=False)
+    np.testing.assert_allclose(rest.params["loc"], whole.params["loc"], rtol=1e-5)
+
+
+def test_second_fit_compiles_nothing() -> None:
+    """New data, a new objective, guide and optimiser: everything compares by structure."""
+
+    def go(y: float) -> Any:
+        @gen
+        def again(params: Any) -> None:
+            sample("mu", dist.Normal(params["loc"], params["scale"]))
+
+        target = model().given({"y": y})
+        return fit(KEY, elbo(target, again), start(), optax.adam(0.01), 20, progress=False)
+
+    first = go(2.0)
+    with counting() as count:
+        second = go(3.0)
+    assert count.compilations == 0
+    assert first.params["loc"] != second.params["loc"]
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (1, 6, 100):
+        monkeypatch.setattr(runner_module, "FIRST_CHUNK", size)
+        monkeypatch.setattr(runner_module, "_next_size", lambda *_, size=size: size)
+        found.append(fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.01), 20, progress=False))
+    for other in found[1:]:
+        assert np.array_equal(found[0].bounds, other.bounds)
+        assert np.array_equal(found[0].params["loc"], other.params["loc"])
+
+
+def test_fit_under_vmap_over_data() -> None:
+    def go(y: Any) -> Any:
+        objective = elbo(model().given({"y": y}), guide)
+        return fit(KEY, objective, start(), optax.adam(0.01), 20, progress=False).params["loc"]
+
+    together = jax.vmap(go)(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(together, [go(1.0), go(2.0)], rtol=1e-4)
+
+
+def test_the_callers_arrays_are_not_given_away() -> None:
+    params = {"loc": jnp.zeros(()), "scale": jnp.ones(())}
+    for _ in range(2):
+        fit(KEY, elbo(TARGET, guide), params, optax.adam(0.01), 3, progress=False)
+    assert float(params["scale"]) == 1.0
+
+
+# --- minibatches
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_minibatches_are_epochs_without_replacement() -> None:
+    """Each objective value tells which rows it saw, in base 2."""
+    rows = jnp.arange(10)
+
+    def objective(key: Any, params: Any, i: Any, x: Any) -> Any:
+        seen = jnp.sum(2.0**i)
+        return seen + 0.0 * params * x.sum()
+
+    found = fit(
+        KEY,
+        objective,
+        1.0,
+        optax.sgd(0.0),
+        9,
+        data=(rows, rows * 1.0),
+        batch_size=3,
+        progress=False,
+    )
+    seen = [{i for i in range(10) if int(b) >> i & 1} for b in found.bounds]
+    assert all(len(s) == 3 for s in seen)
+    for epoch in range(3):
+        assert len(set.union(*seen[3 * epoch : 3 * epoch + 3])) == 9
+    assert len({frozenset(s) for s in seen}) > 3
+
+
+def test_a_scaled_minibatch_has_the_same_mean() -> None:
+    """scale(model, {"row": N / B}) and batches: the mean over an epoch is the bound on all of the data."""
+    n, b = 12, 4
+    x = jax.random.normal(jax.random.key(1), (n,))
+
+    @gen
+    def rows(x: Any) -> None:
+        mu = sample("mu", dist.Normal(0.0, 1.0))
+        jax.vmap(lambda x: sample("y", dist.Normal(mu + 0.0 * x, 1.0)), axis_name="row")(x)
+
+    def target(params: Any, batch: Any) -> Any:
+        return scale(rows, {"row": n / batch.shape[0]})(batch).given({"y": batch})
+
+    def objective(key: Any, params: Any, batch: Any) -> Any:
+        return target(params, batch).log_density({"mu": params})
+
+    def bounds(batch_size: int | None, steps: int) -> Any:
+        still = optax.sgd(0.0)
+        return fit(
+            KEY, objective, 0.3, still, steps, data=x, batch_size=batch_size, progress=False
+        ).bounds
+
+    np.testing.assert_allclose(bounds(b, 3).mean(), bounds(None, 1)[0], rtol=1e-5)
+    np.testing.assert_allclose(bounds(n, 1), bounds(None, 1), rtol=1e-5)
+
+    @gen
+    def amortised(params: Any, batch: Any) -> None:
+        sample("mu", dist.Normal(params + 0.0 * batch.mean(), 0.3))
+
+    found = fit(
+        KEY,
+        elbo(target, amortised),
+        0.3,
+        optax.adam(0.02),
+        300,
+        data=x,
+        batch_size=b,
+        progress=False,
+    )
+    exact = x.sum() / (n + 1)
+    assert abs(found.params - exact) < 0.3
+    assert found.guide.latents == ("mu",)
+
+
+def test_data_that_cannot_be_batched() -> None:
+    objective = lambda key, params, *batch: params  # noqa: E731
+    with pytest.raises(WeftError, match=r"share their leading axis, got shapes \[\(3,\), \(4,\)\]"):
+        fit(KEY, objective, 1.0, optax.sgd(0.1), 2, data=(jnp.zeros(3), jnp.zeros(4)), batch_size=2)
+    with pytest.raises(WeftError, match="batch_size=5 of only 3 rows"):
+        fit(KEY, objective, 1.0, optax.sgd(0.1), 2, data=jnp.zeros(3), batch_size=5)
+
+
+# --- parameters
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_and_constrained_leaves() -> None:
+    params = {
+        "loc": fixed({"a": 0.25}),
+        "scale": constrained(0.5, constraints.interval(0.2, 0.6)),
+        "mix": constrained(jnp.array([0.2, 0.3, 0.5]), constraints.simplex),
+        "label": "kept",
+        "count": 3,
+    }
+
+    def objective(key: Any, params: Any) -> Any:
+        assert params["label"] == "kept"
+        return closed_form({"loc": params["loc"]["a"], "scale": params["scale"]}) + params["mix"][0]
+
+    found = fit(KEY, objective, params, optax.sgd(0.5), 50, progress=False)
+    assert float(found.params["loc"]["a"]) == 0.25
+    assert 0.5 < float(found.params["scale"]) < 0.6
+    np.testing.assert_allclose(found.params["mix"].sum(), 1.0, rtol=1e-5)
+    assert found.params["mix"][0] > 0.9
+    assert found.params["count"] == 3
+
+
+def test_a_network_passes_through() -> None:
+    """Equinox modules with activation functions inside, as they are."""
+    net = eqx.nn.MLP(1, 2, 4, 1, key=KEY)
+
+    @gen
+    def amortised(net: Any) -> None:
+        loc, scale = net(jnp.array([2.0]))
+        sample("mu", dist.Normal(loc, jax.nn.softplus(scale)))
+
+    found = fit(KEY, elbo(TARGET, amortised), net, optax.adam(0.02), 400, progress=False)
+    assert isinstance(found.params, eqx.nn.MLP)
+    assert abs(float(found.params(jnp.array([2.0]))[0]) - 1.0) < 0.3
+    assert float(found.bounds[-50:].mean()) > float(found.bounds[:5].mean())
+
+
+def test_parameters_that_make_no_sense() -> None:
+    with pytest.raises(WeftError, match="not in the set"):
+        constrained(-1.0, constraints.positive)
+    with pytest.raises(WeftError, match="no floating array to optimise"):
+        fit(KEY, elbo(TARGET, guide), {"loc": fixed(0.0), "scale": fixed(1.0)}, optax.adam(0.1), 3)
+    with pytest.raises(WeftError, match="num_steps"):
+        fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.1), 0)
+    with pytest.raises(WeftError, match=r"one floating number, got an array of shape \(3,\)"):
+        fit(KEY, lambda key, params: params * jnp.ones(3), 1.0, optax.sgd(0.1), 3)
+
+
+# --- what is not finite
+# -----------------------------------------------------------------------------------------------
+
+
+def test_a_first_bound_that_is_not_finite_names_the_site() -> None:
+    @gen
+    def broken() -> None:
+        mu = sample("mu", dist.Normal(0.0, 1.0))
+        sample("y", dist.Normal(jnp.log(-1.0 - mu**2), 1.0))
+
+    with pytest.raises(DensityError, match=r"first bound is nan.*in the target.*'y' is nan.*mu = "):
+        fit(
+            KEY,
+            elbo(broken().given({"y": 0.0}), guide),
+            start(),
+            optax.adam(0.1),
+            5,
+            progress=False,
+        )
+
+
+def test_a_first_gradient_that_is_not_finite_names_the_parameter() -> None:
+    objective = lambda key, params: jnp.sqrt(params["a"]) + params["b"]  # noqa: E731
+    with pytest.raises(DensityError, match=r"gradient is not finite with respect to params\['a'\]"):
+        fit(KEY, objective, {"a": 0.0, "b": 1.0}, optax.sgd(0.1), 5, progress=False)
+
+
+def test_parameters_that_are_not_finite_are_named() -> None:
+    with pytest.raises(DensityError, match=r"the parameters params\['b'\] are not finite"):
+        fit(
+            KEY,
+            lambda k, p: p["a"] * p["b"],
+            {"a": 0.0, "b": np.inf},
+            optax.sgd(0.1),
+            5,
+            progress=False,
+        )
+
+
+def test_later_steps_that_are_not_finite_are_skipped_and_counted() -> None:
+    def objective(key: Any, params: Any) -> Any:
+        return jnp.where(jax.random.uniform(key) < 0.3, jnp.nan, -((params - 1.0) ** 2))
+
+    keys = (jax.random.key(i) for i in range(20))
+    found = None
+    for key in keys:  # the first step must be finite
+        try:
+            found = fit(key, objective, 0.0, optax.sgd(0.1), 100, progress=False)
+            break
+        except DensityError:
+            continue
+    assert found is not None
+    assert int(found.num_skipped) == int(np.isnan(found.bounds).sum())
+    assert 5 < int(found.num_skipped) < 60
+    assert abs(float(found.params) - 1.0) < 1e-3
+    assert f"{int(found.num_skipped)} of 100 steps were skipped" in found.report()
+
+
+# --- pairs that give no bound
+# -----------------------------------------------------------------------------------------
+
+
+def test_a_guide_draws_exactly_the_latents() -> None:
+    @gen
+    def other(params: Any) -> None:
+        sample("mv", dist.Normal(params["loc"], params["scale"]))
+
+    with pytest.raises(
+        AddressError, match=r"(?s)the guide 'other'.*latent choices: 'mu'.*draws: +'mv'"
+    ):
+        fit(KEY, elbo(TARGET, other), start(), optax.adam(0.1), 3)
+
+
+def test_an_unnormalised_guide_is_refused() -> None:
+    @gen
+    def soft(params: Any) -> None:
+        sample("mu", dist.Normal(params["loc"], params["scale"]))
+        factor("tilt", 1.0)
+
+    with pytest.raises(DensityError, match=r"guide 'soft' is not normalised.*'tilt'.*normalize"):
+        fit(KEY, elbo(TARGET, soft), start(), optax.adam(0.1), 3)
+
+
+def test_what_elbo_takes() -> None:
+    with pytest.raises(TypeError, match="expected a Target"):
+        elbo(model(), guide)
+    with pytest.raises(TypeError, match="guide that is a function"):
+        elbo(TARGET, guide(start()))
+    with pytest.raises(WeftError, match="num_samples"):
+        elbo(TARGET, guide, num_samples=0)
+
+
+def test_a_draw_without_a_gradient_is_an_error() -> None:
+    @gen
+    def coin() -> None:
+        sample("z", dist.Bernoulli(0.5))
+
+    @gen
+    def guess(params: Any) -> None:
+        sample("z", dist.Bernoulli(logits=params))
+
+    with pytest.raises(GradientError, match="'z'"):
+        fit(KEY, elbo(coin().given(), guess), 0.0, optax.adam(0.1), 3, progress=False)
+
+
+# --- around the loop
+# --------------------------------------------------------------------------------------------------
+
+
+def test_an_interruption_returns_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "FIRST_CHUNK", 5)
+    monkeypatch.setattr(
+        runner_module, "_next_size", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 5
+    )
+    with pytest.warns(UserWarning, match="fit was interrupted after 10 of 100 steps"):
+        found = fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.1), 100, progress=False)
+    assert found.bounds.shape == (10,)
+
+
+def test_save_and_load(tmp_path: Any) -> None:
+    found = fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.1), 10, progress=False)
+    found.save(tmp_path / "fit.npz")
+    again = load(tmp_path / "fit.npz")
+    assert np.array_equal(again.bounds, found.bounds)
+    assert float(again.params["loc"]) == float(found.params["loc"])
+    with pytest.raises(WeftError, match="loaded from a file"):
+        _ = again.guide
+
+
+def test_printing() -> None:
+    found = fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.1), 10, progress=False)
+    text = repr(found)
+    assert "10 steps" in text
+    assert "params['loc']" in text
+    assert len(text.splitlines()) < 24
