@@ -3,8 +3,8 @@
     python benchmarks/costs.py                 counts only: equations, flops, bytes
     python benchmarks/costs.py --times 9       and times: medians of 9 interleaved rounds
 
-Counts are those of XLA's cost analysis of the compiled program on this machine. It counts the integer work of random keys as
-flops too, and the body of a loop once, whatever its length, for all systems alike.
+Counts are those of XLA's cost analysis of the compiled program on this machine. It counts the integer work of random
+keys as flops too, and the body of a loop once, whatever its length, for all systems alike.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import jax
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks are no part of the package
 
-from benchmarks.workloads import WORKLOADS, Operation  # noqa: E402
+from benchmarks.workloads import WORKLOADS, Operation
 
 
 def count_equations(jaxpr: Any) -> int:

@@ -2,8 +2,8 @@
 
     python benchmarks/nuts.py [--rounds 5]
 
-Both run vectorised chains. The first run of each, which compiles, is reported apart; then the two take turns, and the median
-of (smallest effective sample size over all scalars) / (seconds of warm-up and sampling) is printed.
+Both run vectorised chains. The first run of each, which compiles, is reported apart; then the two take turns, and the
+median of (smallest effective sample size over all scalars) / (seconds of warm-up and sampling) is printed.
 """
 
 import argparse
@@ -24,9 +24,10 @@ from numpyro.infer import MCMC, NUTS
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks are no part of the package
 
-from benchmarks.workloads import logistic, logistic_data, numpyro_logistic, schools  # noqa: E402
-from weft import noncentered  # noqa: E402
-from weft.inference import nuts  # noqa: E402
+from weft.inference import nuts
+
+from benchmarks.workloads import logistic, logistic_data, numpyro_logistic, schools
+from weft import noncentered
 
 SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], np.float32)
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], np.float32)

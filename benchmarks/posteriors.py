@@ -4,9 +4,10 @@
     python benchmarks/posteriors.py kidiq hmm           some of them
     python benchmarks/posteriors.py --samples 200 -v    a short run, every scalar printed
 
-For each scalar z = (mean - reference) / sqrt(own_mcse^2 + reference_mcse^2), the reference being exact (and its error zero)
-where quadrature or a closed form exists. A case passes if |z| < 4 for every scalar and every ratio of standard deviations
-lies in [0.9, 1.1] at an effective sample size of at least 1000. The Monte-Carlo errors are NumPyro's, not Weft's own.
+For each scalar z = (mean - reference) / sqrt(own_mcse^2 + reference_mcse^2), the reference being exact (and its error
+zero) where quadrature or a closed form exists. A case passes if |z| < 4 for every scalar and every ratio of standard
+deviations lies in [0.9, 1.1] at an effective sample size of at least 1000. The Monte-Carlo errors are NumPyro's, not
+Weft's own.
 """
 
 import argparse
@@ -24,8 +25,9 @@ from numpyro.diagnostics import effective_sample_size
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the examples are no part of the package
 
-from examples.posteriors import CASES, Case  # noqa: E402
 from weft.inference import nuts  # noqa: E402
+
+from examples.posteriors import CASES, Case  # noqa: E402
 
 REFERENCES = ROOT / "tests" / "refcases"
 DEFAULTS = {"num_warmup": 1000, "num_samples": 1000, "num_chains": 4}

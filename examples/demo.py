@@ -2,16 +2,16 @@
 
     make demo            or   python examples/demo.py
 
-Eight schools (Rubin 1981) and the test scores of 434 children (Gelman and Hill 2006). Each model is written once, below.
-Its posterior is then found three times:
+Eight schools (Rubin 1981) and the test scores of 434 children (Gelman and Hill 2006). Each model is written once,
+below. Its posterior is then found three times:
 
 1. NUTS, on the model with its funnel taken out by `noncentered`;
 2. a variational fit: a guide, which is a program too, trained to maximise the evidence lower bound;
-3. importance sampling with the fitted guide as the proposal, which removes the fit's remaining bias, with Pareto's k-hat to
-   say whether the weights can be trusted (below 0.7 they can).
+3. importance sampling with the fitted guide as the proposal, which removes the fit's remaining bias, with
+   Pareto's k-hat to say whether the weights can be trusted (below 0.7 they can).
 
-In both problems the exact posterior is a one-dimensional integral away, so every number can be checked. Prints a table, saves
-`out/demo.csv` and `out/demo.png`. WEFT_FAST=1 makes a shorter run.
+In both problems the exact posterior is a one-dimensional integral away, so every number can be checked. Prints a
+table, saves `out/demo.csv` and `out/demo.png`. WEFT_FAST=1 makes a shorter run.
 """
 
 import csv
@@ -34,11 +34,10 @@ import numpyro.distributions as dist
 import optax
 from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions import constraints, transforms
-
-from weft import Program, Target, gen, noncentered, sample
 from weft.inference import elbo, fit, importance, nuts
 
 import exact  # beside this file
+from weft import Program, Target, gen, noncentered, sample
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out"
@@ -75,7 +74,8 @@ def regression(design):
 def schools_guide(params, sigma, y):
     """tau, then mu given tau, then each effect given both, shrunk towards mu as far as tau says.
 
-    log tau is logistic rather than normal: its tails outweigh the posterior's, which keeps the importance weights bounded.
+    log tau is logistic rather than normal: its tails outweigh the posterior's, which keeps the importance weights
+    bounded.
     """
     loc, scale = params["log_tau"]
     log_logistic = dist.TransformedDistribution(
@@ -95,7 +95,7 @@ def schools_guide(params, sigma, y):
 
 @gen
 def regression_guide(params, fitted, spread):
-    """sigma, then the coefficients given sigma, around the least-squares `fitted` with Cholesky factor sigma * `spread`."""
+    """sigma, then the coefficients given sigma, around the least-squares `fitted` as widely as sigma * `spread`."""
     loc, scale = params["log_sigma"]
     sigma = sample("sigma", dist.LogNormal(loc, jnp.exp(scale)))
     centre = fitted + sigma * spread @ params["shift"]

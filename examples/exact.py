@@ -1,7 +1,7 @@
 """Exact posteriors of the two problems of the demo, by one-dimensional quadrature in double precision.
 
-In both, all parameters but one scale are Gaussian given that scale. So the law of the scale is known on a grid up to one sum,
-and every other parameter is a mixture of Gaussians over that grid.
+In both, all parameters but one scale are Gaussian given that scale. So the law of the scale is known on a grid up to
+one sum, and every other parameter is a mixture of Gaussians over that grid.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """State-space models as scans: with their states, and with the states integrated out.
 
-Each model comes twice. The joint program names every state: it is what one simulates, filters with particles or samples by
-HMC. The collapsed program carries the law of the state instead, by Kalman's or the forward recursion, and names the
-observations only: its density is the likelihood p(y), its sites' densities are the one-step predictive densities, and it
-can be simulated like any other program. Both start at the law of the first state, which emits the first observation.
+Each model comes twice. The joint program names every state: it is what one simulates, filters with particles or
+samples by HMC. The collapsed program carries the law of the state instead, by Kalman's or the forward recursion, and
+names the observations only: its density is the likelihood p(y), its sites' densities are the one-step predictive
+densities, and it can be simulated like any other program. Both start at the law of the first state, which emits the
+first observation.
 """
 
 from typing import NamedTuple

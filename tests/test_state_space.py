@@ -5,7 +5,6 @@ Viterbi recursion of `tests/refcases/ssm`, and densities written out in NumPy.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -14,10 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal, norm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # the examples are no part of the package
-
-from examples.state_space import (  # noqa: E402
+from examples.state_space import (
     HiddenMarkov,
     LinearGaussian,
     forward,
@@ -26,7 +22,7 @@ from examples.state_space import (  # noqa: E402
     linear_gaussian,
 )
 
-SSM = ROOT / "tests" / "refcases" / "ssm"
+SSM = Path(__file__).parent / "refcases" / "ssm"
 RTOL = 1e-8
 
 

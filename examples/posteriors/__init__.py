@@ -1,7 +1,7 @@
 """Fourteen reference posteriors, written in Weft.
 
-Each module holds one family: read it for how such a model is written. `CASES` says, for each case, how its data become a
-target and what is reported; `benchmarks/posteriors.py` runs them against their references.
+Each module holds one family: read it for how such a model is written. `CASES` says, for each case, how its data
+become a target and what is reported; `benchmarks/posteriors.py` runs them against their references.
 
 - `schools`: a hierarchical model, centred and non-centred.
 - `regression`: six linear regressions from one model, priors as arguments.

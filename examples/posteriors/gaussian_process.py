@@ -3,8 +3,8 @@
     rho ~ Gamma(25, 4),  alpha ~ half-N(0, 2),  f ~ N(0, C),  k_i ~ Poisson(exp f_i)
     C_ij = alpha^2 exp(-(x_i - x_j)^2 / (2 rho^2)) + 1e-10 [i = j]
 
-The values of the process come from standard normals, f = L f_tilde with L L' = C, since f itself is tied to rho and alpha.
-The jitter of 1e-10 is below single precision: run it under `jax.enable_x64(True)`.
+The values of the process come from standard normals, f = L f_tilde with L L' = C, since f itself is tied to rho and
+alpha. The jitter of 1e-10 is below single precision: run it under `jax.enable_x64(True)`.
 """
 
 from typing import Any

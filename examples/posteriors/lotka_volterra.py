@@ -3,8 +3,9 @@
     u' = (a - b v) u,  v' = (-c + d u) v,  (u, v)(0) = z_init,  theta = (a, b, c, d)
     y_0k ~ LogNormal(log z_init_k, sigma_k),  y_nk ~ LogNormal(log z_k(t_n), sigma_k)
 
-Any JAX code may stand in a model, a solver too: here fixed steps of Runge and Kutta in a scan, eight between two counts, whose
-error in log z is some 1e-5 where the posterior lies, for a noise of 0.25. A `diffrax.diffeqsolve` can stand in its place.
+Any JAX code may stand in a model, a solver too: here fixed steps of Runge and Kutta in a scan, eight between two
+counts, whose error in log z is some 1e-5 where the posterior lies, for a noise of 0.25. A `diffrax.diffeqsolve` can
+stand in its place.
 """
 
 from typing import Any

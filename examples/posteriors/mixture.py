@@ -3,8 +3,8 @@
     mu_1 < mu_2 with mu_k ~ N(0, 2),  sigma_k ~ half-N(0, 2),  theta ~ Beta(5, 5)
     y_n ~ theta N(mu_1, sigma_1) + (1 - theta) N(mu_2, sigma_2)
 
-Without the order the posterior has two mirror images and no sampler's average means anything. The restricted prior is the
-flat law on ordered vectors times the factor of the normal densities; its constant does not matter to a posterior.
+Without the order the posterior has two mirror images and no sampler's average means anything. The restricted prior is
+the flat law on ordered vectors times the factor of the normal densities; its constant does not matter to a posterior.
 """
 
 from typing import Any

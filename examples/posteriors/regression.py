@@ -2,8 +2,8 @@
 
     beta ~ prior,  sigma ~ prior,  y_i ~ N(x_i . beta, sigma)
 
-Priors are arguments: a distribution is a pytree like any other. Flat priors are `ImproperUniform`: they have no sampler and
-no normalising constant, which a posterior does not need.
+Priors are arguments: a distribution is a pytree like any other. Flat priors are `ImproperUniform`: they have no
+sampler and no normalising constant, which a posterior does not need.
 """
 
 from typing import Any

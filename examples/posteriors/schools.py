@@ -2,9 +2,10 @@
 
     mu ~ N(0, 5),  tau ~ half-Cauchy(0, 5),  theta_j ~ N(mu, tau),  y_j ~ N(theta_j, sigma_j)
 
-The model is written once. As it stands its posterior is a funnel: where tau is small all theta_j are close to mu, and no
-one step size suits both ends. `noncentered` rewrites the site, not the model: it samples a standard normal for each school
-and records theta = mu + tau * normal, so the law of (theta, mu, tau) is the same and the sampler's geometry is benign.
+The model is written once. As it stands its posterior is a funnel: where tau is small all theta_j are close to mu, and
+no one step size suits both ends. `noncentered` rewrites the site, not the model: it samples a standard normal for
+each school and records theta = mu + tau * normal, so the law of (theta, mu, tau) is the same and the sampler's
+geometry is benign.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Time series: an autoregression, a hidden Markov model, and Brownian motion with a gap. A time axis is a `lax.scan`.
 
-Sites inside a scan get a leading time axis, and observing one means conditioning each step on its datum; what a step reads
-of the past travels in the carry.
+Sites inside a scan get a leading time axis, and observing one means conditioning each step on its datum; what a step
+reads of the past travels in the carry.
 """
 
 from typing import Any
@@ -41,8 +41,8 @@ def autoregression_target(data: dict[str, Any]) -> Target:
 def hidden_markov(num_steps: int) -> jax.Array:
     """A two-state hidden Markov model with its states summed out.
 
-    The carry is the law of the present state given the past. The law of y_t is then a mixture over it, and Bayes' rule and
-    the transition matrix give the law of the next state: the forward recursion, one step a line.
+    The carry is the law of the present state given the past. The law of y_t is then a mixture over it, and Bayes'
+    rule and the transition matrix give the law of the next state: the forward recursion, one step a line.
     """
     theta = jnp.stack(
         [
@@ -89,10 +89,10 @@ def brownian_target(data: dict[str, Any]) -> Target:
 def brownian_unknown_scales(times: np.ndarray, seen: np.ndarray, y: jax.Array) -> jax.Array:
     """Brownian motion with both scales unknown, factored as  p(q, r) p(y | q, r) p(path | q, r, y).
 
-    Written as in `brownian`, the path is tied to both scales, and the posterior is a funnel in each of them: centred or not,
-    NUTS is biased there. The path is Gaussian given the scales, so the same joint law is written the other way round: first
-    the observations with the path integrated out, then the path given them, from standard normals. The geometry left is
-    that of the two scales alone.
+    Written as in `brownian`, the path is tied to both scales, and the posterior is a funnel in each of them: centred
+    or not, NUTS is biased there. The path is Gaussian given the scales, so the same joint law is written the other
+    way round: first the observations with the path integrated out, then the path given them, from standard normals.
+    The geometry left is that of the two scales alone.
 
     Args:
         times: the time of each location.
