@@ -297,8 +297,9 @@ class HamiltonianSampler(Algorithm):
             names = ", ".join(repr(a) for a in turning)
             warnings.warn(
                 f"{type(self).__name__}: which branch of the model is taken depends on the continuous "
-                f"choice {names}, so the density jumps where it switches. The draws are right, but trajectories that cross a jump are often "
-                "rejected: look at the acceptance rate, and whether every branch was visited",
+                f"choice {names}, so the density jumps where it switches. The draws are right, but "
+                "trajectories that cross a jump are often rejected: look at the acceptance rate, "
+                "and whether every branch was visited",
                 stacklevel=4,
             )
 

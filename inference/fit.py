@@ -101,8 +101,9 @@ def fit(
         ... def guide(params):
         ...     sample("mu", dist.Normal(params["loc"], params["scale"]))
         >>> params = {"loc": 0.0, "scale": constrained(1.0, constraints.positive)}
-        >>> objective = elbo(model().given({"y": 2.0}), guide)
-        >>> found = fit(jax.random.key(0), objective, params, optax.adam(0.05), 500, progress=False)
+        >>> objective = elbo(model().given({"y": 2.0}), guide, num_samples=10)
+        >>> rate = optax.cosine_decay_schedule(0.05, 500)
+        >>> found = fit(jax.random.key(0), objective, params, optax.adam(rate), 500, progress=False)
         >>> print(f"{found.params['loc']:.1f} {found.params['scale']:.1f}")
         1.0 0.7
     """

@@ -118,7 +118,7 @@ class Fit(eqx.Module):
         if khat < limit:
             verdict = "its draws, weighted, can be trusted: importance(fit.guide)"
         else:
-            verdict = "its tails or its shape miss the target's; do not trust weighted draws; take a richer guide, or nuts"
+            verdict = "it misses the target's tails or shape; do not trust weighted draws; take a richer guide, or nuts"
         return (
             f"Guide against target, by {n} weighted draws: k-hat {khat:.2f} (limit {limit:.2f}), {verdict}. "
             f"Log evidence {float(particles.log_evidence):.4g} by importance sampling."

@@ -58,8 +58,7 @@ class nuts(HamiltonianSampler):
         ...     mu = sample("mu", dist.Normal(0.0, 1.0))
         ...     sample("y", dist.Normal(mu, 1.0))
         >>> target = model().given({"y": 2.0})
-        >>> draws = nuts(num_warmup=200, num_samples=200).run(jax.random.key(0), target,
-        progress=False)
+        >>> draws = nuts(num_warmup=200, num_samples=200).run(jax.random.key(0), target, progress=False)
         >>> draws.choices["mu"].shape
         (4, 200)
     """

@@ -48,8 +48,7 @@ class importance(Algorithm):
         ...     mu = sample("mu", dist.Normal(0.0, 1.0))
         ...     sample("y", dist.Normal(mu, 1.0))
         >>> target = model().given({"y": 2.0})
-        >>> particles = importance(num_particles=2000).run(jax.random.key(0), target,
-        progress=False)
+        >>> particles = importance(num_particles=2000).run(jax.random.key(0), target, progress=False)
         >>> bool(abs(particles.log_evidence - dist.Normal(0.0, 2.0**0.5).log_prob(2.0)) < 0.1)
         True
     """

@@ -53,8 +53,7 @@ class elbo(eqx.Module):
         ... def guide(params):
         ...     sample("mu", dist.Normal(params["loc"], params["scale"]))
         >>> bound = elbo(model().given({"y": 2.0}), guide)
-        >>> exact = {"loc": 1.0, "scale": 0.5**0.5}  # the posterior: every draw gives the log
-        evidence
+        >>> exact = {"loc": 1.0, "scale": 0.5**0.5}  # the posterior: every draw gives the log evidence
         >>> print(f"{bound(jax.random.key(0), exact):.4f}")
         -2.2655
     """
