@@ -278,7 +278,7 @@ def _assemble(
     import xarray
 
     names = {
-        a: tuple(axis.name for axis in site.axes)
+        a: site.dims
         for a, site in (getattr(target, "sites", None) or {}).items()
     }
     labels = {dim: np.asarray(values) for dim, values in coords.items()}

@@ -67,9 +67,11 @@ def to_meta(target: Any) -> dict[str, Any] | None:
                 "dtype": np.dtype(site.dtype).name,
                 "axes": [[axis.size, axis.name, axis.kind] for axis in site.axes],
                 "event_shape": list(site.event_shape),
+                "event_dims": list(site.event_dims),
                 "distribution": site.distribution,
                 "conditional": site.conditional,
                 "observed": site.observed,
+                "discrete": site.discrete,
             }
             for site in target.sites.values()
         ],
@@ -83,7 +85,8 @@ def from_meta(meta: dict[str, Any] | None, observed: dict[str, Any]) -> Record |
     table = []
     for entry in meta["sites"]:
         entry = dict(entry)
-        entry["shape"], entry["event_shape"] = tuple(entry["shape"]), tuple(entry["event_shape"])
+        for field in ("shape", "event_shape", "event_dims"):
+            entry[field] = tuple(entry[field])
         entry["axes"] = tuple(Axis(*axis) for axis in entry["axes"])
         table.append(SiteInfo(**entry))
     return Record(observed, tuple(table), meta["name"], tuple(meta["latents"]))

@@ -17,7 +17,11 @@ Address = str | tuple[str, ...]
 
 def dotted(address: Address) -> str:
     """The dotted form of an address."""
-    return address if isinstance(address, str) else ".".join(address)
+    if isinstance(address, str):
+        return address
+    if isinstance(address, tuple) and all(isinstance(name, str) for name in address):
+        return ".".join(address)
+    raise TypeError(f"an address is a string or a tuple of strings, got {address!r}")
 
 
 def flatten(tree: Mapping[Any, Any] | None) -> dict[str, Any]:

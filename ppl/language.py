@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,9 +68,29 @@ def sample(
         raise ModelError(
             f"sample({name!r}, {d!r}): apply the model to its arguments first, sample({name!r}, model(...))"
         )
-    dims = (dims,) if isinstance(dims, str) else tuple(dims)
     payload = {"d": d} if grad is None else {"d": d, "grad": grad}
-    return bind_site(sample_spec(name, d, dims), payload)
+    spec = sample_spec(name, d)
+    return bind_site(dataclasses.replace(spec, dims=_dims(name, dims, len(spec.shape))), payload)
+
+
+def _dims(name: str, dims: Any, ndim: int) -> tuple[str | None, ...]:
+    dims = (dims,) if isinstance(dims, str) else tuple(dims)
+    if any(not (d is None or (isinstance(d, str) and d)) for d in dims):
+        raise ModelError(f"site {name!r}: dims are names or None, got {dims!r}")
+    if len(dims) > ndim:
+        raise ModelError(
+            f"site {name!r}: dims={dims!r} names {len(dims)} axes of a value that has {ndim}"
+        )
+    return dims
+
+
+def _array(name: str, what: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as e:
+        raise ModelError(
+            f"{what} {name!r}: expected an array, got {type(value).__name__}: {e}"
+        ) from None
 
 
 def factor(name: str, log_weight: Any) -> None:
@@ -89,7 +110,7 @@ def factor(name: str, log_weight: Any) -> None:
         -1.5
     """
     check_name(name)
-    weight = jnp.asarray(log_weight)
+    weight = _array(name, "factor", log_weight)
     if not jnp.issubdtype(weight.dtype, jnp.inexact):
         weight = weight.astype(jnp.result_type(float))
     spec = SiteSpec(name, "factor", "factor", weight.shape, weight.dtype, weight.ndim)
@@ -109,7 +130,8 @@ def deterministic(name: str, value: Any, *, dims: Sequence[str | None] = ()) -> 
         9.0
     """
     check_name(name)
-    value = jnp.asarray(value)
+    value = _array(name, "deterministic", value)
+    dims = _dims(name, dims, value.ndim)
     spec = SiteSpec(
         name, "deterministic", "deterministic", value.shape, value.dtype, value.ndim, tuple(dims)
     )

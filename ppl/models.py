@@ -33,10 +33,22 @@ class Model(eqx.Module):
             raise TypeError(f"{self.name}: {e}") from None
         except ValueError:
             pass
-        arrays, skeleton = pack((self.function, args, kwargs))
+        try:
+            arrays, skeleton = pack((self.function, args, kwargs))
+        except TypeError as e:
+            raise TypeError(
+                f"model {self.name!r}: an argument is an array of no numbers: {e}"
+            ) from None
         program = Program([*arrays, np.zeros((), np.float32)], skeleton, self.name)
         built(program)
         return program
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(Program, name):
+            raise AttributeError(
+                f"apply the model first: {self.name}(...).{name}; a model has no arguments yet"
+            )
+        raise AttributeError(f"a Model has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"<model {self.name}{_signature(self.function)}>"

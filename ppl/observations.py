@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,10 @@ def entries(
         AddressError: for an address that is no choice of the program.
         ObservationError: for values that do not fit.
     """
+    if not isinstance(choices, Mapping):
+        raise TypeError(
+            f"model {model!r}: choices are a dict from addresses to values, got {type(choices).__name__}"
+        )
     return {
         address: _entry(sites, address, value, model, data)
         for address, value in flatten(choices).items()
@@ -113,18 +118,18 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
     value, where = _forecast(info, value, where)
     if value.shape != info.shape:
         raise ObservationError(_shapes(info, value.shape, site))
-    if isinstance(value, Tracer) or not (data or not _castable(value.dtype, info.dtype)):
-        if not _castable(value.dtype, info.dtype):
+    known = not isinstance(value, Tracer)
+    seen = None if where is None or isinstance(where, Tracer) else np.asarray(where)
+    if data and known:
+        _check_nan(info, np.asarray(value), seen, site)
+    if not _castable(value.dtype, info.dtype):
+        if not known:
             raise ObservationError(
                 f"{site}: values of dtype {value.dtype} for a site of dtype {info.dtype}; cast them first"
             )
-    else:
-        _check_values(
-            info,
-            np.asarray(value),
-            None if where is None or isinstance(where, Tracer) else np.asarray(where),
-            site,
-        )
+        _check_cast(info, np.asarray(value), seen, site)
+    if data and known:
+        _check_support(info, np.asarray(value), seen, site)
     if where is not None:
         value = _fill(value, where)
     value = jnp.asarray(value).astype(info.dtype)
@@ -136,13 +141,15 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
 
 
 def _as_array(value: Any, site: str) -> Any:
-    if isinstance(value, (Tracer, jax.Array)):
+    if isinstance(value, (Tracer, jax.Array)) and not jnp.issubdtype(
+        value.dtype, jax.dtypes.extended
+    ):
         return value
     try:
         array = np.asarray(value)
     except Exception as e:
         raise ObservationError(
-            f"{site}: cannot make an array of {type(value).__name__}: {e}"
+            f"{site}: expected numbers, cannot make an array of {type(value).__name__}: {e}"
         ) from None
     if array.dtype == object or array.dtype.kind in "USOmM":
         raise ObservationError(
@@ -188,13 +195,22 @@ def _shapes(info: SiteInfo, shape: tuple[int, ...], site: str) -> str:
 
 
 def _castable(source: Any, target: Any) -> bool:
-    order = [jnp.bool_, jnp.integer, jnp.inexact]
-    rank = lambda d: max(i for i, k in enumerate(order) if jnp.issubdtype(d, k))  # noqa: E731
-    return rank(source) <= rank(target)
+    """Whether a cast keeps every value (floats may be rounded)."""
+    order = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
+    rank = [
+        next(i for i, kind in enumerate(order) if jnp.issubdtype(d, kind)) for d in (source, target)
+    ]
+    if rank[0] == rank[1] == 1:
+        return np.can_cast(source, target)
+    return rank[0] <= rank[1]
 
 
-def _check_values(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, site: str) -> None:
-    seen = np.ones(info.batch_shape, bool) if where is None else where
+def _seen(info: SiteInfo, where: np.ndarray | None) -> np.ndarray:
+    return np.ones(info.batch_shape, bool) if where is None else where
+
+
+def _check_nan(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, site: str) -> None:
+    seen = _seen(info, where)
     if np.issubdtype(value.dtype, np.inexact):
         bad = np.isnan(value).reshape(*info.batch_shape, -1).any(-1) & seen
         if bad.any():
@@ -204,15 +220,22 @@ def _check_values(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, s
                 f"missing='drop' to "
                 "leave them out"
             )
-    if not _castable(value.dtype, info.dtype):
-        chosen = np.where(np.asarray(expand_np(seen, value)), value, 0)
-        if not np.array_equal(chosen.astype(info.dtype), chosen):
-            bad = (chosen.astype(info.dtype) != chosen).reshape(*info.batch_shape, -1).any(-1)
-            first = np.asarray(value)[tuple(np.argwhere(bad)[0])] if bad.ndim else value
-            raise ObservationError(
-                f"{site}: the site is of dtype {info.dtype} and {first} at {_first(bad)} is not (its values "
-                f"would change)"
-            )
+
+
+def _check_cast(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, site: str) -> None:
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore")  # the cast is compared with what it should keep
+        cast = value.astype(info.dtype)
+    bad = (cast != value).reshape(*info.batch_shape, -1).any(-1) & _seen(info, where)
+    if bad.any():
+        first = value[tuple(np.argwhere(bad)[0])] if bad.ndim else value
+        raise ObservationError(
+            f"{site}: the site is of dtype {info.dtype} and {first} at {_first(bad)} is not (its value would change)"
+        )
+
+
+def _check_support(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, site: str) -> None:
+    seen = _seen(info, where)
     if info.support is not None:
         try:
             with jax.ensure_compile_time_eval():

@@ -29,6 +29,8 @@ def predict(
     keep: str | Iterable[str] | None = None,
 ) -> Trace:
     """See ``Program.predict``."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"predict: batch_size is at least 1, got {batch_size}")
     flat = {a: jnp.asarray(v) for a, v in flatten(choices).items()}
     lead = _batch_shape(program, flat)
     n = math.prod(lead)

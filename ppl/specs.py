@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ class SiteSpec:
     dims: tuple[str | None, ...] = ()
     support: Constant | None = None
     values: Constant | None = None
+    discrete: bool = False
     reparametrised: bool = False
     takes_sample_shape: bool = False
     num_distribution_arrays: int = 0
@@ -63,31 +65,48 @@ class SiteSpec:
         return self.shape[self.batch_ndim :]
 
 
-def sample_spec(name: str, d: Any, dims: tuple[str | None, ...], hidden: bool = False) -> SiteSpec:
+def sample_spec(name: str, d: Any) -> SiteSpec:
     """Everything static about a sample site, from its distribution."""
-    arrays, skeleton = pack(d, is_number)
     label = type(d).__name__
+    if not (hasattr(d, "sample") and hasattr(d, "log_prob")):
+        raise ModelError(
+            f"site {name!r}: expected a distribution (a pytree with sample(key) and log_prob(value)) or a program, "
+            f"model(*args); got {label}"
+        )
     if jax.tree_util.all_leaves([d]):
         raise ModelError(
             f"site {name!r}: {label} is no pytree, so its parameters cannot be traced; make it a class derived from "
             "equinox.Module (or register it with jax.tree_util), with sample(key) and log_prob(value)"
         )
+    for array in _static_arrays(jax.tree.structure(d)):
+        field = next((f for f, x in vars(d).items() if x is array), None)
+        raise ModelError(
+            f"site {name!r}: {label} keeps an array of shape {array.shape} in its static structure"
+            + (f", its field {field!r}" if field else "")
+            + ". Give that parameter as a plain number, or sample inside a jax.vmap over its values"
+        )
+    arrays, skeleton = pack(d, is_number)
     try:
         hash(skeleton)
     except TypeError as e:
         raise ModelError(
-            f"site {name!r}: {label} keeps an unhashable value in its static structure ({e}); "
-            f"{_array_field(d)}pass its parameters as jax arrays (jnp.asarray)"
+            f"site {name!r}: {label} keeps an unhashable value in its static structure: {e}"
         ) from None
     shapes = tuple((jnp.shape(a), jnp.result_type(a)) for a in arrays)
-    return _sample_spec(name, skeleton, shapes, tuple(dims), hidden, _support(d), _values(d), label)
+    return _sample_spec(name, skeleton, shapes, _support(d), _values(d), label)
 
 
-def _array_field(d: Any) -> str:
-    for field, value in vars(d).items():
-        if isinstance(value, np.ndarray):
-            return f"its field {field!r} is a NumPy array of shape {value.shape}: "
-    return ""
+def _static_arrays(treedef: Any) -> Iterator[Any]:
+    """Arrays in the structure of a pytree: they would be part of a compilation key, which arrays cannot be."""
+    stack = [treedef.node_data()]
+    while stack:
+        x = stack.pop()
+        if isinstance(x, (np.ndarray, jax.Array)) and x.ndim:
+            yield x
+        elif isinstance(x, (tuple, list)):
+            stack.extend(x)
+    for child in treedef.children():
+        yield from _static_arrays(child)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,8 +114,6 @@ def _sample_spec(
     name: str,
     skeleton: Skeleton,
     shapes: tuple[Any, ...],
-    dims: tuple[str | None, ...],
-    hidden: bool,
     support: Constant | None,
     values: Constant | None,
     label: str,
@@ -122,6 +139,8 @@ def _sample_spec(
     except (NotImplementedError, ImportError) as e:
         unsampled = str(e) or "it is improper"
     except Exception as e:
+        if _built_by_vmap(skeleton, arrays):
+            raise ModelError(_BUILT_BY_VMAP.format(name=name, label=label)) from None
         raise ModelError(
             f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and "
             f"log_prob(value): {type(e).__name__}: {e}"
@@ -142,19 +161,15 @@ def _sample_spec(
             unsampled = f"its draws have shape {shape}, not the {expected} that it states"
             if len(shape) > len(expected):
                 raise ModelError(
-                    f"site {name!r}: {label} states batch_shape {tuple(batch_shape)} and event_shape "
-                    f"{tuple(stated['event_shape'])}, but a draw has shape {shape}. It was probably built by jax.vmap; "
-                    "sample inside the vmap instead: jax.vmap(lambda x: sample(name, make(x)))(xs)"
+                    _BUILT_BY_VMAP.format(name=name, label=label)
+                    + f" (it states batch_shape {tuple(batch_shape)} and event_shape {tuple(stated['event_shape'])}, "
+                    f"but a draw has shape {shape})"
                 )
         if unsampled:
             shape = expected
             dtype = (
                 jnp.result_type(int if stated["discrete"] else float) if dtype is None else dtype
             )
-    if len(dims) > len(shape):
-        raise ModelError(
-            f"site {name!r}: dims={dims} names {len(dims)} axes of a value of shape {shape}"
-        )
     rsample = stated.get("has_rsample")
     return SiteSpec(
         name=name,
@@ -163,15 +178,38 @@ def _sample_spec(
         shape=shape,
         dtype=jnp.dtype(dtype),
         batch_ndim=len(batch_shape),
-        dims=dims,
         support=support,
         values=values,
+        discrete=stated["discrete"] or not jnp.issubdtype(dtype, jnp.inexact),
         reparametrised=bool(rsample) and jnp.issubdtype(dtype, jnp.inexact),
         takes_sample_shape=stated["takes_sample_shape"],
         num_distribution_arrays=len(arrays),
-        hidden=hidden,
         unsampled=unsampled,
     )
+
+
+_BUILT_BY_VMAP = (
+    "site {name!r}: {label} was probably built by jax.vmap: its parameters have more axes than it knows of. "
+    "Sample inside the vmap instead: jax.vmap(lambda x: sample(name, make(x)))(xs)"
+)
+
+
+def _built_by_vmap(skeleton: Skeleton, arrays: list[Any]) -> bool:
+    """Whether a parameter has more axes than the distribution states."""
+
+    def check(arrays: Any) -> Any:
+        d = skeleton.unpack(arrays)
+        for name, constraint in getattr(d, "arg_constraints", {}).items():
+            ndim = jnp.ndim(getattr(d, name, 0.0)) - getattr(constraint, "event_dim", 0)
+            found.append(ndim > len(d.batch_shape))
+        return 0
+
+    found: list[bool] = []
+    try:
+        jax.eval_shape(check, arrays)
+    except Exception:  # what cannot be asked is not known
+        return False
+    return any(found)
 
 
 def is_discrete(d: Any) -> bool:

@@ -188,16 +188,25 @@ def stage(f: Callable[..., Any], args: list[Any]) -> tuple[Code, list[Any]]:
 
 
 def _arrays_only(out: Any) -> Any:
-    for leaf in jax.tree.leaves(out):
+    pending = _built[-1]
+    for leaf in jax.tree.leaves(out, is_leaf=lambda x: id(x) in pending):
+        if id(leaf) in pending:
+            raise ModelError(_never_sampled([leaf]))
         if not isinstance(
             leaf, (jax.Array, np.ndarray, np.generic, Tracer, bool, int, float, complex)
         ):
             raise ModelError(
-                f"a model returned a {type(leaf).__name__}; return arrays, or pytrees of arrays (a Program "
-                f"is sampled with "
-                "sample(name, program) to give its value)"
+                f"a model returned a {type(leaf).__name__}; return arrays, or pytrees of arrays"
             )
     return out
+
+
+def _never_sampled(programs: list[Any]) -> str:
+    names = ", ".join(repr(p.name) for p in programs)
+    return (
+        f"the program {names} was built inside a model but never sampled, so none of its choices are made; write "
+        f"sample(name, {programs[0].name}(...)) to nest it"
+    )
 
 
 # --- what happens while a model is staged -----------------------------------------------------------------------------
@@ -229,11 +238,7 @@ def _watching() -> Iterator[None]:
     finally:
         _built.pop()
     if idle:
-        names = ", ".join(repr(p.name) for p in idle)
-        raise ModelError(
-            f"the program {names} was built inside a model but never sampled, so none of its choices are made; write "
-            f"sample(name, {idle[0].name}(...)) to nest it"
-        )
+        raise ModelError(_never_sampled(idle))
 
 
 # --- what a function captured -----------------------------------------------------------------------------------------

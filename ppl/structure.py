@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
@@ -41,14 +40,16 @@ class SiteInfo:
         kind: ``"sample"``, ``"factor"`` or ``"deterministic"``.
         shape: shape of the recorded array; ``dtype`` its dtype.
         axes: one for every leading axis of ``shape`` that is no event axis.
-        event_shape: the event axes.
+        event_shape: the event axes; ``event_dims`` their names.
         distribution: name of the distribution's class.
         support: NumPyro constraint, where no traced value enters it.
+        discrete: whether the distribution is.
         values: the values of one element, where the support is finite and known; ``num_values`` their number.
         conditional: it stands in a branch, so that it may be idle.
         observed: its value is fixed inside the model.
         hidden: it is not recorded (``block``, or inside a ``while_loop``).
         why_hidden: the reason, for messages.
+        masked: a mask decides where it counts.
     """
 
     address: str
@@ -65,7 +66,8 @@ class SiteInfo:
     hidden: bool = False
     why_hidden: str = ""
     masked: bool = False
-    depends_on: frozenset[str] = frozenset()
+    discrete: bool = False
+    event_dims: tuple[str | None, ...] = ()
 
     @property
     def num_values(self) -> int | None:
@@ -76,12 +78,17 @@ class SiteInfo:
         return tuple(a.size for a in self.axes)
 
     @property
+    def dims(self) -> tuple[str | None, ...]:
+        """The names of all axes of ``shape``."""
+        return (*(a.name for a in self.axes), *self.event_dims)
+
+    @property
     def size(self) -> int:
         return math.prod(self.shape)
 
     @property
     def is_discrete(self) -> bool:
-        return not jnp.issubdtype(self.dtype, jnp.inexact)
+        return self.discrete
 
 
 Scope = dict[str, "SiteInfo | Scope"]
@@ -197,11 +204,17 @@ def _merge(into: Scope, scope: Scope) -> None:
             raise ModelError(
                 f"{name!r} is a site in one branch and a nested program in another: rename one"
             )
-        elif (other.shape, other.dtype, other.kind) != (node.shape, node.dtype, node.kind):
+        elif _form(other) != _form(node):
             raise ModelError(
-                f"branches record {node.address!r} with different shapes or dtypes: {other.shape} {other.dtype} and "
-                f"{node.shape} {node.dtype}. One address is one choice: make them agree, or use two names"
+                f"branches record {node.address!r} with different kinds, shapes or dtypes: "
+                f"{_form(other)} and {_form(node)}. "
+                "One address is one choice: make them agree, or use two names"
             )
+
+
+def _form(info: SiteInfo) -> str:
+    event = f" with event shape {info.event_shape}" if info.event_shape else ""
+    return f"a {info.kind} site of shape {info.shape}{event} and dtype {info.dtype}"
 
 
 def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
@@ -236,6 +249,8 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
         hidden=bool(why),
         why_hidden=why,
         masked=parts.get("where") is not None,
+        discrete=spec.discrete,
+        event_dims=names[spec.batch_ndim : len(spec.shape)],
     )
 
 
