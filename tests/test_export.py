@@ -175,7 +175,7 @@ def test_names_of_dims_that_are_taken() -> None:
     """By ArviZ, by a variable, by another size, by another axis of the same site."""
 
     def axes(*names: str | None) -> SimpleNamespace:
-        return SimpleNamespace(axes=tuple(SimpleNamespace(name=n) for n in names))
+        return SimpleNamespace(dims=names)
 
     sites = {"a": axes("draw"), "b": axes("row"), "c": axes("row"), "d": axes("e"), "e": axes("d")}
     sites["f"] = axes(None, "col", "col", None)
