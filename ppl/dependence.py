@@ -29,8 +29,8 @@ def predicates(jaxpr: Any) -> Taint:
 
 
 def readers(jaxpr: Any, address: str) -> list[str]:
-    """Addresses of the sites whose density depends on the choice at ``address``."""
-    return [a for a, read in site_inputs(jaxpr).items() if address in read and a != address]
+    """Addresses of the sites whose density depends on the choice at ``address``; itself, if at a later step of a scan."""
+    return [a for a, read in site_inputs(jaxpr).items() if address in read]
 
 
 def _walk(

@@ -64,7 +64,7 @@ def sample(
     check_name(name)
     if isinstance(d, Program):
         return _nested(name, d)
-    if callable(d) and not hasattr(d, "log_prob"):
+    if callable(d) and not hasattr(d, "log_prob") and not isinstance(d, type):
         raise ModelError(
             f"sample({name!r}, {d!r}): apply the model to its arguments first, sample({name!r}, model(...))"
         )

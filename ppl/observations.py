@@ -111,9 +111,10 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
     value = _as_array(value, site)
     if where is not None:
         where = _as_array(where, site)
-        if where.dtype != bool or where.shape != info.batch_shape:
+        shape = tuple(value.shape[: len(info.axes)])
+        if where.dtype != bool or where.shape != shape:
             raise ObservationError(
-                f"{site}: where must be booleans of shape {info.batch_shape}, got {where.dtype} of shape {where.shape}"
+                f"{site}: where must be booleans of shape {shape}, got {where.dtype} of shape {where.shape}"
             )
     value, where = _forecast(info, value, where)
     if value.shape != info.shape:

@@ -68,6 +68,10 @@ class SiteSpec:
 def sample_spec(name: str, d: Any) -> SiteSpec:
     """Everything static about a sample site, from its distribution."""
     label = type(d).__name__
+    if isinstance(d, type):
+        raise ModelError(
+            f"site {name!r}: expected a distribution, got the class {d.__name__}: give it parameters"
+        )
     if not (hasattr(d, "sample") and hasattr(d, "log_prob")):
         raise ModelError(
             f"site {name!r}: expected a distribution (a pytree with sample(key) and log_prob(value)) or a program, "
@@ -199,9 +203,11 @@ def _built_by_vmap(skeleton: Skeleton, arrays: list[Any]) -> bool:
 
     def check(arrays: Any) -> Any:
         d = skeleton.unpack(arrays)
-        for name, constraint in getattr(d, "arg_constraints", {}).items():
-            ndim = jnp.ndim(getattr(d, name, 0.0)) - getattr(constraint, "event_dim", 0)
-            found.append(ndim > len(d.batch_shape))
+        while d is not None:
+            for name, constraint in getattr(d, "arg_constraints", {}).items():
+                ndim = jnp.ndim(getattr(d, name, 0.0)) - getattr(constraint, "event_dim", 0)
+                found.append(ndim > len(d.batch_shape))
+            d = getattr(d, "base_dist", None)
         return 0
 
     found: list[bool] = []

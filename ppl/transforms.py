@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .addresses import Address, covers, dotted, flatten, unflatten, unknown
 from .errors import AddressError
@@ -34,7 +35,7 @@ def _arrays(choices: Mapping[str, Any]) -> dict[str, Any]:
     return {
         a: Given(jnp.asarray(v.value), jnp.asarray(v.where), True if v.missing == "drop" else None)
         if isinstance(v, Observed)
-        else v
+        else jnp.asarray(v if isinstance(v, jax.Array) else np.asarray(v))
         for a, v in flatten(choices).items()
     }
 

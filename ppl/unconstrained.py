@@ -11,8 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .addresses import flatten, unflatten
+from .addresses import flatten, unflatten, unknown
 from .compat import as_key
+from .errors import AddressError
 from .handlers import Free, Given, ToUnconstrained, Unconstrain, expand
 from .interpreter import interpret
 from .packing import pack
@@ -35,13 +36,28 @@ class Unconstrained(eqx.Module):
     target: Target
     shapes: dict[str, tuple[int, ...]] = eqx.field(static=True)
 
+    def _enter(self, z: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """A position by dotted address, checked."""
+        flat = {a: jnp.asarray(x, jnp.result_type(float)) for a, x in flatten(z).items()}
+        for address in (*flat, *self.shapes):
+            if address not in self.shapes:
+                raise AddressError(unknown(address, self.shapes, " in the position"))
+            if address not in flat:
+                raise AddressError(f"the position lacks {address!r}")
+            if flat[address].shape != self.shapes[address]:
+                raise AddressError(
+                    f"position of {address!r}: expected shape {self.shapes[address]} on the unconstrained scale, got "
+                    f"{flat[address].shape}"
+                )
+        return flat
+
     def log_density(self, z: Mapping[str, Any]) -> jax.Array:
         r"""$\log p(x(z), \text{data}) + \log |dx/dz|$, a scalar."""
-        return _log_density(self.target.staged(), flatten(z))
+        return _log_density(self.target.staged(), self._enter(z))
 
     def trace(self, z: Mapping[str, Any]) -> Trace:
         """The trace at ``z``: latent choices, which are active, what is derived; its log density is that of ``z``."""
-        return _trace(self.target.staged(), flatten(z))
+        return _trace(self.target.staged(), self._enter(z))
 
     def to_choices(self, z: Mapping[str, Any]) -> dict[str, Any]:
         """Latent choices of ``z``."""
