@@ -29,7 +29,7 @@ def predicates(jaxpr: Any) -> Taint:
 
 
 def readers(jaxpr: Any, address: str) -> list[str]:
-    """Addresses of the sites whose density depends on the choice at ``address``; itself, if at a later step of a scan."""
+    """Addresses of the sites whose density depends on a choice; the choice itself, if at a later step of a scan."""
     return [a for a, read in site_inputs(jaxpr).items() if address in read]
 
 
