@@ -84,27 +84,27 @@ class MassLayout:
             return gaussian_euclidean(inverse_mass[0])
         metrics = [gaussian_euclidean(m) for m in inverse_mass]
 
-        def sample_momentum(key: PRNGKeyArray, position: Array) -> Array:
+        def sample_momentum(key: PRNGKeyArray, position: Any) -> Any:
             keys = jax.random.split(key, len(metrics))
-            parts = self.split(position)
-            return self.join(
-                tuple(m.sample_momentum(k, p) for m, k, p in zip(metrics, keys, parts, strict=True))
-            )
+            parts: Any = zip(metrics, keys, self.split(position), strict=True)
+            return self.join(tuple(m.sample_momentum(k, p) for m, k, p in parts))
 
         def velocity(momentum: Array) -> Array:
-            return self.join(
-                tuple(
-                    m @ p if m.ndim == 2 else m * p
-                    for m, p in zip(inverse_mass, self.split(momentum), strict=True)
-                )
-            )
+            parts = zip(inverse_mass, self.split(momentum), strict=True)
+            return self.join(tuple(m @ p if m.ndim == 2 else m * p for m, p in parts))
 
-        def kinetic_energy(momentum: Array, position: Any = None) -> Array:
+        def kinetic_energy(momentum: Any, position: Any = None) -> Any:
             return 0.5 * velocity(momentum) @ momentum
 
-        def check_turning(left: Array, right: Array, total: Array, *positions: Any) -> Array:
-            rho = total - (left + right) / 2
-            return (velocity(left) @ rho <= 0) | (velocity(right) @ rho <= 0)
+        def check_turning(
+            momentum_left: Any,
+            momentum_right: Any,
+            momentum_sum: Any,
+            position_left: Any = None,
+            position_right: Any = None,
+        ) -> Any:
+            rho = momentum_sum - (momentum_left + momentum_right) / 2
+            return (velocity(momentum_left) @ rho <= 0) | (velocity(momentum_right) @ rho <= 0)
 
         def scale(*args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(
@@ -169,21 +169,23 @@ class Warmup:
         step_size: Any = None,
     ) -> AdaptationState:
         """Unit mass, and a step size: the one given, or one at which leapfrog steps are accepted as wanted."""
-        parts = self.layout.split(state.position)
+        position: Any = state.position
+        parts = self.layout.split(position)
         mass = tuple(
             init(part.size) for (init, _, _), part in zip(self._mass(), parts, strict=True)
         )
-        dtype = state.position.dtype
+        dtype = position.dtype
         mass = jax.tree.map(lambda x: _cast(x, dtype), mass)
         if step_size is None:
             metric = self.layout.metric(tuple(m.inverse_mass_matrix for m in mass))
             one_step = hmc.build_kernel()
 
-            def generator(size: Array) -> Callable:
+            def generator(size: Any) -> Callable:
                 return lambda k, s: one_step(k, s, log_density, size, metric, 1)
 
+            one: Any = jnp.ones((), dtype)
             step_size = find_reasonable_step_size(
-                key, generator, state, jnp.ones((), dtype), self.target_acceptance
+                key, generator, state, one, self.target_acceptance
             )
         init, _, _ = dual_averaging_adaptation(self.target_acceptance)
         step = jax.tree.map(lambda x: _cast(x, dtype), init(jnp.asarray(step_size, dtype)))

@@ -21,6 +21,7 @@ from blackjax.mcmc.metrics import Metric
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.addresses import covers, flatten, unflatten, unknown
+from weft.ppl.compat import Tracer
 from weft.ppl.dependence import predicates
 from weft.ppl.errors import AddressError, DensityError, WeftError
 
@@ -123,7 +124,7 @@ class HamiltonianSampler(Algorithm):
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> ChainsState:
         space = target.unconstrain().flat
         start_key, step_key = jax.random.split(key)
-        start = self.init_strategy(start_key, target, self.num_chains, init)
+        start: Any = self.init_strategy(start_key, target, self.num_chains, init)
         warmup = self._warmup(target)
 
         chains = HMCState(start.position, start.log_density, start.gradient)
@@ -158,11 +159,12 @@ class HamiltonianSampler(Algorithm):
         return dataclasses.replace(self, init_strategy=without)
 
     def begins(self, state: ChainsState) -> bool:
-        return bool(Start(*state.chains).valid.all())
+        return bool(_start(state).valid.all())
 
     def refusal(self, state: ChainsState, target: Target) -> Exception:
-        chain = int(np.flatnonzero(~np.asarray(Start(*state.chains).valid))[0])
-        return explain(target, state.chains.position[chain])
+        start = _start(state)
+        chain = int(np.flatnonzero(~np.asarray(start.valid))[0])
+        return explain(target, start.position[chain])
 
     def step(self, key: PRNGKeyArray, state: ChainsState, target: Target) -> ChainsState:
         warmup = self._warmup(target)
@@ -243,7 +245,7 @@ class HamiltonianSampler(Algorithm):
 
     def result(self, state: ChainsState, target: Target) -> Draws:
         draws, stats = state.draws, state.stats
-        if not isinstance(state.iteration, jax.core.Tracer):
+        if not isinstance(state.iteration, Tracer):
             done = (int(state.iteration) - self.num_warmup) // self.thin
             if done < self.num_draws:  # interrupted
                 draws, stats = jax.tree.map(lambda x: x[:, :done], (draws, stats))
@@ -331,3 +333,8 @@ class HamiltonianSampler(Algorithm):
             }
 
         return jax.vmap(one)(positions)
+
+
+def _start(state: ChainsState) -> Start:
+    chains: Any = state.chains
+    return Start(chains.position, chains.logdensity, chains.logdensity_grad)

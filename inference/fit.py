@@ -115,8 +115,9 @@ def fit(
         raise WeftError(f"fit: num_steps must be a positive integer, got {num_steps!r}")
     key = as_key(key)
     batches = Minibatches.make(data, batch_size)
-    if hasattr(objective, "check"):
-        objective.check(unwrap(params), *batches.example())
+    check = getattr(objective, "check", None)
+    if check is not None:
+        check(unwrap(params), *batches.example())
     free, rest = partition(params)
     if not jax.tree.leaves(free):
         raise WeftError(
@@ -233,8 +234,8 @@ def _iterate(fixed: tuple[Any, ...], state: FitState, start: Any, stop: Any) -> 
 
 @eqx.filter_jit(donate="all-except-first")
 def _advance(fixed: tuple[Any, ...], state: FitState) -> FitState:
-    *fixed, start, stop = fixed
-    return _iterate(tuple(fixed), state, start, stop)
+    *pure, start, stop = fixed
+    return _iterate(tuple(pure), state, start, stop)
 
 
 @eqx.filter_jit
@@ -259,13 +260,14 @@ def _explain(
         return jnp.asarray(objective(step_key, eqx.combine(floating, others), *batch))
 
     value, slope = jax.value_and_grad(bound)(floating)
+    explain = getattr(objective, "explain", None)
     bad = _not_finite(params)
     if bad:
         reason = f"the parameters {bad} are not finite to begin with"
     elif np.isfinite(value):
         reason = f"its gradient is not finite with respect to {_not_finite(slope)}"
-    elif hasattr(objective, "explain"):
-        reason = objective.explain(step_key, params, *batch)
+    elif explain is not None:
+        reason = explain(step_key, params, *batch)
     else:
         reason = f"the parameters and their gradients are finite except for {_not_finite(slope) or 'none'}"
     return DensityError(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.ppl import Program, Target
+from weft.ppl.compat import Tracer
 from weft.ppl.errors import WeftError
 
 
@@ -125,7 +126,7 @@ class Fit(eqx.Module):
         )
 
     def __repr__(self) -> str:
-        bounds = np.asarray(self.bounds) if not isinstance(self.bounds, jax.core.Tracer) else None
+        bounds = np.asarray(self.bounds) if not isinstance(self.bounds, Tracer) else None
         lines = [f"Fit: {self.bounds.shape[0]} steps"]
         if bounds is not None and bounds.size:
             lines.append(_course(bounds.astype(float), self.minimize))

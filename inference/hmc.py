@@ -75,10 +75,10 @@ class nuts(HamiltonianSampler):
         return kernels.nuts(step_size, metric, self.max_tree_depth)
 
     def stats(self, before: HMCState, info: NUTSInfo, metric: Metric) -> dict[str, Array]:
-        depth = jnp.int32(info.num_trajectory_expansions)
+        depth, energy = jnp.int32(info.num_trajectory_expansions), jnp.asarray(info.energy)
         stopped = info.is_turning | info.is_divergent
         return {
-            "energy": info.energy,
+            "energy": energy,
             "tree_depth": depth,
             "reached_max_treedepth": (depth >= self.max_tree_depth) & ~stopped,
         }

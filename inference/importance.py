@@ -73,7 +73,7 @@ class importance(Algorithm):
     def prepare(self, target: Target) -> importance:
         if self.proposal is None:
             return self
-        program = self.proposal
+        program: Any = self.proposal
         if not isinstance(program, Program) and callable(program):
             program = program(target)
         check_proposal(program, target)
@@ -100,8 +100,8 @@ class importance(Algorithm):
             trace, log_weight = target.generate(key, {})
             return record(target, trace), log_weight
         draw_key, rest_key = jax.random.split(key)
-        drawn = self.proposal.simulate(draw_key)
-        trace, _ = target.generate(
-            rest_key, drawn.choices
-        )  # nothing is drawn: for the derived values
-        return record(target, trace), log_ratio(target, self.proposal, drawn)
+        proposal: Any = self.proposal  # staged by `prepare`
+        drawn = proposal.simulate(draw_key)
+        # Nothing is left to draw: this is for the derived values.
+        trace, _ = target.generate(rest_key, drawn.choices)
+        return record(target, trace), log_ratio(target, proposal, drawn)

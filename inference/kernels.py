@@ -84,7 +84,7 @@ class hmc(Kernel):
     step_size: Any
     num_steps: Any
     inverse_mass: Any = None
-    divergence_threshold: float = 1000.0
+    divergence_threshold: int = 1000
 
     def init(self, position: Any, log_density: LogDensity) -> HMCState:
         return _hmc.init(position, log_density)
@@ -115,7 +115,7 @@ class nuts(Kernel):
     step_size: Any
     inverse_mass: Any = None
     max_tree_depth: int = 10
-    divergence_threshold: float = 1000.0
+    divergence_threshold: int = 1000
 
     def init(self, position: Any, log_density: LogDensity) -> HMCState:
         return _hmc.init(position, log_density)

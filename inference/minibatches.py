@@ -48,8 +48,8 @@ class Minibatches(eqx.Module):
         if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
             raise WeftError(f"fit: batch_size must be a positive integer, got {batch_size!r}")
         shapes = [tuple(x.shape) for x in arrays]
-        rows = {shape[0] if shape else None for shape in shapes}
-        if len(rows) != 1 or None in rows:
+        rows = {shape[0] if shape else -1 for shape in shapes}
+        if len(rows) != 1 or -1 in rows:
             raise WeftError(
                 f"fit: with batch_size={batch_size} the arrays of data must share their leading axis, "
                 f"got shapes {shapes}"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpyro.distributions import biject_to
+from weft.ppl.compat import Tracer
 from weft.ppl.errors import WeftError
 
 
@@ -55,7 +56,7 @@ def constrained(value: Any, constraint: Any) -> Constrained:
     except NotImplementedError:
         raise WeftError(f"constrained: no bijection from R^n to {constraint} is known") from None
     inside = constraint(value)
-    if not isinstance(inside, jax.core.Tracer) and not np.all(inside):
+    if not isinstance(inside, Tracer) and not np.all(inside):
         raise WeftError(f"constrained: {np.asarray(value)} is not in the set {constraint}")
     return Constrained(transform.inv(value), constraint)
 
@@ -92,7 +93,8 @@ def partition(params: Any) -> tuple[Any, Any]:
         if isinstance(x, Fixed):
             return jax.tree.map(lambda _: False, x)
         if isinstance(x, Constrained):
-            return Constrained(True, jax.tree.map(lambda _: False, x.constraint))
+            still = jax.tree.map(lambda _: False, x)
+            return eqx.tree_at(lambda c: c.unconstrained, still, True)
         return eqx.is_inexact_array(x)
 
     params = jax.tree.map(

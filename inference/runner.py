@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from tqdm import TqdmWarning
+from weft.ppl.compat import Tracer
 
 State = TypeVar("State")
 
@@ -32,7 +33,7 @@ CHUNK_SECONDS = 0.2
 def tracing(*trees: Any) -> bool:
     """Whether this call is being traced: by its arguments, or by a jit around it."""
     leaves = jax.tree.leaves(trees)
-    return any(isinstance(x, jax.core.Tracer) for x in (*leaves, jnp.zeros(())))
+    return any(isinstance(x, Tracer) for x in (*leaves, jnp.zeros(())))
 
 
 def run_chunks(
