@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from .compat import (
-    CALLS,
     Literal,
     bind,
     cond_p,
@@ -119,9 +118,8 @@ class Context:
         return list(dict.fromkeys(n for j in jaxprs for n in scope_names(j, self.anonymous)))
 
     def only(self, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {n: self.keys[n] for n in names if n in self.keys}, {
-            n: self.given[n] for n in names if n in self.given
-        }
+        keys = {n: self.keys[n] for n in names if n in self.keys}
+        return keys, {n: self.given[n] for n in names if n in self.given}
 
 
 def interpret(
@@ -198,10 +196,7 @@ def _scope(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
 
 
 def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
-    assert eqn.primitive.name in CALLS, (
-        eqn.primitive
-    )  # the site table refuses everything else by name
-    inner = inner_jaxprs(eqn)[0]
+    inner = inner_jaxprs(eqn)[0]  # a call: the table of sites has refused everything else by name
     if "remat" not in eqn.primitive.name and "checkpoint" not in eqn.primitive.name:
         return walk(inner, ins, context)
     keys, given = context.only(context.names(inner))
@@ -216,11 +211,8 @@ def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
 def _scan(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
     params = eqn.params
     num_consts, num_carry = scan_sizes(params)
-    consts, carry, xs = (
-        ins[:num_consts],
-        ins[num_consts : num_consts + num_carry],
-        ins[num_consts + num_carry :],
-    )
+    consts, rest = ins[:num_consts], ins[num_consts:]
+    carry, xs = rest[:num_carry], rest[num_carry:]
     body = params["jaxpr"]
     keys, given = context.only(context.names(body))
 
@@ -249,9 +241,8 @@ def _lanes(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
         return walk(body, ins, context.inside(keys, given, context.anonymous, names))
 
     for lane in lanes:
-        kwargs = {} if lane.name is None else {"axis_name": lane.name}
         in_axes = ([0 if m else None for m in lane.mapped], 0, 0)
-        one = jax.vmap(one, in_axes, axis_size=lane.size, **kwargs)
+        one = jax.vmap(one, in_axes, axis_size=lane.size, axis_name=lane.name)
     outs, records, terms = one(ins, keys, given)
     return outs, records, _sum(terms)
 
