@@ -890,6 +890,29 @@ def test_gradient_beside_a_discrete_choice() -> None:
     assert jax.grad(mean, argnums=1)(KEY, 0.5) in (1.0, 2.0)
 
 
+def test_positions() -> None:
+    """Points of unconstrained space are checked as choices are."""
+    y = observed([1, 2, 3], where=[True, False, True])
+    flat = gen(_rows)().given({"y": y}).unconstrain()
+    assert np.isfinite(flat.log_density({"x": 0.5, "y": [1.0]}))
+    with refused(AddressError, "'y'"):
+        flat.log_density({"x": 0.5})
+    with refused(AddressError, "'z'"):
+        flat.log_density({"x": 0.5, "y": [1.0], "z": 1.0})
+    with refused(ObservationError, "'y'", "(1,)", "(3,)"):
+        flat.log_density({"x": 0.5, "y": [1.0, 2.0, 3.0]})
+    with refused(AddressError, "'y'"):
+        flat.from_choices({"x": 0.5})
+    assert flat.flat.size == 2
+    with refused(ObservationError, "(2,)", "(3,)"):
+        flat.flat.log_density(jnp.zeros(3))
+
+
+def _rows() -> Any:
+    x = normal("x")
+    return repeat(lambda: sample("y", N(x, 1.0)), 3)
+
+
 # --- inference ------------------------------------------------------------------------------------
 
 
