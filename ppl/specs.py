@@ -97,7 +97,8 @@ def sample_spec(name: str, d: Any) -> SiteSpec:
             f"site {name!r}: {label} keeps an unhashable value in its static structure: {e}"
         ) from None
     shapes = tuple((jnp.shape(a), jnp.result_type(a)) for a in arrays)
-    return _sample_spec(name, skeleton, shapes, _support(d), _values(d), label)
+    x64 = bool(jax.config.read("jax_enable_x64"))
+    return _sample_spec(name, skeleton, shapes, _support(d), _values(d), label, x64)
 
 
 def _static_arrays(treedef: Any) -> Iterator[Any]:
@@ -121,6 +122,7 @@ def _sample_spec(
     support: Constant | None,
     values: Constant | None,
     label: str,
+    x64: bool,  # dtypes of draws depend on it, so it is part of the cache's key
 ) -> SiteSpec:
     arrays = [jax.ShapeDtypeStruct(*s) for s in shapes]
     key = jax.eval_shape(lambda: jax.random.key(0))
