@@ -71,7 +71,7 @@ class MassLayout:
         """The vector of its parts."""
         if self.parts[0] is None:
             return parts[0]
-        order = np.argsort(np.concatenate(self.parts))
+        order = np.argsort(np.concatenate([part for part in self.parts if part is not None]))
         return jnp.concatenate(parts)[order]
 
     def metric(self, inverse_mass: InverseMass) -> Metric:
@@ -91,7 +91,7 @@ class MassLayout:
 
         def velocity(momentum: Array) -> Array:
             parts = zip(inverse_mass, self.split(momentum), strict=True)
-            return self.join(tuple(m @ p if m.ndim == 2 else m * p for m, p in parts))
+            return self.join(tuple(_times(m, p) for m, p in parts))
 
         def kinetic_energy(momentum: Any, position: Any = None) -> Any:
             return 0.5 * velocity(momentum) @ momentum
@@ -220,6 +220,13 @@ class Warmup:
             ends, close, lambda operand: operand, (_like(step, state.step), mass)
         )
         return AdaptationState(step, mass)
+
+
+def _times(matrix: Array, vector: Array) -> Array:
+    """A covariance, or variances, times a vector, in full precision on every device."""
+    if matrix.ndim == 1:
+        return matrix * vector
+    return jnp.matmul(matrix, vector, precision="highest")
 
 
 def _cast(x: Any, dtype: Any) -> Array:

@@ -150,3 +150,9 @@ def test_too_many_terms_are_counted() -> None:
         enumeration(max_terms=10).run(KEY, model(0.3).given({"y": 0.0}))
     with pytest.raises(WeftError, match="max_terms"):
         enumeration(max_terms=0)
+
+
+def test_double_precision(x64: None) -> None:
+    found = enumeration().run(jax.random.key(0), model(0.3).given({"y": 4.0}), progress=False)
+    exact = np.logaddexp.reduce(list(by_hand(0.3, 4.0).values()))
+    np.testing.assert_allclose(found.log_evidence, exact, rtol=1e-12)

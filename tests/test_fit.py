@@ -505,3 +505,10 @@ def test_printing() -> None:
     assert "10 steps" in text
     assert "params['loc']" in text
     assert len(text.splitlines()) < 24
+
+
+def test_double_precision(x64: None) -> None:
+    target = model().given({"y": 2.0})
+    found = fit(KEY, elbo(target, guide), start(), optax.adam(0.1), 10, progress=False)
+    assert found.bounds.dtype == jnp.float64
+    assert found.params["scale"].dtype == jnp.float64

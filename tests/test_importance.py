@@ -222,3 +222,11 @@ def test_weights_that_are_all_zero_are_told() -> None:
 def test_no_starting_point() -> None:
     with pytest.raises(WeftError, match="no starting point"):
         importance().run(jax.random.key(0), TARGET, init={"mu": 0.0})
+
+
+def test_double_precision(x64: None) -> None:
+    target = model().given({"y": 2.5})
+    particles = importance(guide(MEAN, SD), 20).run(jax.random.key(1), target, progress=False)
+    assert particles.log_weights.dtype == jnp.float64
+    exact = dist.Normal(1.0, 4.25**0.5).log_prob(2.5)
+    np.testing.assert_allclose(particles.log_evidence, exact, rtol=1e-12)
