@@ -168,6 +168,7 @@ def fit(
         objective=objective,
         data=batches.whole(),
         minimize=minimize,
+        batch_size=batches.batch_size,
         key=jax.random.fold_in(key, 2),
     )
 

@@ -25,6 +25,7 @@ class Fit(eqx.Module):
         objective: what was optimised.
         data: the data it was given.
         minimize: whether the objective was a loss.
+        batch_size: rows of the data in a step; `None` for all of them.
         key: for `report`.
     """
 
@@ -35,6 +36,7 @@ class Fit(eqx.Module):
     objective: Any = None
     data: tuple[Any, ...] = ()
     minimize: bool = eqx.field(static=True, default=False)
+    batch_size: int | None = eqx.field(static=True, default=None)
     key: PRNGKeyArray | None = None
 
     @property
@@ -88,12 +90,12 @@ class Fit(eqx.Module):
             "num_skipped": self.num_skipped,
             "state": jax.tree.leaves(self.state),
         }
-        write(path, "fit", tree, {"minimize": self.minimize})
+        write(path, "fit", tree, {"minimize": self.minimize, "batch_size": self.batch_size})
 
     @classmethod
     def from_saved(cls, saved: Any, target: Target | None = None) -> Fit:
         """The fit of a file; without its objective, hence without a guide. `state` comes as its leaves."""
-        return cls(**saved.tree, minimize=saved.meta["minimize"])
+        return cls(**saved.tree, **saved.meta)
 
     def _pair(self) -> tuple[Target, Program]:
         if not hasattr(self.objective, "at"):
@@ -110,6 +112,8 @@ class Fit(eqx.Module):
     def _check(self, num_particles: int) -> str:
         if not hasattr(self.objective, "at") or self.key is None:
             return ""
+        if self.batch_size is not None:  # the target may be scaled for batches of this size
+            return "Fitted on minibatches: not checked by weights. Try importance(fit.guide).run(key, target)."
         from .importance import importance
 
         target, guide = self._pair()

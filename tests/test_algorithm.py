@@ -66,6 +66,21 @@ def test_new_data_of_the_same_shape_compile_nothing(algorithm: Algorithm) -> Non
     assert count.lowerings == 0
 
 
+def test_the_model_is_traced_once_for_all_data_of_one_shape() -> None:
+    traces = []
+
+    @gen
+    def counted(x: Array) -> None:
+        traces.append(x.shape)
+        sample("y", dist.Normal(sample("mu", dist.Normal(x, 1.0)), 1.0))
+
+    for i in range(3):
+        for algorithm in (importance(num_particles=5), ALGORITHMS["hmc"]):
+            target = counted(jnp.float32(i)).given({"y": 1.0 * i})
+            algorithm.run(jax.random.key(i), target, progress=False)
+    assert len(traces) == 1
+
+
 def test_a_model_defined_again_compiles_nothing() -> None:
     """A notebook cell that is run again makes a new function of the same structure."""
 

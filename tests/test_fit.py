@@ -309,6 +309,7 @@ def test_a_scaled_minibatch_has_the_same_mean() -> None:
     exact = x.sum() / (n + 1)
     assert abs(found.params - exact) < 0.3
     assert found.guide.latents == ("mu",)
+    assert "minibatches: not checked" in found.report()
 
 
 def test_data_that_cannot_be_batched() -> None:

@@ -162,6 +162,18 @@ def test_a_site_observed_in_part() -> None:
         assert abs(w.mean() - exact) < BAND * w.std() / np.sqrt(w.size)
 
 
+def test_a_proposal_that_reads_the_data_under_vmap() -> None:
+    """The posterior as proposal: the evidence of every data set is exact."""
+
+    def evidence(y: Any) -> Any:
+        proposal = lambda t: guide((0.25 + 4.0 * t.observed["y"]) / 4.25, SD)  # noqa: E731
+        return importance(proposal, 3).run(jax.random.key(0), model().given({"y": y})).log_evidence
+
+    ys = jnp.array([0.0, 1.0, 2.5])
+    exact = dist.Normal(1.0, 4.25**0.5).log_prob(ys)
+    np.testing.assert_allclose(jax.vmap(evidence)(ys), exact, rtol=1e-4)
+
+
 def test_an_unnormalised_proposal_is_refused() -> None:
     @gen
     def soft() -> None:
