@@ -1,15 +1,18 @@
 """Small programs that between them use every construct, each with an oracle written by hand.
 
-An oracle is NumPy and SciPy alone: Python loops over lanes and steps, Python branches, densities from their formulas. It
-lists one `Term` for every element that counts, so that it also tells which choices are active. Where the posterior over
-the latent choices sums or integrates in closed form, by enumeration or by quadrature, `evidence` is the log of it.
+An oracle is NumPy and SciPy alone: Python loops over lanes and steps, Python branches, densities
+from their formulas. It lists a `Term` for all elements that count, so that it also tells which
+choices are active. Where the latent choices can be summed or integrated out, in closed form, by
+enumeration or by quadrature, `evidence` is the log of that.
 
 Every model takes one number `x`, so that any of them can be vmapped over its argument.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from scipy import integrate, special, stats
-
 from weft.ppl import (
     Model,
     condition,
@@ -34,6 +36,7 @@ from weft.ppl import (
     scale,
     scope,
 )
+from weft.ppl.addresses import flatten
 
 Normal = dist.Normal
 Flat = Mapping[str, np.ndarray]
@@ -45,11 +48,22 @@ INPUTS = np.array([0.5, -1.0, 0.25, 1.0])
 
 
 def array(value: np.ndarray) -> jax.Array:
-    """A constant in the precision of the day."""
-    return jnp.asarray(value)
+    """A constant in the precision of the day; a copy, since JAX remembers which it first met it in."""
+    return jnp.asarray(np.array(value))
 
 
-# --- terms of an oracle -------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """XLA without its costly passes: the laws compile some hundred small programs and run each once or twice."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+# --- terms of an oracle --------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +96,23 @@ def normal(address: str, value: Any, loc: Any, scale: Any) -> Term:
     return Term(address, float(total), value.size, noise=np.ravel(noise))
 
 
-def other(address: str, value: Any, law: Any, size: int | None = None) -> Term:
+def other(address: str, value: Any, law: Any) -> Term:
     """A site whose law is a frozen distribution of SciPy."""
     value = np.asarray(value)
-    log = law.logpmf(value) if hasattr(law, "logpmf") else law.logpdf(value)
-    score = np.ravel((value - law.mean()) / law.std()) if hasattr(law, "std") else np.zeros(0)
-    return Term(address, float(np.sum(log)), value.size if size is None else size, score=score)
+    log = law.logpmf(value) if hasattr(law, "pmf") else law.logpdf(value)
+    score = np.ravel((value - law.mean()) / law.std())
+    return Term(address, float(np.sum(log)), value.size, score=score)
+
+
+def categorical(address: str, value: Any, p: Any) -> Term:
+    p, k = np.asarray(p), np.arange(len(p))
+    mean = p @ k
+    score = (value - mean) / np.sqrt(p @ (k - mean) ** 2)
+    return Term(address, float(np.log(p[int(value)])), 1, score=np.ravel(score))
 
 
 def bernoulli(address: str, value: Any, p: float) -> Term:
-    return other(address, value, stats.bernoulli(p))
-
-
-def categorical(address: str, value: Any, p: np.ndarray) -> Term:
-    return other(address, value, stats.rv_discrete(values=(np.arange(len(p)), p)))
+    return categorical(address, value, [1 - p, p])
 
 
 def total(terms: Iterable[Term]) -> float:
@@ -151,7 +168,7 @@ def log_mean(weights: Any, logs: Any) -> float:
     return float(special.logsumexp(np.asarray(logs, float), b=np.asarray(weights, float)))
 
 
-# --- vmap ---------------------------------------------------------------------------------------------------------------
+# --- vmap ----------------------------------------------------------------------------------------
 
 
 def _vmap_mapped(c: Flat, x: float) -> list[Term]:
@@ -277,7 +294,7 @@ def nested_repeat(x):
     return repeat(group, 2, axis_name="group")
 
 
-# --- scan ---------------------------------------------------------------------------------------------------------------
+# --- scan ----------------------------------------------------------------------------------------
 
 
 def _state_space(c: Flat, x: float) -> list[Term]:
@@ -440,28 +457,27 @@ def _mapped_fori(c: Flat, x: float) -> list[Term]:
         terms.append(normal("t", c["t"][i], m + x, 1.0))
         z = c["t"][i]
         for t in range(3):
-            terms.append(normal("a", c["a"][i, t], z + t, 0.5))
+            terms.append(normal("a", c["a"][i, t], z + t, 1.0))
             z = c["a"][i, t]
     return terms
 
 
 @case(
     _mapped_fori,
-    data={"a": [[0.0, 1.0, 3.0]] * 3},
+    data={"a": [[1.0, 2.0, 4.0]] * 3},
     evidence=lambda x: sum(
-        stats.norm.logpdf(0.0, m + x, np.sqrt(1.25)) + 2 * stats.norm.logpdf(0, 0, 0.5)
-        for m in MEANS
+        stats.norm.logpdf(1.0, m + x, np.sqrt(2.0)) + 2 * stats.norm.logpdf(0.0) for m in MEANS
     ),
 )
 def mapped_fori(x):
     def one(m):
         t = sample("t", Normal(m + x, 1.0))
-        return jax.lax.fori_loop(0, 3, lambda i, z: sample("a", Normal(z + i, 0.5)), t)
+        return jax.lax.fori_loop(0, 3, lambda i, z: sample("a", Normal(z + i, 1.0)), t)
 
     return jax.lax.map(one, array(MEANS))
 
 
-# --- branches -----------------------------------------------------------------------------------------------------------
+# --- branches ------------------------------------------------------------------------------------
 
 
 def _mixture(c: Flat, x: float) -> list[Term]:
@@ -651,9 +667,7 @@ def _threshold(c: Flat, x: float) -> list[Term]:
         [stats.norm.sf(x, 0.3), stats.norm.cdf(x, 0.3)],
         [
             gaussian(0.5, 2.0, 2.0),
-            log_integral(
-                lambda b: stats.gamma.logpdf(b, 2.0) + stats.norm.logpdf(0.5, -b), 0, 30
-            ),
+            log_integral(lambda b: stats.gamma.logpdf(b, 2.0) + stats.norm.logpdf(0.5, -b), 0, 30),
         ],
     ),
 )
@@ -777,7 +791,7 @@ def nested_branches(x):
     return jax.lax.cond(p == 1, inner, lanes)
 
 
-# --- calls and loops ----------------------------------------------------------------------------------------------------
+# --- calls and loops -----------------------------------------------------------------------------
 
 
 @jax.jit
@@ -917,7 +931,7 @@ def custom_rules(x):
     return jax.vmap(row)(array(MEANS))
 
 
-# --- programs in programs -----------------------------------------------------------------------------------------------
+# --- programs in programs ------------------------------------------------------------------------
 
 
 @gen
@@ -983,11 +997,13 @@ def _programs_in_control(c: Flat, x: float) -> list[Term]:
 def programs_in_control(x):
     z, _ = jax.lax.scan(lambda z, _: (sample("step", pair(z)), None), x, None, length=2)
     return jax.lax.cond(
-        z > 0, lambda: sample("up", pair(1.0)), lambda: jax.jit(lambda: sample("down", pair(-1.0)))()
+        z > 0,
+        lambda: sample("up", pair(1.0)),
+        lambda: jax.jit(lambda: sample("down", pair(-1.0)))(),
     )
 
 
-# --- transforms ---------------------------------------------------------------------------------------------------------
+# --- transforms ----------------------------------------------------------------------------------
 
 
 def _rows(x):
@@ -1108,9 +1124,7 @@ def _weighted(c: Flat, x: float) -> list[Term]:
 
 @case(
     _weighted,
-    evidence=lambda x: log_integral(
-        lambda t: total(_weighted({"t": np.array(t)}, x)), -12, 12
-    ),
+    evidence=lambda x: log_integral(lambda t: total(_weighted({"t": np.array(t)}, x)), -12, 12),
     smooth=False,
 )
 def weighted(x):
@@ -1121,7 +1135,7 @@ def weighted(x):
     return jax.vmap(lambda m: deterministic("sums", m + t))(array(MEANS))
 
 
-# --- other distributions ------------------------------------------------------------------------------------------------
+# --- other distributions -------------------------------------------------------------------------
 
 
 def _counts(c: Flat, x: float) -> list[Term]:
@@ -1220,3 +1234,37 @@ def hidden_markov(x):
 
 NAMES = list(CASES)
 WITH_EVIDENCE = [name for name, c in CASES.items() if c.evidence is not None]
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def as_numpy(choices: Any, *index: Any) -> dict[str, np.ndarray]:
+    """Choices by dotted address, in double precision, at an index of their leading axes."""
+    flat = {a: np.asarray(v)[index] for a, v in flatten(choices).items()}
+    return {a: v.astype(float) if v.dtype.kind == "f" else v for a, v in flat.items()}
+
+
+def noise(terms: list[Term]) -> np.ndarray:
+    return np.concatenate([np.zeros(0), *(t.noise for t in terms)])
+
+
+@functools.cache
+def run_lanes(name: str) -> tuple[Any, ...]:
+    """In double precision: a program spread over lanes, and the same model vmapped in a model."""
+    model = CASES[name].model
+    function = model.function
+    mapped = gen(lambda xs: jax.vmap(function)(xs))
+    with jax.enable_x64(True):
+        xs = jnp.array([0.5, 1.25])
+
+        def one(key: jax.Array) -> Any:
+            program = jax.vmap(model)(xs)
+            trace, inside = program.simulate(key), mapped(xs).simulate(key)
+            scores = (
+                trace.log_density,
+                mapped(xs).log_density(trace.choices),
+            )
+            return trace, inside, scores
+
+        return xs, *jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(9), 3))
