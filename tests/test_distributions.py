@@ -578,7 +578,7 @@ def test_custom_that_are_none() -> None:
 
     with pytest.raises(ModelError, match=r"'x': Plain is no pytree.*equinox\.Module"):
         gen(lambda: sample("x", Plain()))().shapes()
-    with pytest.raises(ModelError, match=r"'x': NoSample cannot be sampled.*sample\(key\) and log_prob"):
+    with pytest.raises(ModelError, match=r"'x': expected a distribution.*sample\(key\) and log_prob.*got NoSample"):
         gen(lambda: sample("x", NoSample()))().shapes()
     with pytest.raises(ModelError, match=r"'x': log_prob of Wrong has shape \(2,\).*\(3,\)"):
         gen(lambda: sample("x", Wrong()))().shapes()
@@ -637,9 +637,9 @@ class Static:
 def test_array_in_the_static_structure() -> None:
     """NumPyro keeps several total counts there."""
     d = dist.Multinomial(np.array([3, 5]), np.array([[0.2, 0.8], [0.5, 0.5]]))
-    with pytest.raises(ModelError, match=r"'x': Multinomial.*'total_count'.*shape \(2,\)"):
+    with pytest.raises(ModelError, match=r"'x': Multinomial.*array of shape \(2,\).*'total_count'"):
         gen(lambda: sample("x", d))().shapes()
-    with pytest.raises(ModelError, match=r"'x': Static.*'table'.*shape \(2,\)"):
+    with pytest.raises(ModelError, match=r"'x': Static.*array of shape \(2,\).*'table'"):
         gen(lambda: sample("x", Static(np.zeros(2))))().shapes()
 
 

@@ -465,9 +465,11 @@ def test_obs_in_sample() -> None:
 def test_what_is_no_distribution() -> None:
     with refused(ModelError, "'a'", "apply the model", "sample('a', model(...))"):
         run(lambda: sample("a", part))
-    for wrong, kind in ((1.0, "float"), (dist.Normal, "Normal"), ({"loc": 0.0}, "dict"), (None, "NoneType")):
+    for wrong, kind in ((1.0, "float"), ({"loc": 0.0}, "dict"), (None, "NoneType")):
         with refused(ModelError, "'a'", "expected a distribution", "program, model(*args)", kind):
             run(lambda w=wrong: sample("a", w))
+    with refused(ModelError, "'a'", "expected a distribution", "class Normal", "give it parameters"):
+        run(lambda: sample("a", dist.Normal))
 
 
 @pytest.mark.parametrize(
@@ -539,7 +541,7 @@ def test_arguments_and_values_that_are_none() -> None:
         run(lambda: "text")
     with refused(TypeError, "gen takes a function", "int"):
         gen(3)
-    with refused(AttributeError, "simulate", "model(...).simulate"):
+    with refused(AttributeError, "apply the model first", "survey(...).simulate"):
         survey.simulate(KEY)
 
 
@@ -899,12 +901,12 @@ def test_positions() -> None:
         flat.log_density({"x": 0.5})
     with refused(AddressError, "'z'"):
         flat.log_density({"x": 0.5, "y": [1.0], "z": 1.0})
-    with refused(ObservationError, "'y'", "(1,)", "(3,)"):
+    with refused(WeftError, "'y'", "expected shape (1,)", "got (3,)"):
         flat.log_density({"x": 0.5, "y": [1.0, 2.0, 3.0]})
     with refused(AddressError, "'y'"):
         flat.from_choices({"x": 0.5})
     assert flat.flat.size == 2
-    with refused(ObservationError, "(2,)", "(3,)"):
+    with refused(WeftError, "(2,)", "(3,)"):
         flat.flat.log_density(jnp.zeros(3))
 
 

@@ -142,6 +142,7 @@ def test_impute() -> None:
     gradient = jax.grad(flat.log_density)({"mu": 0.5, "y": jnp.array([7.0])})
     close(gradient["y"], [-6.5])
     close(gradient["mu"], -0.5 / 4 + 0.5 + 6.5 + 2.5)
+    close(target.log_densities({"mu": 0.5, "y": [0, 7, 0]}, by="row"), logn([1, 0, 3], 0.5) * SEEN)
     trace, weight = target.generate(KEY, {"mu": 0.5})
     close(trace.choices["y"][SEEN], [1, 3])
     assert np.isfinite(trace.choices["y"][1])
@@ -559,7 +560,7 @@ def wide() -> None:
     """Axes of every kind."""
     b = sample("b", N(jnp.zeros(2), 1.0), dims=("feature",))
     sample("matrix", N(jnp.zeros((2, 3)), 1.0), dims=("feature", "column"))
-    sample("vector", dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2)))
+    sample("vector", dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2)), dims=("feature",))
 
     def row(m: Any) -> None:
         sample("y", N(m, 1.0))
@@ -589,6 +590,8 @@ def test_axes() -> None:
         "f": [],
     }
     assert {a: s.event_shape for a, s in sites.items() if s.event_shape} == {"vector": (2,), "w": (2,)}
+    assert {a: s.event_dims for a, s in sites.items() if s.event_shape} == {"vector": ("feature",), "w": (None,)}
+    assert sites["w"].dims == ("row", "column", None)
     assert {a: s.shape for a, s in wide().shapes().items()} == {a: x.shape for a, x in wide_choices().items()}
 
 
