@@ -104,10 +104,8 @@ class Evaluate(Handler):
             terms["log_density"] = jnp.sum(log_prob)
         else:
             seen = log_prob if given.where is None else jnp.where(given.where, log_prob, 0)
-            terms["log_weight"] = jnp.sum(seen)
-            terms["log_density"] = (
-                terms["log_weight"] if given.drop is not None else jnp.sum(log_prob)
-            )
+            log_prob = seen if given.drop is not None else log_prob
+            terms = {"log_weight": jnp.sum(seen), "log_density": jnp.sum(log_prob)}
         if self.record is None or (
             fixed and "observed" not in site.parts and self.record == "value"
         ):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .addresses import Address, covers, dotted, flatten, unflatten, unknown
-from .errors import AddressError
+from .errors import AddressError, ObservationError
 from .handlers import Given
 from .interpreter import Handler
 from .models import check_name
@@ -32,11 +32,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def _arrays(choices: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted addresses to arrays (or Given), so that a transformed model is a pytree of them."""
+    flat = flatten(choices)
+    for address, value in flat.items():
+        if isinstance(value, Observed) and value.missing == "drop":
+            raise ObservationError(
+                f"{address!r}: observed(..., missing='drop') is for given(), which can see what reads the site; inside a "
+                "model impute the missing elements, or mask(model, {address: where}) after condition"
+            )
     return {
-        a: Given(jnp.asarray(v.value), jnp.asarray(v.where), True if v.missing == "drop" else None)
+        a: Given(jnp.asarray(v.value), jnp.asarray(v.where))
         if isinstance(v, Observed)
         else jnp.asarray(v if isinstance(v, jax.Array) else np.asarray(v))
-        for a, v in flatten(choices).items()
+        for a, v in flat.items()
     }
 
 

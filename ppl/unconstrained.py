@@ -102,6 +102,9 @@ class FlatUnconstrained(eqx.Module):
         return jnp.concatenate(parts) if parts else jnp.zeros((0,))
 
     def unravel(self, x: jax.Array) -> Positions:
+        x = jnp.asarray(x)
+        if x.shape != (self.size,):
+            raise AddressError(f"expected a position of shape ({self.size},), got {x.shape}")
         return unflatten(
             {a: x[where].reshape(self.nested.shapes[a]) for a, where in self.addresses.items()}
         )
