@@ -36,8 +36,8 @@ def _arrays(choices: Mapping[str, Any]) -> dict[str, Any]:
     for address, value in flat.items():
         if isinstance(value, Observed) and value.missing == "drop":
             raise ObservationError(
-                f"{address!r}: observed(..., missing='drop') is for given(), which can see what reads the site; inside a "
-                "model impute the missing elements, or mask(model, {address: where}) after condition"
+                f"{address!r}: observed(..., missing='drop') is for given(), which can see what reads the site; inside "
+                "a model impute the missing elements, or mask(model, {address: where}) after condition"
             )
     return {
         a: Given(jnp.asarray(v.value), jnp.asarray(v.where))
