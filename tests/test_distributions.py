@@ -1,9 +1,10 @@
 """Every distribution of NumPyro as a site: one table of constructors, every law on each row.
 
-A row is a constructor and two settings of its parameters, so that a lane can be told from its neighbour. All that is asked
-of a row is computed in one jitted function, lightly optimised, since compiling is what these tests cost.
+A row is a constructor and two settings of its parameters, so that a lane can be told from its neighbour. All that
+is asked of a row is computed in one jitted function, lightly optimised, since compiling is what these tests cost.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import biject_to, constraints
-from weft import gen, repeat, sample
 from weft.ppl import DensityError, ModelError, ObservationError, Program
+
+from weft import gen, repeat, sample
 
 # --- the table ------------------------------------------------------------------------------------
 
@@ -55,12 +57,16 @@ TABLE: dict[str, Row] = {
     "BetaProportion": Row(None, (0.3, 2.0), (0.6, 5.0)),
     "BinomialLogits": Row(lambda x: dist.BinomialLogits(x, 5), (0.1,), (-1.0,)),
     "BinomialProbs": Row(lambda p: dist.BinomialProbs(p, 5), (0.3,), (0.9,)),
-    "CAR": Row(lambda m, r, p: dist.CAR(m, r, p, NEIGHBOURS), (v(0, 1), 0.5, 1.0), (v(1, 0), 0.2, 2.0)),
+    "CAR": Row(
+        lambda m, r, p: dist.CAR(m, r, p, NEIGHBOURS), (v(0, 1), 0.5, 1.0), (v(1, 0), 0.2, 2.0)
+    ),
     "CategoricalLogits": Row(None, (v(0.1, 0.2, 0.3),), (v(1, 0, -1),)),
     "CategoricalProbs": Row(None, (v(0.3, 0.7),), (v(0.8, 0.2),)),
     "Cauchy": Row(None, (0.0, 1.0), (1.0, 2.0)),
     "Chi2": Row(None, (3.0,), (5.0,)),
-    "CirculantNormal": Row(None, (v(0, 0, 0, 0), v(2, 0.5, 0.1, 0.5)), (v(1, 2, 3, 4), v(1, 0.2, 0, 0.2))),
+    "CirculantNormal": Row(
+        None, (v(0, 0, 0, 0), v(2, 0.5, 0.1, 0.5)), (v(1, 2, 3, 4), v(1, 0.2, 0, 0.2))
+    ),
     "Dagum": Row(None, (1.0, 2.0, 1.0), (2.0, 3.0, 0.5)),
     "Delta": Row(None, (1.0, 0.5), (2.0, 0.0)),
     "Dirichlet": Row(None, (v(1, 2, 3),), (v(3, 1, 1),)),
@@ -68,20 +74,26 @@ TABLE: dict[str, Row] = {
     "DiscreteUniform": Row(None, (0, 3), (2, 9)),
     "DoublyTruncatedPowerLaw": Row(None, (2.0, 1.0, 3.0), (-0.5, 2.0, 5.0)),
     "EulerMaruyama": Row(
-        lambda s: dist.EulerMaruyama(np.arange(4.0, dtype=np.float32), _ornstein_uhlenbeck, dist.Normal(0.0, s)),
+        lambda s: dist.EulerMaruyama(
+            np.arange(4.0, dtype=np.float32), _ornstein_uhlenbeck, dist.Normal(0.0, s)
+        ),
         (1.0,),
         (2.0,),
     ),
     "ExpandedDistribution": Row(lambda m: dist.Normal(m, 1.0).expand((3,)), (0.5,), (2.0,)),
     "Exponential": Row(None, (1.0,), (2.0,)),
-    "FoldedDistribution": Row(lambda m: dist.FoldedDistribution(dist.Normal(m, 1.0)), (1.0,), (2.0,)),
+    "FoldedDistribution": Row(
+        lambda m: dist.FoldedDistribution(dist.Normal(m, 1.0)), (1.0,), (2.0,)
+    ),
     "Gamma": Row(None, (1.0, 2.0), (3.0, 0.5)),
     "GammaPoisson": Row(None, (1.0, 2.0), (3.0, 0.5)),
     "GaussianCopula": Row(
         lambda a, c: dist.GaussianCopula(dist.Normal(a, 1.0), c), (v(1, 1), CORR), (v(2, 3), EYE)
     ),
     "GaussianRandomWalk": Row(lambda s: dist.GaussianRandomWalk(s, 4), (1.0,), (2.0,)),
-    "GaussianStateSpace": Row(lambda a, c: dist.GaussianStateSpace(3, a, c), (0.5 * EYE, COV), (0.9 * EYE, EYE)),
+    "GaussianStateSpace": Row(
+        lambda a, c: dist.GaussianStateSpace(3, a, c), (0.5 * EYE, COV), (0.9 * EYE, EYE)
+    ),
     "GeometricLogits": Row(None, (0.1,), (-1.0,)),
     "GeometricProbs": Row(None, (0.3,), (0.7,)),
     "Gompertz": Row(None, (1.0, 1.0), (2.0, 0.5)),
@@ -90,7 +102,9 @@ TABLE: dict[str, Row] = {
     "HalfNormal": Row(None, (1.0,), (2.0,)),
     "HurdleGamma": Row(None, (0.3, 1.0, 2.0), (0.1, 3.0, 0.5)),
     "HurdleLogNormal": Row(None, (0.3, 0.0, 1.0), (0.1, 1.0, 2.0)),
-    "HurdleLogits": Row(lambda r, g: dist.HurdleLogits(dist.Poisson(r), g), (2.0, -0.5), (1.0, 0.5)),
+    "HurdleLogits": Row(
+        lambda r, g: dist.HurdleLogits(dist.Poisson(r), g), (2.0, -0.5), (1.0, 0.5)
+    ),
     "HurdlePoisson": Row(None, (0.3, 2.0), (0.1, 1.0)),
     "HurdleProbs": Row(lambda r, g: dist.HurdleProbs(dist.Poisson(r), g), (2.0, 0.3), (1.0, 0.6)),
     "Independent": Row(lambda m: dist.Normal(m, v(1, 2)).to_event(1), (v(0, 1),), (v(2, 3),)),
@@ -102,12 +116,16 @@ TABLE: dict[str, Row] = {
     "LKJCholesky": Row(lambda c: dist.LKJCholesky(3, c), (1.0,), (3.0,)),
     "Laplace": Row(None, (0.0, 1.0), (1.0, 2.0)),
     "LeftCensoredDistribution": Row(
-        lambda m, s: dist.LeftCensoredDistribution(dist.Normal(m, s), np.array(False)), (0.0, 1.0), (1.0, 2.0)
+        lambda m, s: dist.LeftCensoredDistribution(dist.Normal(m, s), np.array(False)),
+        (0.0, 1.0),
+        (1.0, 2.0),
     ),
     "LeftTruncatedDistribution": Row(
         lambda m, a: dist.LeftTruncatedDistribution(dist.Normal(m, 1.0), a), (0.0, -1.0), (1.0, 0.5)
     ),
-    "LeftTruncatedGamma": Row(lambda c, a: dist.LeftTruncatedGamma(dist.Gamma(c, 1.0), a), (2.0, 0.5), (3.0, 1.0)),
+    "LeftTruncatedGamma": Row(
+        lambda c, a: dist.LeftTruncatedGamma(dist.Gamma(c, 1.0), a), (2.0, 0.5), (3.0, 1.0)
+    ),
     "Levy": Row(None, (0.0, 1.0), (1.0, 2.0)),
     "LogNormal": Row(None, (0.0, 1.0), (1.0, 0.5)),
     "LogUniform": Row(None, (1.0, 2.0), (2.0, 5.0)),
@@ -122,7 +140,9 @@ TABLE: dict[str, Row] = {
     "MatrixNormal": Row(None, (np.zeros((2, 2), np.float32), EYE, TRIL), (COV, TRIL, EYE)),
     "MixtureGeneral": Row(
         lambda p, m: dist.MixtureGeneral(
-            dist.Categorical(p), [dist.Normal(m, 1.0), dist.Laplace(0.0, 2.0)], support=constraints.real
+            dist.Categorical(p),
+            [dist.Normal(m, 1.0), dist.Laplace(0.0, 2.0)],
+            support=constraints.real,
         ),
         (v(0.3, 0.7), 1.0),
         (v(0.9, 0.1), 2.0),
@@ -146,33 +166,46 @@ TABLE: dict[str, Row] = {
     "ProjectedNormal": Row(None, (v(1, 2),), (v(-1, 0.5),)),
     "RelaxedBernoulliLogits": Row(None, (0.5, 0.1), (1.0, -1.0)),
     "RightCensoredDistribution": Row(
-        lambda m, s: dist.RightCensoredDistribution(dist.Normal(m, s), np.array(False)), (0.0, 1.0), (1.0, 2.0)
+        lambda m, s: dist.RightCensoredDistribution(dist.Normal(m, s), np.array(False)),
+        (0.0, 1.0),
+        (1.0, 2.0),
     ),
     "RightTruncatedDistribution": Row(
         lambda m, b: dist.RightTruncatedDistribution(dist.Normal(m, 1.0), b), (0.0, 1.0), (1.0, 0.5)
     ),
-    "RightTruncatedGamma": Row(lambda c, b: dist.RightTruncatedGamma(dist.Gamma(c, 1.0), b), (2.0, 3.0), (3.0, 2.0)),
+    "RightTruncatedGamma": Row(
+        lambda c, b: dist.RightTruncatedGamma(dist.Gamma(c, 1.0), b), (2.0, 3.0), (3.0, 2.0)
+    ),
     "SineBivariateVonMises": Row(
-        lambda a, b, k: dist.SineBivariateVonMises(a, b, k, k, 0.3), (0.0, 0.5, 1.0), (1.0, -1.0, 2.0)
+        lambda a, b, k: dist.SineBivariateVonMises(a, b, k, k, 0.3),
+        (0.0, 0.5, 1.0),
+        (1.0, -1.0, 2.0),
     ),
     "SineSkewed": Row(
-        lambda m, s: dist.SineSkewed(dist.VonMises(m, 1.0).expand((1,)).to_event(1), s), (0.0, v(0.5)), (1.0, v(-0.2))
+        lambda m, s: dist.SineSkewed(dist.VonMises(m, 1.0).expand((1,)).to_event(1), s),
+        (0.0, v(0.5)),
+        (1.0, v(-0.2)),
     ),
     "SoftLaplace": Row(None, (0.0, 1.0), (1.0, 2.0)),
     "StudentT": Row(None, (3.0, 0.0, 1.0), (5.0, 1.0, 2.0)),
     "TransformedDistribution": Row(
         lambda a, b: dist.TransformedDistribution(
-            dist.Normal(0.0, 1.0), [dist.transforms.AffineTransform(a, b), dist.transforms.ExpTransform()]
+            dist.Normal(0.0, 1.0),
+            [dist.transforms.AffineTransform(a, b), dist.transforms.ExpTransform()],
         ),
         (0.0, 1.0),
         (1.0, 0.5),
     ),
     "TruncatedPolyaGamma": Row(lambda _: dist.TruncatedPolyaGamma(), (0.0,), (1.0,)),
     "TwoSidedTruncatedDistribution": Row(
-        lambda m, a, b: dist.TwoSidedTruncatedDistribution(dist.Normal(m, 1.0), a, b), (0.0, -1.0, 2.0), (1.0, 0.0, 4.0)
+        lambda m, a, b: dist.TwoSidedTruncatedDistribution(dist.Normal(m, 1.0), a, b),
+        (0.0, -1.0, 2.0),
+        (1.0, 0.0, 4.0),
     ),
     "TwoSidedTruncatedGamma": Row(
-        lambda c, a, b: dist.TwoSidedTruncatedGamma(dist.Gamma(c, 1.0), a, b), (2.0, 0.5, 3.0), (3.0, 1.0, 4.0)
+        lambda c, a, b: dist.TwoSidedTruncatedGamma(dist.Gamma(c, 1.0), a, b),
+        (2.0, 0.5, 3.0),
+        (3.0, 1.0, 4.0),
     ),
     "Uniform": Row(None, (0.0, 1.0), (1.0, 3.0)),
     "Unit": Row(None, (0.3,), (0.1,)),
@@ -180,18 +213,28 @@ TABLE: dict[str, Row] = {
     "Weibull": Row(None, (1.0, 2.0), (2.0, 3.0)),
     "Wishart": Row(None, (5.0, COV), (4.0, EYE)),
     "WishartCholesky": Row(None, (5.0, COV), (4.0, EYE)),
-    "ZeroInflatedLogits": Row(lambda r, g: dist.ZeroInflatedLogits(dist.Poisson(r), g), (2.0, -0.5), (1.0, 0.5)),
+    "ZeroInflatedLogits": Row(
+        lambda r, g: dist.ZeroInflatedLogits(dist.Poisson(r), g), (2.0, -0.5), (1.0, 0.5)
+    ),
     "ZeroInflatedPoisson": Row(None, (0.3, 2.0), (0.1, 1.0)),
-    "ZeroInflatedProbs": Row(lambda r, g: dist.ZeroInflatedProbs(dist.Poisson(r), g), (2.0, 0.3), (1.0, 0.6)),
+    "ZeroInflatedProbs": Row(
+        lambda r, g: dist.ZeroInflatedProbs(dist.Poisson(r), g), (2.0, 0.3), (1.0, 0.6)
+    ),
     "ZeroSumNormal": Row(lambda s: dist.ZeroSumNormal(s, (3,)), (1.0,), (2.0,)),
 }
 
 N = dist.Normal
 VARIANTS: dict[str, Row] = {
-    "mvn by precision": Row(lambda m, p: dist.MultivariateNormal(m, precision_matrix=p), (v(0, 0), COV), (v(1, 2), EYE)),
-    "mvn by factor": Row(lambda m, t: dist.MultivariateNormal(m, scale_tril=t), (v(0, 0), TRIL), (v(1, 2), EYE)),
+    "mvn by precision": Row(
+        lambda m, p: dist.MultivariateNormal(m, precision_matrix=p), (v(0, 0), COV), (v(1, 2), EYE)
+    ),
+    "mvn by factor": Row(
+        lambda m, t: dist.MultivariateNormal(m, scale_tril=t), (v(0, 0), TRIL), (v(1, 2), EYE)
+    ),
     "mvn, lazy fields read": Row(
-        lambda m, t: _read(dist.MultivariateNormal(m, scale_tril=t), "covariance_matrix", "precision_matrix"),
+        lambda m, t: _read(
+            dist.MultivariateNormal(m, scale_tril=t), "covariance_matrix", "precision_matrix"
+        ),
         (v(0, 0), TRIL),
         (v(1, 2), EYE),
     ),
@@ -201,7 +244,11 @@ VARIANTS: dict[str, Row] = {
     "expanded, event": Row(lambda m: N(m, 1.0).expand((3, 2)).to_event(1), (v(0, 1),), (v(2, 3),)),
     "masked whole": Row(lambda m: N(m, 1.0).mask(False), (0.0,), (1.0,)),
     "masked by a parameter": Row(lambda m, w: N(m, 1.0).mask(w > 0), (0.0, 1.0), (1.0, -1.0)),
-    "truncated normal": Row(lambda m, a, b: dist.TruncatedNormal(m, 1.0, low=a, high=b), (0.0, -1.0, 2.0), (1.0, 0.0, 3.0)),
+    "truncated normal": Row(
+        lambda m, a, b: dist.TruncatedNormal(m, 1.0, low=a, high=b),
+        (0.0, -1.0, 2.0),
+        (1.0, 0.0, 3.0),
+    ),
     "truncated cauchy": Row(lambda m: dist.TruncatedCauchy(m, 1.0, low=-1.0), (0.0,), (1.0,)),
     "affine of a vector": Row(
         lambda m, t: dist.TransformedDistribution(
@@ -218,10 +265,14 @@ VARIANTS: dict[str, Row] = {
         (v(0.3, 0.7), 0.0),
         (v(0.6, 0.4), 1.0),
     ),
-    "counts as arrays": Row(lambda p: dist.Binomial(total_count=jnp.array(5), probs=p), (0.3,), (0.6,)),
+    "counts as arrays": Row(
+        lambda p: dist.Binomial(total_count=jnp.array(5), probs=p), (0.3,), (0.6,)
+    ),
     "uniform, static bounds": Row(lambda _: dist.Uniform(0, 2), (0.0,), (1.0,)),
     "validated": Row(lambda m: N(m, 1.0, validate_args=True), (0.0,), (1.0,)),
-    "relaxed bernoulli": Row(lambda p: dist.RelaxedBernoulli(jnp.array(0.5), probs=p), (0.3,), (0.6,)),
+    "relaxed bernoulli": Row(
+        lambda p: dist.RelaxedBernoulli(jnp.array(0.5), probs=p), (0.3,), (0.6,)
+    ),
 }
 
 
@@ -295,7 +346,9 @@ def test_laws(name: str) -> None:
             out["back"] = flat.to_choices(z)["x"]
             out["unconstrained"] = flat.log_density(z)
             out["jacobian"] = sum(
-                jnp.sum(jax.vmap(lambda z, b=biject_to(make(*p).support): _jacobian(b, z))(z["x"][i]))
+                jnp.sum(
+                    jax.vmap(lambda z, b=biject_to(make(*p).support): _jacobian(b, z))(z["x"][i])
+                )
                 for i, p in enumerate(lanes)
             )
         return out
@@ -306,7 +359,11 @@ def test_laws(name: str) -> None:
     one = jax.eval_shape(make, *row.first)  # a distribution without values: its shapes
     assert name not in TABLE or type(one).__name__ == name
     assert out["x"].shape == (2, 2, *one.shape())
-    assert (info.shape, info.event_shape, info.dtype) == (out["x"].shape, one.event_shape, out["x"].dtype)
+    assert (info.shape, info.event_shape, info.dtype) == (
+        out["x"].shape,
+        one.event_shape,
+        out["x"].dtype,
+    )
     assert info.distribution == type(one).__name__
     assert out["densities"].shape == (2, 2, *one.batch_shape)
     assert np.isfinite(out["own"]).all()
@@ -316,7 +373,9 @@ def test_laws(name: str) -> None:
     close(out["simulated"], out["own"].sum())
     if unconstrainable:
         np.testing.assert_allclose(out["back"], out["x"], rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(out["unconstrained"], out["own"].sum() + out["jacobian"], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            out["unconstrained"], out["own"].sum() + out["jacobian"], rtol=1e-3, atol=1e-3
+        )
     if not info.is_discrete and not isinstance(one, dist.Delta) and info.size:
         flat = out["x"].reshape(4, -1)
         assert len(np.unique(flat, axis=0)) == 4, "two lanes share a draw"
@@ -356,7 +415,9 @@ def test_no_bijection_names_the_site(name: str) -> None:
         program.given().unconstrain()
 
 
-@pytest.mark.parametrize("name", ["BernoulliProbs", "Poisson", "GeometricProbs", "MultinomialProbs"])
+@pytest.mark.parametrize(
+    "name", ["BernoulliProbs", "Poisson", "GeometricProbs", "MultinomialProbs"]
+)
 def test_discrete_is_named_by_unconstrain(name: str) -> None:
     program = _two_by_two(name)(*(np.stack([_array(x)] * 2) for x in TABLE[name].first))
     assert program.sites["x"].is_discrete
@@ -436,12 +497,16 @@ def test_interval_censored() -> None:
     @gen
     def model() -> None:
         mu = sample("mu", dist.Normal(0.0, 1.0))
-        d = dist.IntervalCensoredDistribution(dist.Normal(mu, 1.0), np.array(False), np.array(False))
+        d = dist.IntervalCensoredDistribution(
+            dist.Normal(mu, 1.0), np.array(False), np.array(False)
+        )
         repeat(lambda: sample("t", d), 3)
 
     program = model()
     assert program.sites["t"].shape == (3, 2)
-    with pytest.raises(DensityError, match=r"'t': IntervalCensoredDistribution cannot be sampled.*\(2,\)"):
+    with pytest.raises(
+        DensityError, match=r"'t': IntervalCensoredDistribution cannot be sampled.*\(2,\)"
+    ):
         program.simulate(jax.random.key(0))
     data = np.array([[-1.0, 0.0], [0.5, 2.0], [1.0, 1.5]])
     found = program.given({"t": data}).log_density({"mu": 0.5})
@@ -455,12 +520,10 @@ def test_absent_package() -> None:
     d = dist.GaussianCopulaBeta(v(1, 1), v(2, 2), CORR)
     program = gen(lambda: sample("u", d))()
     assert program.sites["u"].shape == (2,)
-    try:
-        d.sample(jax.random.key(0))
-    except ImportError as e:
-        with pytest.raises(DensityError, match=r"'u': GaussianCopulaBeta cannot be sampled") as refused:
+    if importlib.util.find_spec("tensorflow_probability") is None:
+        absent = r"'u': GaussianCopulaBeta cannot be sampled.*tensorflow_probability"
+        with pytest.raises(DensityError, match=absent):
             program.simulate(jax.random.key(0))
-        assert str(e) in str(refused.value)
     else:
         assert program.simulate(jax.random.key(0)).choices["u"].shape == (2,)
     x = jnp.array([0.3, 0.6])
@@ -498,8 +561,15 @@ def test_custom() -> None:
     c = trace.choices
     assert c["shared"][0] != c["shared"][1]
     assert c["steps"][0] != c["steps"][1]
-    own = sum(np.log(2 * np.asarray(c[n]) / w**2).sum() for n, w in
-              [("x", 2.0), ("lanes", np.array([1.0, 2.0, 3.0])), ("shared", 2.0), ("steps", 2.0)])
+    own = sum(
+        np.log(2 * np.asarray(c[n]) / w**2).sum()
+        for n, w in [
+            ("x", 2.0),
+            ("lanes", np.array([1.0, 2.0, 3.0])),
+            ("shared", 2.0),
+            ("steps", 2.0),
+        ]
+    )
     np.testing.assert_allclose(trace.log_density, own, rtol=1e-5)
     np.testing.assert_allclose(program.log_density(c), own, rtol=1e-5)
     gradient = jax.grad(lambda w: model(w).log_density(c))(2.0)
@@ -533,7 +603,9 @@ def test_custom_vector_with_support() -> None:
     x = program.simulate(jax.random.key(0)).choices["x"]
     own = np.stack([Pair(1.0).log_prob(row) for row in x])
     np.testing.assert_allclose(program.log_densities({"x": x})["x"], own, rtol=1e-5)
-    np.testing.assert_allclose(program.given().unconstrain().log_density({"x": x}), own.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        program.given().unconstrain().log_density({"x": x}), own.sum(), rtol=1e-5
+    )
 
 
 class NoLeaves(eqx.Module):
@@ -578,7 +650,9 @@ def test_custom_that_are_none() -> None:
 
     with pytest.raises(ModelError, match=r"'x': Plain is no pytree.*equinox\.Module"):
         gen(lambda: sample("x", Plain()))().shapes()
-    with pytest.raises(ModelError, match=r"'x': expected a distribution.*sample\(key\) and log_prob.*got NoSample"):
+    with pytest.raises(
+        ModelError, match=r"'x': expected a distribution.*sample\(key\) and log_prob.*got NoSample"
+    ):
         gen(lambda: sample("x", NoSample()))().shapes()
     with pytest.raises(ModelError, match=r"'x': log_prob of Wrong has shape \(2,\).*\(3,\)"):
         gen(lambda: sample("x", Wrong()))().shapes()
@@ -661,3 +735,15 @@ def test_observations_of_every_support_are_checked() -> None:
         program = gen(lambda d=d: sample("x", d))()
         with pytest.raises(ObservationError, match=r"'x'.*outside the support"):
             program.given({"x": value})
+
+
+def test_traced_value_in_the_static_structure() -> None:
+    """As when a total count is an argument of the model, or differs from lane to lane."""
+    p = np.array([[0.2, 0.8], [0.5, 0.5]])
+    one = gen(lambda n: sample("x", dist.Multinomial(n, p[0])))
+    with pytest.raises(ModelError, match=r"'x': Multinomial.*'total_count'.*plain number"):
+        one(np.array(5)).shapes()
+    assert one(5).simulate(jax.random.key(0)).choices["x"].sum() == 5
+    lane = lambda n, p: sample("x", dist.Multinomial(n, p, total_count_max=5))  # noqa: E731
+    with pytest.raises(ModelError, match=r"'x': Multinomial.*'total_count'.*plain number"):
+        gen(lambda n: jax.vmap(lane)(n, p))(np.array([3, 5])).shapes()

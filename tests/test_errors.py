@@ -15,7 +15,6 @@ import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental import pallas
-from weft import deterministic, draw, expect, factor, gen, observed, repeat, sample
 from weft.inference import elbo, enumeration, fit, hmc, importance, nuts
 from weft.ppl import (
     AddressError,
@@ -34,6 +33,8 @@ from weft.ppl import (
     scope,
     with_gradients,
 )
+
+from weft import deterministic, draw, expect, factor, gen, observed, repeat, sample
 
 KEY = jax.random.key(0)
 N = dist.Normal
@@ -229,13 +230,15 @@ OUTSIDE: dict[str, tuple[Callable[[], Any], str]] = {
     "cond": (lambda: lax.cond(True, lambda: normal("a"), lambda: 0.0), "'a'"),
     "scan": (lambda: lax.scan(lambda c, _: (c + normal("a"), None), 0.0, None, length=2), "'a'"),
     "cond under vmap": (
-        lambda: jax.vmap(lambda p: lax.cond(p, lambda: normal("a"), lambda: 0.0))(jnp.arange(2) > 0),
+        lambda: jax.vmap(lambda p: lax.cond(p, lambda: normal("a"), lambda: 0.0))(
+            jnp.arange(2) > 0
+        ),
         "'a'",
     ),
     "scan under vmap": (
-        lambda: jax.vmap(lambda m: lax.scan(lambda c, _: (c + normal("a"), None), m, None, length=2))(
-            jnp.zeros(2)
-        ),
+        lambda: jax.vmap(
+            lambda m: lax.scan(lambda c, _: (c + normal("a"), None), m, None, length=2)
+        )(jnp.zeros(2)),
         "'a'",
     ),
     "nested program": (lambda: sample("a", part()), "'a'"),
@@ -329,7 +332,14 @@ def _shard_map() -> Any:
     ],
 )
 def test_constructs_without_a_rule(function: Callable[..., Any], primitive: str) -> None:
-    with refused(ModelError, f"model {function.__name__!r}", "'a'", f"'{primitive}'", "no rule", "move the site out"):
+    with refused(
+        ModelError,
+        f"model {function.__name__!r}",
+        "'a'",
+        f"'{primitive}'",
+        "no rule",
+        "move the site out",
+    ):
         run(function)
 
 
@@ -352,7 +362,11 @@ def test_while_predicate() -> None:
     with refused(ModelError, "'a'", "predicate of a while_loop", "in its body"):
         run(function)
     with refused(ModelError, "'a'", "predicate of a while_loop"):
-        run(lambda: jax.vmap(lambda m: lax.while_loop(lambda s: sample("a", N(m, 1.0)) < s, lambda s: s - 1.0, m))(jnp.ones(2)))
+        run(
+            lambda: jax.vmap(
+                lambda m: lax.while_loop(lambda s: sample("a", N(m, 1.0)) < s, lambda s: s - 1.0, m)
+            )(jnp.ones(2))
+        )
 
 
 # --- derivatives inside a model -------------------------------------------------------------------
@@ -404,7 +418,9 @@ DIFFERENTIATED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("how", DIFFERENTIATED)
 def test_gradient_through_a_site(how: str) -> None:
-    with refused(GradientError, "jax.grad, jvp or linearize", "'a'", "log_density(choices)", "expect(f)(key"):
+    with refused(
+        GradientError, "jax.grad, jvp or linearize", "'a'", "log_density(choices)", "expect(f)(key"
+    ):
         run(DIFFERENTIATED[how])
 
 
@@ -441,7 +457,10 @@ def _plate() -> Any:
         (_plate, "jax.vmap(f, axis_name="),
         (jax.jit(lambda: numpyro.sample("a", N(0.0, 1.0))), "weft.sample('a'"),
         (lambda: repeat(lambda: numpyro.sample("a", N(0.0, 1.0)), 2), "weft.sample('a'"),
-        (lambda: numpyro.handlers.seed(lambda: numpyro.sample("a", N(0.0, 1.0)), 0)(), "weft.sample('a'"),
+        (
+            lambda: numpyro.handlers.seed(lambda: numpyro.sample("a", N(0.0, 1.0)), 0)(),
+            "weft.sample('a'",
+        ),
     ],
 )
 def test_numpyro_primitives(function: Callable[..., Any], cure: str) -> None:
@@ -468,7 +487,9 @@ def test_what_is_no_distribution() -> None:
     for wrong, kind in ((1.0, "float"), ({"loc": 0.0}, "dict"), (None, "NoneType")):
         with refused(ModelError, "'a'", "expected a distribution", "program, model(*args)", kind):
             run(lambda w=wrong: sample("a", w))
-    with refused(ModelError, "'a'", "expected a distribution", "class Normal", "give it parameters"):
+    with refused(
+        ModelError, "'a'", "expected a distribution", "class Normal", "give it parameters"
+    ):
         run(lambda: sample("a", dist.Normal))
 
 
@@ -594,7 +615,15 @@ def test_wrong_shape(came: tuple[int, ...]) -> None:
         lambda: condition(survey, data)().shapes(),
         lambda: jax.eval_shape(lambda y: survey().given({"count": y}).data, data["count"]),
     ):
-        with refused(ObservationError, "'survey'", "'count'", "expected shape (3,)", f"got {came}", "row", "broadcast"):
+        with refused(
+            ObservationError,
+            "'survey'",
+            "'count'",
+            "expected shape (3,)",
+            f"got {came}",
+            "row",
+            "broadcast",
+        ):
             ask()
 
 
@@ -645,7 +674,10 @@ def test_choices_that_are_no_dict(choices: Any) -> None:
 @pytest.mark.parametrize(
     ("data", "substance"),
     [
-        ({"count": [1, 2, 11]}, ("'count'", "1 of 3", "outside the support", "upper_bound=10", "11", "index (2,)")),
+        (
+            {"count": [1, 2, 11]},
+            ("'count'", "1 of 3", "outside the support", "upper_bound=10", "11", "index (2,)"),
+        ),
         ({"count": [-1, 2, -3]}, ("'count'", "2 of 3", "-1", "index (0,)")),
         ({"rate": 1.5}, ("'rate'", "outside the support", "1.5")),
         ({"weights": [0.5, 0.5, 0.5]}, ("'weights'", "outside the support", "Simplex")),
@@ -658,7 +690,15 @@ def test_outside_the_support(data: Any, substance: tuple[str, ...]) -> None:
 
 
 def test_nan_without_a_mask() -> None:
-    with refused(ObservationError, "'count'", "1 of 3", "NaN", "index (1,)", "observed(y, where=~jnp.isnan(y))", "'drop'"):
+    with refused(
+        ObservationError,
+        "'count'",
+        "1 of 3",
+        "NaN",
+        "index (1,)",
+        "observed(y, where=~jnp.isnan(y))",
+        "'drop'",
+    ):
         survey().given({"count": [1.0, np.nan, 2.0]})
     with refused(ObservationError, "'height'", "NaN", "given({'height': observed("):
         survey().given({"height": np.nan})
@@ -672,7 +712,9 @@ def test_nan_without_a_mask() -> None:
 @pytest.mark.parametrize("where", [[True, False], True, [1, 0, 1], [[True, False, True]]])
 def test_mask_that_does_not_fit(where: Any) -> None:
     shape = np.shape(where)
-    with refused(ObservationError, "'count'", "where must be booleans of shape (3,)", f"of shape {shape}"):
+    with refused(
+        ObservationError, "'count'", "where must be booleans of shape (3,)", f"of shape {shape}"
+    ):
         survey().given({"count": observed([1, 2, 3], where=where)})
 
 
@@ -694,7 +736,13 @@ def test_dropping_what_is_read() -> None:
 def test_missing_choice() -> None:
     program = survey()
     for ask in (program.log_density, program.log_densities):
-        with refused(AddressError, "'survey'", "missing 'weights', 'part.inner'", "generate(key, choices)", "given(choices)"):
+        with refused(
+            AddressError,
+            "'survey'",
+            "missing 'weights', 'part.inner'",
+            "generate(key, choices)",
+            "given(choices)",
+        ):
             ask({"rate": 0.5, "count": [1, 2, 3], "height": 1.0})
     target = program.given({"count": [1, 2, 3], "height": 1.0})
     for ask in (target.log_density, target.log_densities):
@@ -785,7 +833,11 @@ def test_branches_that_disagree(other: Callable[[], Any], substance: tuple[str, 
 def test_branches_that_disagree_inside_a_program() -> None:
     with refused(ModelError, "'part.inner'", "shape (2,)", "shape ()"):
         vector = gen(lambda: sample("inner", N(jnp.zeros(2), 1.0)).sum())
-        run(lambda: lax.cond(flip(), lambda: sample("part", part()), lambda: sample("part", vector())))
+        run(
+            lambda: lax.cond(
+                flip(), lambda: sample("part", part()), lambda: sample("part", vector())
+            )
+        )
 
 
 def test_branches_that_disagree_on_events() -> None:
@@ -799,7 +851,9 @@ def test_branches_that_disagree_on_events() -> None:
 
 @gen
 def waiting() -> Any:
-    return lax.while_loop(lambda s: s < 2.0, lambda s: s + sample("step", dist.Exponential(1.0)), 0.0)
+    return lax.while_loop(
+        lambda s: s < 2.0, lambda s: s + sample("step", dist.Exponential(1.0)), 0.0
+    )
 
 
 def test_density_of_a_while_loop() -> None:
@@ -815,7 +869,9 @@ def test_density_of_a_while_loop() -> None:
     with refused(AddressError, "'step' cannot be given", "while_loop"):
         program.generate(KEY, {"step": 1.0})
     assert program.simulate(KEY).value >= 2.0
-    bounded = gen(lambda: loop(lambda s: s < 2.0, lambda s: s + sample("step", dist.Exponential(1.0)), 4, 0.0))()
+    bounded = gen(
+        lambda: loop(lambda s: s < 2.0, lambda s: s + sample("step", dist.Exponential(1.0)), 4, 0.0)
+    )()
     assert np.isfinite(bounded.log_density({"step": jnp.ones(4)}))
 
 
@@ -868,12 +924,18 @@ def test_discrete_site_in_unconstrained_space() -> None:
 
 EXPECTATIONS: dict[str, Callable[[Any], Any]] = {
     "plain": lambda p: 1.0 * sample("k", dist.Bernoulli(p)),
-    "lanes": lambda p: (1.0 * jax.vmap(lambda q: sample("k", dist.Bernoulli(q)))(p * jnp.ones(2))).sum(),
-    "scan": lambda p: lax.scan(lambda c, _: (c + sample("k", dist.Bernoulli(p)), None), 0.0, None, length=2)[0],
+    "lanes": lambda p: (
+        1.0 * jax.vmap(lambda q: sample("k", dist.Bernoulli(q)))(p * jnp.ones(2))
+    ).sum(),
+    "scan": lambda p: lax.scan(
+        lambda c, _: (c + sample("k", dist.Bernoulli(p)), None), 0.0, None, length=2
+    )[0],
     "branch": lambda p: lax.cond(p > 0, lambda: 1.0 * sample("k", dist.Bernoulli(p)), lambda: p),
     "draw": lambda p: 1.0 * draw(gen(lambda q: sample("k", dist.Bernoulli(q)))(p)).value,
     "not reparametrised": lambda p: sample("k", dist.VonMises(p, 1.0)),
-    "through another choice": lambda p: 1.0 * sample("k", dist.Bernoulli(logits=sample("x", N(p, 1.0)))),
+    "through another choice": lambda p: (
+        1.0 * sample("k", dist.Bernoulli(logits=sample("x", N(p, 1.0))))
+    ),
 }
 
 
@@ -943,7 +1005,14 @@ def test_unnormalised_guide(how: str) -> None:
     for use in (
         lambda: importance(guide(), num_particles=2).run(KEY, target, progress=False),
         lambda: importance(lambda t: guide(), num_particles=2).run(KEY, target, progress=False),
-        lambda: fit(KEY, elbo(target, lambda p: guide()), params, optax.sgd(0.1), num_steps=1, progress=False),
+        lambda: fit(
+            KEY,
+            elbo(target, lambda p: guide()),
+            params,
+            optax.sgd(0.1),
+            num_steps=1,
+            progress=False,
+        ),
         lambda: elbo(target, lambda p: guide())(KEY, params),
     ):
         with refused(DensityError, "not normalised", site, "normalize"):
@@ -967,7 +1036,12 @@ def _undefined() -> None:
     ("function", "data", "site", "algorithm"),
     [
         (_impossible, {}, "'trap'", nuts(num_warmup=2, num_samples=2, num_chains=1)),
-        (_undefined, {"y": 1.0}, "'y'", hmc(step_size=0.1, num_steps=2, num_warmup=2, num_samples=2, num_chains=1)),
+        (
+            _undefined,
+            {"y": 1.0},
+            "'y'",
+            hmc(step_size=0.1, num_steps=2, num_warmup=2, num_samples=2, num_chains=1),
+        ),
     ],
 )
 def test_initial_density_is_not_finite(function: Any, data: Any, site: str, algorithm: Any) -> None:

@@ -1,4 +1,4 @@
-"""Data against models: what ``given`` takes, parts of sites, forecasts, prediction, densities by row, weights by axis."""
+"""Data against models: what ``given`` takes, parts of sites, forecasts, prediction, densities by row, weights."""
 
 import math
 from typing import Any
@@ -9,9 +9,10 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from jax import lax
-from weft import deterministic, factor, gen, observed, repeat, sample, scale
 from weft.ppl import DensityError, ObservationError, condition, loop, mask
 from weft.ppl.addresses import flatten
+
+from weft import deterministic, factor, gen, observed, repeat, sample, scale
 
 KEY = jax.random.key(0)
 N = dist.Normal
@@ -79,16 +80,36 @@ REFERENCE = (
     [
         {"real": [1, 2], "count": [2, 3], "flag": True, "inner": {"x": 1}},
         {"real": np.array([1, 2]), "count": np.array([2.0, 3.0]), "flag": 1.0, "inner.x": 1.0},
-        {"real": (1.0, 2.0), "count": np.array([2, 3], np.uint8), "flag": np.bool_(True), ("inner", "x"): [[1.0]][0][0]},
-        {"real": jnp.array([1.0, 2.0]), "count": jnp.array([2, 3]), "flag": jnp.array(1), "inner": {"x": np.float64(1)}},
-        {"real": np.array([1, 2], np.float16), "count": [2, 3.0], "flag": np.int64(1), "inner": {"x": np.int8(1)}},
+        {
+            "real": (1.0, 2.0),
+            "count": np.array([2, 3], np.uint8),
+            "flag": np.bool_(True),
+            ("inner", "x"): [[1.0]][0][0],
+        },
+        {
+            "real": jnp.array([1.0, 2.0]),
+            "count": jnp.array([2, 3]),
+            "flag": jnp.array(1),
+            "inner": {"x": np.float64(1)},
+        },
+        {
+            "real": np.array([1, 2], np.float16),
+            "count": [2, 3.0],
+            "flag": np.int64(1),
+            "inner": {"x": np.int8(1)},
+        },
     ],
 )
 def test_casts_that_keep_the_value_are_silent(data: Any) -> None:
     target = mixed().given(data)
     assert target.latents == ()
     kinds = {a: x.dtype for a, x in flatten(target.observed).items()}
-    assert kinds == {"real": jnp.float32, "count": jnp.int32, "flag": jnp.int32, "inner.x": jnp.float32}
+    assert kinds == {
+        "real": jnp.float32,
+        "count": jnp.int32,
+        "flag": jnp.int32,
+        "inner.x": jnp.float32,
+    }
     close(target.log_density({}), REFERENCE)
     close(mixed().log_density(data), REFERENCE)
     trace, weight = mixed().generate(KEY, data)
@@ -106,7 +127,10 @@ def test_given_under_tracing() -> None:
     own = logn(0.5, 0, 2) + logn(y, 0.5).sum()
     close(jax.jit(density)(y, 0.5), own)
     close(jax.jit(lambda t, mu: t.log_density({"mu": mu}))(groups().given({"y": y}), 0.5), own)
-    close(jax.vmap(density, (0, None))(jnp.stack([y, y + 1]), 0.5), [own, logn(0.5, 0, 2) + logn(y + 1, 0.5).sum()])
+    close(
+        jax.vmap(density, (0, None))(jnp.stack([y, y + 1]), 0.5),
+        [own, logn(0.5, 0, 2) + logn(y + 1, 0.5).sum()],
+    )
     close(jax.grad(density)(y, 0.5), 0.5 - y)
 
 
@@ -132,7 +156,9 @@ def test_impute() -> None:
     target = groups().given({"y": observed(HOLES, where=SEEN)})
     assert target.latents == ("mu", "y")
     own = logn(0.5, 0, 2) + logn([1, 7, 3], 0.5).sum()
-    close(target.log_density({"mu": 0.5, "y": [99.0, 7.0, np.nan]}), own)  # what was seen is not asked
+    close(
+        target.log_density({"mu": 0.5, "y": [99.0, 7.0, np.nan]}), own
+    )  # what was seen is not asked
     flat = target.unconstrain()
     assert flat.shapes == {"mu": (), "y": (1,)}
     assert flat.flat.size == 2
@@ -179,7 +205,10 @@ def test_all_or_nothing_seen(missing: str) -> None:
 
 
 @pytest.mark.parametrize("where", [np.zeros(2, bool), np.array([True, False])])
-@pytest.mark.parametrize("make", [lambda s: dist.LogNormal(0.0, s), lambda s: dist.Gamma(s, s), lambda s: dist.Beta(s, s)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda s: dist.LogNormal(0.0, s), lambda s: dist.Gamma(s, s), lambda s: dist.Beta(s, s)],
+)
 def test_gradients_are_finite_beside_what_is_dropped(make: Any, where: Any) -> None:
     """What stands in for an unseen value is of the support, however few were seen."""
 
@@ -188,7 +217,9 @@ def test_gradients_are_finite_beside_what_is_dropped(make: Any, where: Any) -> N
         s = sample("s", dist.HalfNormal(1.0))
         repeat(lambda: sample("y", make(s)), 2)
 
-    target = model().given({"y": observed(np.where(where, 0.5, np.nan), where=where, missing="drop")})
+    target = model().given(
+        {"y": observed(np.where(where, 0.5, np.nan), where=where, missing="drop")}
+    )
     value, gradient = jax.value_and_grad(target.unconstrain().log_density)({"s": jnp.zeros(())})
     assert np.isfinite(value)
     assert np.isfinite(gradient["s"])
@@ -320,7 +351,9 @@ def test_mask_that_is_traced() -> None:
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
     def dropped(y: Any, where: Any) -> Any:
-        return groups().given({"y": observed(y, where=where, missing="drop")}).log_density({"mu": 0.5})
+        return (
+            groups().given({"y": observed(y, where=where, missing="drop")}).log_density({"mu": 0.5})
+        )
 
     close(jax.jit(dropped)(HOLES, SEEN), logn(0.5, 0, 2) + logn([1, 3], 0.5).sum())
 
@@ -393,7 +426,9 @@ def test_forecast_from_nothing() -> None:
     target = walk().given({"y": np.zeros(0)})
     assert target.unconstrain().shapes == {"z": (4,), "y": (4,)}
     z = np.array([0.1, 0.2, 0.3, 0.4])
-    close(target.log_density({"z": z, "y": z}), logn(z, np.r_[0, z[:-1]]).sum() + 4 * logn(0, 0, 0.5))
+    close(
+        target.log_density({"z": z, "y": z}), logn(z, np.r_[0, z[:-1]]).sum() + 4 * logn(0, 0, 0.5)
+    )
 
 
 def test_forecast_of_vectors() -> None:
@@ -479,7 +514,10 @@ def test_predict_at_new_inputs() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, 6, 100])
 def test_predict_does_not_depend_on_the_batch(batch_size: int) -> None:
     x = np.array([1.0, 10.0])
-    close(line(x).predict(KEY, DRAWS, batch_size=batch_size).choices["y"], line(x).predict(KEY, DRAWS).choices["y"])
+    close(
+        line(x).predict(KEY, DRAWS, batch_size=batch_size).choices["y"],
+        line(x).predict(KEY, DRAWS).choices["y"],
+    )
 
 
 def test_predict_keeps_what_is_asked() -> None:
@@ -546,7 +584,9 @@ def test_forecast_by_predict() -> None:
     @gen
     def drift(steps: int) -> Any:
         rate = sample("rate", N(0.0, 1.0))
-        return lax.scan(lambda y, _: ((y := y + rate), sample("y", N(y, 0.01))), 0.0, None, length=steps)[1]
+        return lax.scan(
+            lambda y, _: ((y := y + rate), sample("y", N(y, 0.01))), 0.0, None, length=steps
+        )[1]
 
     found = drift(5).predict(KEY, {"rate": np.array([1.0, 2.0])})
     assert np.abs(found.choices["y"] - np.outer([1, 2], np.arange(1, 6))).max() < 0.1
@@ -564,10 +604,17 @@ def wide() -> None:
 
     def row(m: Any) -> None:
         sample("y", N(m, 1.0))
-        jax.vmap(lambda n: sample("w", N(n, 1.0).to_event(1)), axis_name="column")(jnp.zeros((3, 2)))
+        jax.vmap(lambda n: sample("w", N(n, 1.0).to_event(1)), axis_name="column")(
+            jnp.zeros((3, 2))
+        )
 
     jax.vmap(row, axis_name="row")(jnp.stack([*b, 0.0, 1.0]))
-    lax.scan(lambda c, _: (c, repeat(lambda: sample("s", N(0.0, 1.0)), 2, axis_name="series")), 0.0, None, length=3)
+    lax.scan(
+        lambda c, _: (c, repeat(lambda: sample("s", N(0.0, 1.0)), 2, axis_name="series")),
+        0.0,
+        None,
+        length=3,
+    )
     factor("f", -1.0)
 
 
@@ -589,10 +636,18 @@ def test_axes() -> None:
         "s": [(3, None, "scan"), (2, "series", "lanes")],
         "f": [],
     }
-    assert {a: s.event_shape for a, s in sites.items() if s.event_shape} == {"vector": (2,), "w": (2,)}
-    assert {a: s.event_dims for a, s in sites.items() if s.event_shape} == {"vector": ("feature",), "w": (None,)}
+    assert {a: s.event_shape for a, s in sites.items() if s.event_shape} == {
+        "vector": (2,),
+        "w": (2,),
+    }
+    assert {a: s.event_dims for a, s in sites.items() if s.event_shape} == {
+        "vector": ("feature",),
+        "w": (None,),
+    }
     assert sites["w"].dims == ("row", "column", None)
-    assert {a: s.shape for a, s in wide().shapes().items()} == {a: x.shape for a, x in wide_choices().items()}
+    assert {a: s.shape for a, s in wide().shapes().items()} == {
+        a: x.shape for a, x in wide_choices().items()
+    }
 
 
 def test_log_densities() -> None:
@@ -630,8 +685,15 @@ def test_log_densities_of_a_target() -> None:
     close(target.log_densities(latents, by="series"), logn(c["s"]).sum(0))
     assert target.log_densities(latents).keys() == c.keys() | {"f"}
     with pytest.raises(ValueError, match=r"sizes 4 and 2|sizes 2 and 4"):
-        gen(lambda: [repeat(lambda n=n: sample(f"a{n}", N(0.0, 1.0)), n, axis_name="row") for n in (2, 4)] and None)(
-        ).log_densities({"a2": np.zeros(2), "a4": np.zeros(4)}, by="row")
+        gen(
+            lambda: (
+                [
+                    repeat(lambda n=n: sample(f"a{n}", N(0.0, 1.0)), n, axis_name="row")
+                    for n in (2, 4)
+                ]
+                and None
+            )
+        )().log_densities({"a2": np.zeros(2), "a4": np.zeros(4)}, by="row")
 
 
 def test_log_densities_in_nested_programs() -> None:
@@ -670,7 +732,10 @@ def test_scale_by_axis() -> None:
     close(both.log_density(c), total + 4 * plain["y"] + 2 * plain["matrix"] + 14 * plain["w"])
     close(scale(scale(wide, {"row": 5.0}), {"column": 3.0})().log_density(c), both.log_density(c))
     close(scale(wide, 2.0)().log_density(c), 2 * total)
-    close(scale(wide, {"vector": 2.0, "f": 3.0})().log_density(c), total + plain["vector"] + 2 * plain["f"])
+    close(
+        scale(wide, {"vector": 2.0, "f": 3.0})().log_density(c),
+        total + plain["vector"] + 2 * plain["f"],
+    )
     scaled = scale(wide, {"row": 5.0})().log_densities(c)
     close(scaled["y"], 5 * wide().log_densities(c)["y"])
 
@@ -683,7 +748,9 @@ def test_scale_reaches_into_programs_and_scans() -> None:
         a = sample("a", N(0.0, 1.0))
 
         def step(c: Any, x: Any) -> Any:
-            return c, lax.cond(x > 0, lambda: sample("y", N(a, 1.0)), lambda: sample("y", N(-a, 1.0)))
+            return c, lax.cond(
+                x > 0, lambda: sample("y", N(a, 1.0)), lambda: sample("y", N(-a, 1.0))
+            )
 
         return lax.scan(step, 0.0, x)[1]
 
@@ -714,7 +781,9 @@ def test_scale_of_a_minibatch_is_unbiased() -> None:
         jax.vmap(lambda x: sample("y", N(mu * x, 1.0)), axis_name="row")(x)
 
     x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.5, 1.0, 2.0, 3.0])
-    density = jax.jit(lambda x, y: scale(model, {"row": 2.0})(x).given({"y": y}).log_density({"mu": 0.3}))
+    density = jax.jit(
+        lambda x, y: scale(model, {"row": 2.0})(x).given({"y": y}).log_density({"mu": 0.3})
+    )
     halves = [density(x[i], y[i]) for i in ([0, 1], [2, 3])]
     close(np.mean(halves), model(x).given({"y": y}).log_density({"mu": 0.3}))
 
@@ -763,14 +832,20 @@ def test_active_flags() -> None:
 def test_active_flags_in_lanes_masks_and_loops() -> None:
     @gen
     def model() -> Any:
-        branch = lambda p: lax.cond(p, lambda: sample("x", N(jnp.zeros(2), 1.0)), lambda: jnp.zeros(2))  # noqa: E731
+        def branch(p: Any) -> Any:
+            return lax.cond(p, lambda: sample("x", N(jnp.zeros(2), 1.0)), lambda: jnp.zeros(2))
+
         jax.vmap(branch)(jnp.array([True, False, True]))
         mask(lambda: sample("m", N(jnp.zeros(2), 1.0)), {"m": jnp.array([True, False])})()
         return loop(lambda s: s < 2.5, lambda s: s + 1 + 0 * sample("step", N(0.0, 1.0)), 4, 0.0)
 
     trace = model().simulate(KEY)
     active = trace.active
-    assert np.broadcast_to(active["x"].reshape(3, -1)[:, :1], (3, 1)).ravel().tolist() == [True, False, True]
+    assert np.broadcast_to(active["x"].reshape(3, -1)[:, :1], (3, 1)).ravel().tolist() == [
+        True,
+        False,
+        True,
+    ]
     assert active["m"].tolist() == [True, False]
     assert active["step"].tolist() == [True, True, True, False]
     c = trace.choices
@@ -782,7 +857,9 @@ def test_active_flags_in_lanes_masks_and_loops() -> None:
 def test_inactive_observations_add_nothing() -> None:
     @gen
     def model(p: Any) -> None:
-        jax.vmap(lambda p: lax.cond(p, lambda: sample("y", N(0.0, 1.0)), lambda: 0.0), axis_name="row")(p)
+        jax.vmap(
+            lambda p: lax.cond(p, lambda: sample("y", N(0.0, 1.0)), lambda: 0.0), axis_name="row"
+        )(p)
 
     p = np.array([True, False, True])
     target = model(p).given({"y": [1.0, 2.0, 3.0]})
@@ -820,10 +897,10 @@ def test_conditions_inside_and_outside_agree() -> None:
     close(inside.log_density({"mu": 0.5}), outside.log_density({"mu": 0.5}))
     close(inside.log_densities({"mu": 0.5}, by="row"), outside.log_densities({"mu": 0.5}, by="row"))
     holes = {"y": observed(HOLES, where=SEEN)}
-    for missing in ("impute", "drop"):
-        holes = {"y": observed(HOLES, where=SEEN, missing=missing)}
-        inside, outside = condition(groups, holes)().given(), groups().given(holes)
-        assert inside.latents == outside.latents
-        latents = {"mu": 0.5, "y": [0.0, 7.0, 0.0]}
-        latents = {a: latents[a] for a in outside.latents}
-        close(inside.log_density(latents), outside.log_density(latents))
+    inside, outside = condition(groups, holes)().given(), groups().given(holes)
+    assert inside.latents == outside.latents == ("mu", "y")
+    latents = {"mu": 0.5, "y": [0.0, 7.0, 0.0]}
+    close(inside.log_density(latents), outside.log_density(latents))
+    dropped = {"y": observed(HOLES, where=SEEN, missing="drop")}
+    with pytest.raises(ObservationError, match=r"'y'.*missing='drop'.*given\(\).*impute"):
+        condition(groups, dropped)().shapes()

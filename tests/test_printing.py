@@ -13,9 +13,10 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import lax
-from weft import deterministic, expect, factor, gen, observed, repeat, sample
 from weft.inference import Draws, elbo, enumeration, fit, hmc, importance, nuts
 from weft.ppl import LocScale, Trace, block, condition, noncentered
+
+from weft import deterministic, expect, factor, gen, observed, repeat, sample
 
 KEY = jax.random.key(0)
 N = dist.Normal
@@ -50,7 +51,11 @@ def crowded() -> None:
     """More sites than lines on a screen, of long names, under many axes."""
     for i in range(60):
         repeat(
-            lambda i=i: repeat(lambda: sample(f"a_name_that_tells_all_there_is_to_tell_{i}", N(0.0, 1.0)), 3, axis_name="inner_axis"),
+            lambda i=i: repeat(
+                lambda: sample(f"a_name_that_tells_all_there_is_to_tell_{i}", N(0.0, 1.0)),
+                3,
+                axis_name="inner_axis",
+            ),
             2,
             axis_name="an_outer_axis_with_a_name",
         )
@@ -66,7 +71,10 @@ def deep(levels: int = 8) -> Any:
 @functools.cache
 def draws() -> Draws:
     shapes = {"mu": (), "tau": (), "theta": (8,)}
-    choices = {a: np.full((2, 5, *s), 2.7182818) + np.arange(5).reshape(5, *(1 for _ in s)) for a, s in shapes.items()}
+    choices = {
+        a: np.full((2, 5, *s), 2.7182818) + np.arange(5).reshape(5, *(1 for _ in s))
+        for a, s in shapes.items()
+    }
     program = gen(_plain)(SIGMA)
     return Draws(
         choices=choices,
@@ -79,25 +87,33 @@ def draws() -> Draws:
 
 def _plain(sigma: Any) -> Any:
     mu, tau = sample("mu", N(0.0, 5.0)), sample("tau", dist.HalfCauchy(5.0))
-    return jax.vmap(lambda s: sample("y", N(sample("theta", N(mu, tau)), s)), axis_name="school")(sigma)
+    return jax.vmap(lambda s: sample("y", N(sample("theta", N(mu, tau)), s)), axis_name="school")(
+        sigma
+    )
 
 
 def zeros(program: Any) -> Trace:
     """A trace of zeros, without compiling anything."""
     choices = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), program.shapes())
-    return Trace(choices, jax.tree.map(lambda x: np.ones((), bool), choices), {}, jnp.zeros(()), None)
+    return Trace(
+        choices, jax.tree.map(lambda x: np.ones((), bool), choices), {}, jnp.zeros(()), None
+    )
 
 
 @functools.cache
 def particles() -> Any:
-    return importance(num_particles=5).run(KEY, gen(_plain)(SIGMA).given({"y": DATA}), progress=False)
+    return importance(num_particles=5).run(
+        KEY, gen(_plain)(SIGMA).given({"y": DATA}), progress=False
+    )
 
 
 @functools.cache
 def fitted() -> Any:
     target = gen(lambda: sample("y", N(sample("x", N(0.0, 1.0)), 1.0)))().given({"y": 1.0})
     guide = gen(lambda p: sample("x", N(p["m"], 1.0)))
-    return fit(KEY, elbo(target, guide), {"m": jnp.zeros(())}, optax.sgd(0.1), num_steps=2, progress=False)
+    return fit(
+        KEY, elbo(target, guide), {"m": jnp.zeros(())}, optax.sgd(0.1), num_steps=2, progress=False
+    )
 
 
 def target() -> Any:
@@ -110,16 +126,31 @@ def partial_target() -> Any:
 
 NOUNS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "model": (lambda: schools, ("schools", "sigma")),
-    "program": (lambda: schools(SIGMA), ("schools", "theta", "(school=8)", "feature=3", "part.pair", "HalfCauchy", "float32")),
-    "program of lanes": (lambda: jax.vmap(schools)(jnp.stack([SIGMA, SIGMA])), ("(2, school=8)", "lane")),
-    "transformed program": (lambda: condition(noncentered(schools, "theta"), {"mu": 1.0})(SIGMA), ("theta_base", "condition")),
+    "program": (
+        lambda: schools(SIGMA),
+        ("schools", "theta", "(school=8)", "feature=3", "part.pair", "HalfCauchy", "float32"),
+    ),
+    "program of lanes": (
+        lambda: jax.vmap(schools)(jnp.stack([SIGMA, SIGMA])),
+        ("(2, school=8)", "lane"),
+    ),
+    "transformed program": (
+        lambda: condition(noncentered(schools, "theta"), {"mu": 1.0})(SIGMA),
+        ("theta_base", "condition"),
+    ),
     "blocked program": (lambda: block(schools, "mu")(SIGMA), ("hidden",)),
     "crowded program": (lambda: crowded(), ("60 sites", "more")),
     "deep program": (lambda: deep(), ("bottom_of_it",)),
-    "trace": (lambda: schools(SIGMA).simulate(KEY), ("part.pair", "theta", "(8,)", "shift", "log density")),
+    "trace": (
+        lambda: schools(SIGMA).simulate(KEY),
+        ("part.pair", "theta", "(8,)", "shift", "log density"),
+    ),
     "crowded trace": (lambda: zeros(crowded()), ("more",)),
     "deep trace": (lambda: zeros(deep()), ("bottom_of_it",)),
-    "batched trace": (lambda: jax.vmap(schools(SIGMA).simulate)(jax.random.split(KEY, 2)), ("(2, 8)",)),
+    "batched trace": (
+        lambda: jax.vmap(schools(SIGMA).simulate)(jax.random.split(KEY, 2)),
+        ("(2, 8)",),
+    ),
     "target": (target, ("schools", "observed", "latent", "(school=8)")),
     "target in part": (partial_target, ("observed in part", "latent")),
     "crowded target": (lambda: crowded().given(), ("60",)),
@@ -133,7 +164,10 @@ NOUNS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "nuts": (lambda: nuts(num_warmup=3, num_samples=5, num_chains=2), ("nuts", "num_samples=5")),
     "hmc": (lambda: hmc(step_size=0.1, num_steps=3), ("hmc", "num_steps=3")),
     "importance": (lambda: importance(num_particles=7), ("importance", "num_particles=7")),
-    "importance from a guide": (lambda: importance(schools(SIGMA), num_particles=7), ("importance", "num_particles=7")),
+    "importance from a guide": (
+        lambda: importance(schools(SIGMA), num_particles=7),
+        ("importance", "num_particles=7"),
+    ),
     "enumeration": (lambda: enumeration(), ("enumeration",)),
     "draws": (draws, ("mu", "theta", "mean")),
     "particles": (particles, ("theta", "evidence", "mean")),
@@ -156,7 +190,9 @@ def test_one_screen(noun: str) -> None:
     assert not [s for s in shown if s not in text], text
 
 
-@pytest.mark.parametrize("noun", [n for n in NOUNS if n not in ("draws", "particles", "fit", "strategy")])
+@pytest.mark.parametrize(
+    "noun", [n for n in NOUNS if n not in ("draws", "particles", "fit", "strategy")]
+)
 def test_no_array_contents(noun: str) -> None:
     """Neither data nor draws; summaries are what results are for."""
     text = repr(NOUNS[noun][0]())
@@ -228,7 +264,11 @@ def test_printing_under_tracing() -> None:
 
 def test_printing_does_not_need_a_density() -> None:
     """Programs of which little can be asked print all the same."""
-    waiting = gen(lambda: lax.while_loop(lambda s: s < 2.0, lambda s: s + sample("step", dist.Exponential(1.0)), 0.0))()
+    waiting = gen(
+        lambda: lax.while_loop(
+            lambda s: s < 2.0, lambda s: s + sample("step", dist.Exponential(1.0)), 0.0
+        )
+    )()
     assert "hidden" in repr(waiting)
     assert "nan" in repr(waiting.simulate(KEY))
     assert "0 sites" in repr(gen(lambda: 1.0)())

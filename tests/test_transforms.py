@@ -11,7 +11,6 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from jax import lax
-from weft import deterministic, factor, gen, noncentered, observed, repeat, sample, scale
 from weft.ppl import (
     Affine,
     DensityError,
@@ -28,6 +27,8 @@ from weft.ppl import (
     with_gradients,
 )
 from weft.ppl.addresses import flatten
+
+from weft import deterministic, factor, gen, noncentered, observed, repeat, sample, scale
 
 KEY = jax.random.key(0)
 N = dist.Normal
@@ -167,7 +168,9 @@ def test_condition_of_traced_values() -> None:
     close(jax.jit(density)(0.2), chain_density(0.1, 0.2, 0.3))
     slope = -(0.2 - 0.1) / 4 + (0.3 - 0.3) / 9
     close(jax.grad(density)(0.2), slope)
-    close(jax.vmap(density)(jnp.array([0.2, 0.4])), [chain_density(0.1, y, 0.3) for y in (0.2, 0.4)])
+    close(
+        jax.vmap(density)(jnp.array([0.2, 0.4])), [chain_density(0.1, y, 0.3) for y in (0.2, 0.4)]
+    )
     program = jax.vmap(condition(chain, {"y": 0.2}))(jnp.array([0.0, 1.0]))
     both = {"x": np.array([0.1, 0.2]), "z": np.array([0.3, 0.4])}
     own = chain_density(0.1, 0.2, 0.3, 0.0) + chain_density(0.2, 0.2, 0.4, 1.0)
@@ -306,7 +309,10 @@ def test_scope_is_nesting() -> None:
     close(nested.value, scoped.value)
     lanes = gen(lambda xs: jax.vmap(lambda x: scope(chain.function, "a")(x))(xs))(XS)
     assert lanes.sites["a.x"].shape == (3,)
-    close(lanes.simulate(KEY).value, gen(lambda xs: jax.vmap(lambda x: sample("a", chain(x)))(xs))(XS).simulate(KEY).value)
+    close(
+        lanes.simulate(KEY).value,
+        gen(lambda xs: jax.vmap(lambda x: sample("a", chain(x)))(xs))(XS).simulate(KEY).value,
+    )
 
 
 # --- scale and mask -------------------------------------------------------------------------------
@@ -314,12 +320,17 @@ def test_scope_is_nesting() -> None:
 
 def test_scale() -> None:
     program = scale(chain, {"y": 3.0, "z": 0.5})()
-    close(program.log_density({"x": 0.1, "y": 0.2, "z": 0.3}), logn(0.1) + 3 * logn(0.2, 0.1, 2) + 0.5 * logn(0.3, 0.3, 3))
+    close(
+        program.log_density({"x": 0.1, "y": 0.2, "z": 0.3}),
+        logn(0.1) + 3 * logn(0.2, 0.1, 2) + 0.5 * logn(0.3, 0.3, 3),
+    )
     assert program.simulate(KEY).choices == chain().simulate(KEY).choices
     for address, term in TERMS.items():
         close(scale(everywhere, {address: 3.0})(XS).log_density(VALUES), TOTAL + 2 * np.sum(term))
     close(scale(everywhere, {"part": 3.0})(XS).log_density(VALUES), TOTAL + 2 * TERMS["part.inner"])
-    close(scale(everywhere, {"*": 3.0})(XS).log_density(VALUES), 3 * TOTAL)  # a scope's name takes what is in it
+    close(
+        scale(everywhere, {"*": 3.0})(XS).log_density(VALUES), 3 * TOTAL
+    )  # a scope's name takes what is in it
 
 
 @pytest.mark.parametrize("address", VALUES)
@@ -342,7 +353,10 @@ def test_mask_forms() -> None:
     close(mask(chain, False)().log_density(c), 0.0)
     close(mask(chain, {"*": True})().log_density(c), chain_density(0.1, 0.2, 0.3))
     close(mask(mask(chain, {"x": False}), {"y": False})().log_density(c), logn(0.3, 0.3, 3))
-    close(mask(mask(chain, {"x": False}), {"x": True})().log_density(c), chain_density(0.1, 0.2, 0.3) - logn(0.1))
+    close(
+        mask(mask(chain, {"x": False}), {"x": True})().log_density(c),
+        chain_density(0.1, 0.2, 0.3) - logn(0.1),
+    )
 
     @gen
     def grid() -> None:
@@ -438,7 +452,9 @@ FAMILIES = {
     "AsymmetricLaplaceQuantile": lambda: dist.AsymmetricLaplaceQuantile(0.5, 2.0, 0.3),
     "expanded": lambda: N(0.5, 2.0).expand((3,)),
     "independent": lambda: N(jnp.array([0.5, 1.0]), jnp.array([1.0, 2.0])).to_event(1),
-    "expanded, independent": lambda: dist.StudentT(3.0, jnp.array([0.5, 1.0]), 2.0).expand((3, 2)).to_event(2),
+    "expanded, independent": lambda: (
+        dist.StudentT(3.0, jnp.array([0.5, 1.0]), 2.0).expand((3, 2)).to_event(2)
+    ),
     "mixed shapes": lambda: N(jnp.zeros((3, 1)), jnp.array([1.0, 2.0])),
 }
 
@@ -476,7 +492,10 @@ def test_affine() -> None:
         close(program.log_density(choices), logn(s) + logn(base).sum())
         close(program.generate(KEY, choices)[0].value, s * loc + tril @ base)
         assert program.sites["x_base"].event_shape == (2,)
-    lanes = noncentered(gen(lambda: repeat(lambda: sample("x", dist.MultivariateNormal(loc, scale_tril=tril)), 3)), "x")()
+    lanes = noncentered(
+        gen(lambda: repeat(lambda: sample("x", dist.MultivariateNormal(loc, scale_tril=tril)), 3)),
+        "x",
+    )()
     assert lanes.sites["x_base"].shape == (3, 2)
     b = np.arange(6.0).reshape(3, 2)
     trace, _ = lanes.generate(KEY, {"x_base": b})
@@ -489,11 +508,17 @@ def _log_normal(m: Any, s: Any) -> Any:
 
 
 def _shifted(m: Any, s: Any) -> Any:
-    return dist.TransformedDistribution(N(m, s), [dist.transforms.ExpTransform(), dist.transforms.AffineTransform(1.0, 2.0)])
+    return dist.TransformedDistribution(
+        N(m, s), [dist.transforms.ExpTransform(), dist.transforms.AffineTransform(1.0, 2.0)]
+    )
 
 
-@pytest.mark.parametrize(("make", "forward"), [(_log_normal, np.exp), (_shifted, lambda x: 1 + 2 * np.exp(x))])
-def test_noncentered_of_a_transformed_distribution(make: Callable[..., Any], forward: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("make", "forward"), [(_log_normal, np.exp), (_shifted, lambda x: 1 + 2 * np.exp(x))]
+)
+def test_noncentered_of_a_transformed_distribution(
+    make: Callable[..., Any], forward: Callable[..., Any]
+) -> None:
     """Its base is standardised too; ``Transform`` alone leaves the base as it is."""
 
     @gen
@@ -650,7 +675,10 @@ def test_scope_renames_what_others_name() -> None:
     bases = noncentered(scope(chain, "s"), "s.y")(), scope(noncentered(chain, "y"), "s")()
     for program in bases:
         assert program.latents == ("s.x", "s.y_base", "s.z")
-        close(program.log_density({"s": {"x": 0.1, "y_base": 0.05, "z": 0.3}}), logn(0.1) + logn(0.05) + logn(0.3, 0.3, 3))
+        close(
+            program.log_density({"s": {"x": 0.1, "y_base": 0.05, "z": 0.3}}),
+            logn(0.1) + logn(0.05) + logn(0.3, 0.3, 3),
+        )
         assert set(flatten(program.simulate(KEY).derived)) == {"s.y"}
 
 
@@ -683,7 +711,12 @@ def test_many_transforms_of_many_constructs() -> None:
     choices = {"steps_base": base, "branch": VALUES["branch"], "part.inner": 1.0}
     close(program.log_density(choices), own)
     outer = gen(lambda xs: sample("outer", model(xs)))(XS)
-    close(outer.log_density({"outer": {"steps_base": base, "branch": VALUES["branch"], "part": {"inner": 1.0}}}), own)
+    close(
+        outer.log_density(
+            {"outer": {"steps_base": base, "branch": VALUES["branch"], "part": {"inner": 1.0}}}
+        ),
+        own,
+    )
     lanes = jax.vmap(model)(np.stack([XS, XS]))
     close(lanes.log_density({a: np.stack([x, x]) for a, x in choices.items()}), 2 * own)
 
@@ -720,7 +753,12 @@ def test_records_survive_transforms() -> None:
         deterministic("double", 2 * x)
         lax.scan(lambda c, _: (c, deterministic("steps", c + x)), 0.0, None, length=2)
 
-    for changed in (condition(model, {"x": 1.0}), do(model, {"x": 1.0}), noncentered(model, "x"), scale(model, 2.0)):
+    for changed in (
+        condition(model, {"x": 1.0}),
+        do(model, {"x": 1.0}),
+        noncentered(model, "x"),
+        scale(model, 2.0),
+    ):
         trace = changed().simulate(KEY)
         assert {"double", "steps"} <= set(trace.derived)
         assert trace.derived["steps"].shape == (2,)
