@@ -32,8 +32,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpyro.distributions as dist
 import optax
-from numpyro.diagnostics import effective_sample_size
-from numpyro.distributions import constraints, transforms
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import ExpTransform
 from weft.inference import elbo, fit, importance, nuts
 
 import exact  # beside this file
@@ -74,21 +74,16 @@ def regression(design):
 def schools_guide(params, sigma, y):
     """tau, then mu given tau, then each effect given both, shrunk towards mu as far as tau says.
 
-    log tau is logistic rather than normal: its tails outweigh the posterior's, which keeps the importance weights
-    bounded.
+    tau is a Student's t folded at zero: its tails are heavier than the posterior's, which bounds the weights.
     """
-    loc, scale = params["log_tau"]
-    log_logistic = dist.TransformedDistribution(
-        dist.Logistic(loc, jnp.exp(scale)), transforms.ExpTransform()
-    )
-    tau = sample("tau", log_logistic)
-    centre, slope, spread = params["mu"]
-    mu = sample("mu", dist.Normal(centre + slope * jnp.log(tau), jnp.exp(spread)))
+    tau = sample("tau", dist.FoldedDistribution(dist.StudentT(5.0, 0.0, jnp.exp(params["tau"]))))
+    loc, loc_slope, scale, scale_slope = params["mu"]
+    pull = tau / (tau + 10.0)
+    mu = sample("mu", dist.Normal(loc + loc_slope * pull, jnp.exp(scale + scale_slope * pull)))
 
     def school(s, y):
         trust = tau**2 / (tau**2 + s**2)
-        theta = dist.Normal(mu + trust * (y - mu), jnp.sqrt(trust) * s)
-        return sample("theta", theta)
+        return sample("theta", dist.Normal(mu + trust * (y - mu), jnp.sqrt(trust) * s))
 
     return jax.vmap(school)(sigma, y)
 
@@ -97,7 +92,8 @@ def schools_guide(params, sigma, y):
 def regression_guide(params, fitted, spread):
     """sigma, then the coefficients given sigma, around the least-squares `fitted` as widely as sigma * `spread`."""
     loc, scale = params["log_sigma"]
-    sigma = sample("sigma", dist.LogNormal(loc, jnp.exp(scale)))
+    log_sigma = dist.StudentT(10.0, loc, jnp.exp(scale))
+    sigma = sample("sigma", dist.TransformedDistribution(log_sigma, ExpTransform()))
     centre = fitted + sigma * spread @ params["shift"]
     factor = sigma * spread * jnp.exp(params["log_width"])
     return sample("beta", dist.MultivariateNormal(centre, scale_tril=factor))
@@ -136,13 +132,13 @@ def eight_schools() -> Problem:
     data = json.loads((HERE / "data" / "eight_schools.json").read_text())
     sigma, y = jnp.array(data["sigma"], float), jnp.array(data["y"], float)
     labels = {"mu": "mean effect", "tau": "spread of effects"}
-    labels |= {f"theta[{i + 1}]": f"school {name}" for i, name in enumerate(data["school"])}
+    labels |= {f"theta[{i}]": f"school {name}" for i, name in enumerate(data["school"])}
     return Problem(
         title="Eight schools",
         target=schools(sigma).given({"y": y}),
         sampled=noncentered(schools, "theta")(sigma).given({"y": y}),
         guide=lambda params: schools_guide(params, sigma, y),
-        params={"log_tau": jnp.array([1.0, -0.5]), "mu": jnp.array([0.0, 0.0, 1.0])},
+        params={"tau": jnp.array(1.0), "mu": jnp.array([0.0, 0.0, 1.0, 0.0])},
         exact=exact.eight_schools(data["y"], data["sigma"]),
         labels=labels,
         settings={"target_acceptance": 0.95},
@@ -159,7 +155,7 @@ def test_scores() -> Problem:
     fitted = jnp.asarray(np.linalg.lstsq(design, y, rcond=None)[0])
     spread = jnp.asarray(np.linalg.cholesky(np.linalg.inv(design.T @ design)))
     target = regression(jnp.asarray(design)).given({"y": y})
-    names = ("intercept", "mother finished school", "mother's IQ", "school × IQ")
+    names = ("intercept", "mother's schooling", "mother's IQ", "schooling × IQ")
     return Problem(
         title="Children's test scores",
         target=target,
@@ -171,7 +167,7 @@ def test_scores() -> Problem:
             "log_width": jnp.array(0.0),
         },
         exact=exact.regression(design, y, prior_scale=2.5),
-        labels={f"beta[{i + 1}]": n for i, n in enumerate(names)} | {"sigma": "residual sd"},
+        labels={f"beta[{i}]": n for i, n in enumerate(names)} | {"sigma": "residual sd"},
         settings={"dense_mass": True},
     )
 
@@ -197,14 +193,14 @@ class Answer:
 
 
 def scalars(choices: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays (draws,) by scalar, from arrays (draws, ...) by address: `theta[1]` is the first element of `theta`."""
+    """Arrays (draws,) by scalar, from arrays (draws, ...) by address: `theta[0]` is the first element of `theta`."""
     found = {}
     for name, values in choices.items():
         values = np.asarray(values, float)
         if values.ndim == 1:
             found[name] = values
         else:
-            found |= {f"{name}[{i + 1}]": values[:, i] for i in range(values.shape[1])}
+            found |= {f"{name}[{i}]": values[:, i] for i in range(values.shape[1])}
     return found
 
 
@@ -213,35 +209,31 @@ def by_nuts(key: jax.Array, problem: Problem) -> Answer:
     n = 200 if FAST else 1000
     algorithm = nuts(num_warmup=n, num_samples=n, num_chains=4, **problem.settings)
     draws = algorithm.run(key, problem.sampled)
-    chains = {k: np.asarray(v) for k, v in {**draws.choices, **draws.derived}.items()}
+    summary = draws.summary()
+    print(f"  {summary.verdict}")
+    addresses = {name.partition("[")[0] for name in problem.exact}
+    chains = {address: np.asarray(draws[address]) for address in addresses}
     found = scalars({k: v.reshape(-1, *v.shape[2:]) for k, v in chains.items()})
-    ess = {k: effective_sample_size(found[k].reshape(4, n)) for k in problem.exact}
-    return Answer(found, np.full(4 * n, 1 / (4 * n)), {k: f"ESS {v:,.0f}" for k, v in ess.items()})
+    quality = {name: f"ESS {summary[name]['ess_bulk']:,.0f}" for name in problem.exact}
+    return Answer(found, np.full(4 * n, 1 / (4 * n)), quality)
 
 
-def by_fit(key: jax.Array, problem: Problem) -> tuple[Any, Answer]:
+def by_fit(key: jax.Array, problem: Problem) -> tuple[Program, Answer]:
     """Variational inference: the guide's parameters, by stochastic gradients of the bound."""
-    bound = elbo(lambda params: problem.target, problem.guide)
-
-    def mean_bound(key: jax.Array, params: Any) -> jax.Array:
-        return jax.vmap(bound, (0, None))(jax.random.split(key, 32), params).mean()
-
-    steps = 500 if FAST else 2000
+    steps, n = (500, 2000) if FAST else (2000, 20_000)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+    objective = elbo(problem.target, problem.guide, num_samples=32)
     fitting, drawing = jax.random.split(key)
-    fitted = fit(fitting, mean_bound, problem.params, optimizer, num_steps=steps)
-    guide = problem.guide(fitted.params)
-    n = 2000 if FAST else 20_000
-    choices = jax.vmap(lambda key: guide.simulate(key).choices)(jax.random.split(drawing, n))
-    return guide, Answer(scalars(choices), np.full(n, 1 / n), {})
+    fitted = fit(fitting, objective, problem.params, optimizer, num_steps=steps)
+    traces = jax.vmap(fitted.guide.simulate)(jax.random.split(drawing, n))
+    return fitted.guide, Answer(scalars(traces.choices), np.full(n, 1 / n), {})
 
 
 def by_importance(key: jax.Array, problem: Problem, guide: Program) -> Answer:
     """Importance sampling from the fitted guide."""
-    n = 2000 if FAST else 20_000
-    particles = importance(guide, num_particles=n).run(key, problem.target)
-    weights = np.asarray(jax.nn.softmax(particles.log_weights), float)
-    quality = f"ESS {float(particles.ess()):,.0f}, k-hat {float(particles.khat()):.2f}"
+    particles = importance(guide, 2000 if FAST else 20_000).run(key, problem.target)
+    quality = f"ESS {float(particles.ess()):,.0f}, k-hat {particles.khat():.2f}"
+    weights = np.asarray(particles.weights, float)
     return Answer(scalars(particles.choices), weights, dict.fromkeys(problem.exact, quality))
 
 
@@ -252,16 +244,16 @@ COLOURS = {"NUTS": "#0072b2", "importance": "#d55e00", "variational": "#009e73"}
 
 def print_table(problem: Problem, answers: dict[str, Answer]) -> list[tuple[Any, ...]]:
     """Print every scalar by every strategy; give the rows back."""
-    print(f"\n{problem.title:32s}{'mean':>10s}{'sd':>9s}{'90 % interval':>21s}")
+    print(f"\n{problem.title:36s}{'mean':>8s}{'sd':>8s}{'90 % interval':>20s}")
     rows = []
     for name, true in problem.exact.items():
         lines = {"exact": (true.mean, true.sd, *true.interval)}
         lines |= {strategy: answer.summary(name) for strategy, answer in answers.items()}
         for strategy, (mean, sd, low, high) in lines.items():
             quality = answers[strategy].quality.get(name, "") if strategy in answers else ""
-            label = name if strategy == "exact" else ""
-            interval = f"[{low:8.3f},{high:8.3f} ]"
-            print(f"  {label:12s}{strategy:16s}{mean:12.3f}{sd:9.3f}  {interval:>19s}  {quality}")
+            label = {"exact": name, "NUTS": f"  {problem.labels[name]}"}.get(strategy, "")
+            numbers = f"{mean:9.3f}{sd:8.3f}  [{low:8.3f},{high:8.3f} ]"
+            print(f"  {label:21s}{strategy:12s}{numbers}  {quality}".rstrip())
             rows.append((problem.title, name, strategy, mean, sd, low, high, quality))
     return rows
 

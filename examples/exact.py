@@ -85,7 +85,7 @@ def eight_schools(y: Grid, sigma: Grid) -> dict[str, Exact]:
     theta_sd = np.sqrt(shrink * sigma**2 + (1 - shrink) ** 2 / precision[:, None])
     scalars = {"mu": _mixture(weights, mean, precision**-0.5), "tau": _scale(tau, weights)}
     for j in range(y.size):
-        scalars[f"theta[{j + 1}]"] = _mixture(weights, theta_mean[:, j], theta_sd[:, j])
+        scalars[f"theta[{j}]"] = _mixture(weights, theta_mean[:, j], theta_sd[:, j])
     return scalars
 
 
@@ -105,7 +105,7 @@ def regression(design: Float[np.ndarray, "n k"], y: Grid, prior_scale: float) ->
     log_density += -np.log1p((sigma / prior_scale) ** 2) + np.log(sigma)
     weights = _normalise(log_density)
     scalars = {
-        f"beta[{i + 1}]": _mixture(weights, np.full_like(sigma, beta[i]), sigma * spread[i])
+        f"beta[{i}]": _mixture(weights, np.full_like(sigma, beta[i]), sigma * spread[i])
         for i in range(k)
     }
     return scalars | {"sigma": _scale(sigma, weights)}
