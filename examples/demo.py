@@ -259,18 +259,18 @@ def print_table(problem: Problem, answers: dict[str, Answer]) -> list[tuple[Any,
 
 
 def smooth(x: np.ndarray, weights: np.ndarray, grid: np.ndarray, low: float | None) -> np.ndarray:
-    """A weighted kernel density estimate on an even grid, reflected at `low`."""
-    mean = weights @ x
-    bandwidth = 0.9 * np.sqrt(weights @ (x - mean) ** 2) * (1 / (weights**2).sum()) ** -0.2
+    """A weighted kernel density estimate on an even grid; what leaks below `low` = grid[0] is reflected."""
+    spread = np.sqrt(weights @ (x - weights @ x) ** 2)
+    bandwidth = 0.9 * spread * (1 / (weights**2).sum()) ** -0.2
     step = grid[1] - grid[0]
-    edges = np.append(grid, grid[-1] + step) - step / 2
+    reach = int(4 * bandwidth / step) + 1
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * step / bandwidth) ** 2)
+    start = grid[0] - reach * step
+    edges = start + step * (np.arange(reach + grid.size + 1) - 0.5)
     counts = np.histogram(x, edges, weights=weights)[0]
     if low is not None:
-        counts = counts + np.histogram(2 * low - x, edges, weights=weights)[0]
-    reach = np.arange(-int(4 * bandwidth / step) - 1, int(4 * bandwidth / step) + 2) * step
-    kernel = np.exp(-0.5 * (reach / bandwidth) ** 2)
-    density = np.convolve(counts, kernel / kernel.sum() / step, mode="same")
-    return density if low is None else np.where(grid < low, np.nan, density)
+        counts += np.histogram(2 * low - x, edges, weights=weights)[0]
+    return np.convolve(counts, kernel / kernel.sum() / step, mode="same")[reach:]
 
 
 def draw_picture(problems: dict[str, tuple[Problem, dict[str, Answer]]], path: Path) -> None:
