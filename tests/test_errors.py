@@ -18,10 +18,13 @@ from jax.experimental import pallas
 from weft.inference import elbo, enumeration, fit, hmc, importance, nuts
 from weft.ppl import (
     AddressError,
+    Affine,
     DensityError,
     GradientError,
+    LocScale,
     ModelError,
     ObservationError,
+    Transform,
     WeftError,
     block,
     condition,
@@ -41,7 +44,7 @@ N = dist.Normal
 
 
 @contextlib.contextmanager
-def refused(kind: type[Exception], *substance: str) -> Iterator[None]:
+def refused(kind: type[Exception] | tuple[type[Exception], ...], *substance: str) -> Iterator[None]:
     """An error of that kind, whose message has all of these in it."""
     with pytest.raises(kind) as e:
         yield
@@ -76,6 +79,11 @@ def survey(scale: Any = 1.0) -> Any:
     sample("part", part())
     factor("soft", rate)
     deterministic("twice", 2 * rate)
+
+
+@gen
+def pair() -> Any:
+    return sample("y", N(normal("x"), 1.0))
 
 
 CHOICES = {
@@ -791,6 +799,50 @@ def test_transforms_that_cannot_be() -> None:
         noncentered(survey)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "d"),
+    [
+        (LocScale(), dist.LogNormal(0.0, 1.0)),
+        (LocScale(), dist.HalfNormal(1.0)),
+        (LocScale(), dist.Poisson(1.0)),
+        (Affine(), N(0.0, 1.0)),
+        (Transform(), N(0.0, 1.0)),
+        (None, dist.Beta(1.0, 1.0)),
+    ],
+)
+def test_strategies_that_do_not_fit(strategy: Any, d: Any) -> None:
+    model = gen(lambda: sample("x", d))
+    with refused(ModelError, "'x'", type(d).__name__):
+        reparametrize(model, {"x": strategy})().shapes()
+
+
+def test_settings_of_transforms_that_do_not_fit() -> None:
+    with refused((TypeError, ModelError), "'x'", "str"):
+        reparametrize(pair, {"x": "noncentered"})().shapes()
+    with refused(TypeError, "noncentered", "address"):
+        noncentered(pair, ["x", "y"])
+    for factors in (np.ones(3), {"row": np.ones(3)}):
+        with refused((TypeError, ModelError), "scale", "number", "(3,)"):
+            scale(survey, factors)().log_density(CHOICES)
+    with refused((TypeError, ModelError), "scale", "number"):
+        scale(survey, "twice")().shapes()
+    for where in ([0.5, 0.0, 1.0], [1, 0, 1]):
+        with refused((TypeError, ModelError, AddressError), "mask", "booleans"):
+            mask(survey, {"count": where})().shapes()
+    for settings in ({"dims": ("row",)}, {"grad": 1.0}):
+        with refused((TypeError, ModelError), "'a'", next(iter(settings))):
+            run(lambda settings=settings: sample("a", part(), **settings))
+
+
+def test_conditions_are_checked() -> None:
+    """Inside a model as from outside, where the values are known when ``condition`` is called."""
+    with refused(ObservationError, "'height'", "NaN"):
+        condition(survey, {"height": np.nan})().shapes()
+    with refused(ObservationError, "'count'", "NaN", "observed("):
+        condition(survey, {"count": [1.0, np.nan, 2.0]})().shapes()
+    assert "count" not in condition(survey, {"count": [1.0, 2.0, 3.0]})().shapes()
+
+
 def test_predict() -> None:
     program = survey()
     with refused(ObservationError, "disagree", "(2, 3)", "(3, 3)", "'rate'"):
@@ -978,11 +1030,6 @@ def _rows() -> Any:
 
 
 # --- inference ------------------------------------------------------------------------------------
-
-
-@gen
-def pair() -> Any:
-    return sample("y", N(normal("x"), 1.0))
 
 
 @gen

@@ -225,6 +225,15 @@ def test_do_everywhere(address: str) -> None:
     close(program.log_density(rest), TOTAL - np.sum(TERMS[address]))
 
 
+def test_do_in_part() -> None:
+    """The elements that are not set stay random."""
+    rows = gen(lambda: repeat(lambda: sample("y", N(0.0, 1.0)), 3))
+    program = do(rows, {"y": observed([1.0, 2.0, 3.0], where=[True, False, True])})()
+    free = rows().simulate(KEY).choices["y"]
+    close(program.simulate(KEY).value, [1.0, free[1], 3.0])
+    close(program.log_density({"y": [9.0, 0.5, 9.0]}), logn(0.5))
+
+
 def test_replay() -> None:
     trace = chain(1.0).simulate(KEY)
     again = replay(chain, trace)(5.0).simulate(jax.random.key(1))
