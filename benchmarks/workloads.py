@@ -94,6 +94,7 @@ def eight_schools() -> dict[str, Operation]:
 
     def hand(c, sigma, y):
         half_cauchy = -jnp.log(jnp.pi) - jnp.log(5.0) - jnp.log1p((c["tau"] / 5.0) ** 2)
+        half_cauchy = jnp.where(c["tau"] > 0, half_cauchy, -jnp.inf)  # as Weft scores it
         terms = normal(c["theta"], c["mu"], c["tau"]) + normal(y, c["theta"], sigma)
         return normal(c["mu"], 0.0, 5.0) + jnp.log(2.0) + half_cauchy + terms.sum()
 

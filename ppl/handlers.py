@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +20,17 @@ from .specs import is_discrete
 from .traces import run_program
 
 
-class Given(NamedTuple):
+class Given(eqx.Module):
     """A given choice: its value, and where it is given (everywhere, if ``where`` is None).
 
-    With ``drop``, what is not given does not count: no latent choice, no density.
+    With ``drop``, what is not given does not count: no latent choice, no density. ``checked`` says that the value is
+    known to be in the site's support, which depends on no other choice.
     """
 
     value: Any
     where: Any = None
     drop: Any = None
+    checked: bool = eqx.field(static=True, default=False)
 
 
 class Free(NamedTuple):
@@ -98,7 +101,8 @@ class Evaluate(Handler):
             return value, None, {"log_density": jnp.nan, "log_weight": 0.0}
         if "where" in site.parts or (given is not None and given.drop is not None):
             site = site.guarded()
-        log_prob = site.weigh(site.log_prob(value))
+        inside = given is None or given.checked
+        log_prob = site.weigh(site.log_prob(value) if inside else site.log_prob_anywhere(value))
         terms = {}
         if given is None:
             terms["log_density"] = jnp.sum(log_prob)

@@ -99,7 +99,7 @@ def _entry(
         raise AddressError(f"model {model!r}: {address!r} cannot be given: {info.why_hidden}")
     where = drop = None
     if isinstance(given, Given):
-        given, where, drop = given
+        given, where, drop = given.value, given.where, given.drop
     elif isinstance(given, Observed):
         where, drop = given.where, (True if given.missing == "drop" else None)
         given = given.value
@@ -138,6 +138,7 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
         value,
         None if where is None else jnp.asarray(where),
         None if drop is None else jnp.ones(info.batch_shape, bool),
+        checked=data and info.support is not None,
     )
 
 

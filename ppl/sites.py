@@ -20,7 +20,7 @@ from .compat import Primitive, ShapedArray, fancy_primitive_batchers
 from .cotangents import finite_cotangents
 from .errors import GradientError, ModelError
 from .packing import Skeleton, is_number, pack
-from .specs import SiteSpec
+from .specs import SiteSpec, in_support
 
 
 class Lane(NamedTuple):
@@ -217,6 +217,18 @@ class Site:
     def log_prob(self, value: jax.Array) -> jax.Array:
         """Log density of each element, shape ``lanes + batch_shape``, as the distribution states it."""
         return self.over_lanes(lambda payload, v: jnp.asarray(payload["d"].log_prob(v)), value)
+
+    def log_prob_anywhere(self, value: jax.Array) -> jax.Array:
+        """The same, and minus infinity outside the support, where some distributions state a number."""
+
+        def one(payload: Any, v: Any) -> Any:
+            log_prob = jnp.asarray(payload["d"].log_prob(v))
+            inside = in_support(payload["d"], v)
+            if inside is None or jnp.shape(inside) != log_prob.shape:
+                return log_prob
+            return jnp.where(inside, log_prob, -jnp.inf)
+
+        return self.over_lanes(one, value)
 
     def weigh(self, log_prob: jax.Array) -> jax.Array:
         """Apply the site's scale and mask to a log density."""

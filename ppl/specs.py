@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 
 from .compat import Tracer
 from .errors import ModelError
@@ -226,6 +227,31 @@ def is_discrete(d: Any) -> bool:
         return bool(d.is_discrete)
     except (AttributeError, AssertionError, NotImplementedError):
         return False
+
+
+def in_support(d: Any, value: Any) -> Any:
+    """Whether elements of a value are in the support of ``d``; None where that is sure, or cannot be said exactly.
+
+    Supports that tie several elements together (a simplex, a Cholesky factor) are checked by NumPyro up to a rounding
+    error, which draws in single precision may exceed: of those nothing is said.
+    """
+    inner = d
+    while inner is not None:
+        if isinstance(inner, dist.MaskedDistribution):  # what it masks out may be anything
+            return None
+        inner = getattr(inner, "base_dist", None)
+    try:
+        support = base = d.support
+        while isinstance(base, type(_INDEPENDENT)):
+            base = base.base_constraint
+        if base is None or base is dist.constraints.real or base.event_dim != 0:
+            return None
+        return support(value)
+    except (AttributeError, AssertionError, NotImplementedError, TypeError):
+        return None
+
+
+_INDEPENDENT = dist.constraints.independent(dist.constraints.real, 1)
 
 
 def _support(d: Any) -> Constant | None:

@@ -185,7 +185,7 @@ def condition_program(program: Program, choices: Mapping[str, Any]) -> Target:
     # a site observed whole through a mask is observed
     for address, index in list(missing.items()):
         if index.size == 0:
-            data[address] = Given(data[address].value)
+            data[address] = Given(data[address].value, checked=data[address].checked)
             del missing[address]
     return Target(program, data, missing)
 
