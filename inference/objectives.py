@@ -84,6 +84,7 @@ class elbo(eqx.Module):
         @expect
         def bound(params: Any) -> Array:
             target, guide = self.at(params, *batch)
+            check_proposal(guide, target, "guide")
             trace = draw(guide)
             return log_ratio(target, guide, trace)
 

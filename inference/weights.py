@@ -35,7 +35,7 @@ def check_proposal(program: Any, target: Target, what: str = "proposal") -> None
         raise DensityError(
             f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is known "
             f"up to a constant only. A {what} must be a plain program; "
-            "weft.normalize turns an unnormalised one into one"
+            "turning an unnormalised one into one (normalize) is not in this release"
         )
     missing = [a for a in target.latents if a not in drawn]
     spare = [a for a in drawn if a not in target.latents]
