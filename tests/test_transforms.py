@@ -16,6 +16,7 @@ from weft.ppl import (
     DensityError,
     LocScale,
     Model,
+    ObservationError,
     Transform,
     block,
     condition,
@@ -225,13 +226,13 @@ def test_do_everywhere(address: str) -> None:
     close(program.log_density(rest), TOTAL - np.sum(TERMS[address]))
 
 
-def test_do_in_part() -> None:
-    """The elements that are not set stay random."""
+@pytest.mark.parametrize("transform", [do, replay])
+def test_interventions_are_whole(transform: Any) -> None:
+    """A part of a site is conditioned on, not intervened on."""
     rows = gen(lambda: repeat(lambda: sample("y", N(0.0, 1.0)), 3))
-    program = do(rows, {"y": observed([1.0, 2.0, 3.0], where=[True, False, True])})()
-    free = rows().simulate(KEY).choices["y"]
-    close(program.simulate(KEY).value, [1.0, free[1], 3.0])
-    close(program.log_density({"y": [9.0, 0.5, 9.0]}), logn(0.5))
+    partly = {"y": observed([1.0, 2.0, 3.0], where=[True, False, True])}
+    with pytest.raises(ObservationError, match="'y' must be given whole"):
+        transform(rows, partly)().shapes()
 
 
 def test_replay() -> None:
