@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.compat import as_key
+from weft.ppl.printing import Printed
 
 from .runner import run_chunks, tracing
 
@@ -43,7 +44,7 @@ class State(eqx.Module):
     iteration: eqx.AbstractVar[Int[Array, ""]]
 
 
-class Algorithm(eqx.Module):
+class Algorithm(Printed, eqx.Module):
     """Base of all algorithms: settings with `init`, `step`, `result` and `run`."""
 
     @abc.abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -73,6 +74,15 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
         args = [*functions, *args]
     outs = eqn.primitive.bind(*args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+generation = jax.make_user_context(0) if hasattr(jax, "make_user_context") else None
+"""Part of the key of all of JAX's tracing caches; see ``tracing_generation``."""
+
+
+def tracing_generation(number: int) -> Any:
+    """Trace with caches of inner jaxprs (scan bodies, inner jits) that no other generation shares."""
+    return contextlib.nullcontext() if generation is None else generation(number)
 
 
 def is_typed_key(key: Any) -> bool:

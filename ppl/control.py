@@ -87,8 +87,10 @@ def _(*_: Any, jaxpr: Any, lanes: tuple[Lane, ...]) -> list[ShapedArray]:
 
 @lanes_p.def_impl
 def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
+    names = site_names(jaxpr)
     raise ModelError(
-        "control flow that holds sites stands outside a program: decorate the function with @gen"
+        f"{'site' if len(names) == 1 else 'sites'} {', '.join(map(repr, names))} outside a program: decorate the "
+        "function with @gen and run it with model(*args).simulate(key), .log_density(choices) or .given(data)"
     )
 
 

@@ -63,6 +63,10 @@ def sample(
         )
     check_name(name)
     if isinstance(d, Program):
+        if dims or grad is not None:
+            raise TypeError(
+                f"sample({name!r}, program): dims= and grad= are for distributions; name them at the program's sites"
+            )
         return _nested(name, d)
     if callable(d) and not hasattr(d, "log_prob") and not isinstance(d, type):
         raise ModelError(

@@ -11,11 +11,12 @@ import numpy as np
 
 from .errors import ModelError
 from .packing import pack
+from .printing import Printed
 from .programs import Program
 from .staging import built
 
 
-class Model(eqx.Module):
+class Model(Printed, eqx.Module):
     """A function with sites, as ``@gen`` makes it. Applied to arguments it gives a program.
 
     Attributes:

@@ -26,6 +26,11 @@ class Observed:
     where: Any
     missing: str
 
+    def __repr__(self) -> str:
+        known = not isinstance(self.where, Tracer)
+        share = f"{int(np.sum(self.where))} of {np.size(self.where)}" if known else "where"
+        return f"observed(shape {np.shape(self.value)}, {share}, missing={self.missing!r})"
+
 
 def observed(value: Any, *, where: Any, missing: str = "impute") -> Observed:
     """Observe part of a site: the elements where ``where`` is true.
@@ -108,9 +113,9 @@ def _entry(
 
 def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bool) -> Given:
     site = f"model {model!r}, site {info.address!r} ({info.distribution})"
-    value = _as_array(value, site)
+    value = as_array(value, site)
     if where is not None:
-        where = _as_array(where, site)
+        where = as_array(where, site)
         shape = tuple(value.shape[: len(info.axes)])
         if where.dtype != bool or where.shape != shape:
             raise ObservationError(
@@ -142,7 +147,7 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
     )
 
 
-def _as_array(value: Any, site: str) -> Any:
+def as_array(value: Any, site: str) -> Any:
     if isinstance(value, (Tracer, jax.Array)) and not jnp.issubdtype(
         value.dtype, jax.dtypes.extended
     ):

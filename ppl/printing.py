@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .structure import SiteInfo
     from .targets import Target
     from .traces import Trace
+    from .unconstrained import FlatUnconstrained, Unconstrained
 
 MAX_ROWS = 24
 
@@ -22,13 +23,26 @@ MAX_ROWS = 24
 def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS) -> str:
     """Columns of text, at most ``limit`` rows."""
     left = len(rows) - limit
-    rows = rows[:limit]
+    rows = [[_cut(cell) for cell in row] for row in rows[:limit]]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = [
         "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
         for r in [header, *rows]
     ]
     return "\n".join([*lines, *([f"  ... {left} more"] if left > 0 else [])])
+
+
+def _cut(text: str, width: int = 36) -> str:
+    """The text with its middle left out, if it is long."""
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
+
+
+class Printed:
+    """A noun that prints as text: notebooks show the same."""
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
 
 
 def as_html(text: str) -> str:
@@ -85,6 +99,19 @@ def target(t: Target) -> str:
         f"Target: model {t.program.name!r}, {len(latents)} of {len(t.sites)} sites latent\n"
         + _sites(t.sites, role)
     )
+
+
+def unconstrained(u: Unconstrained) -> str:
+    sites = u.target.sites
+    rows = [[a, shape(sites[a]), str(s)] for a, s in u.shapes.items()]
+    head = f"Unconstrained target of model {u.target.program.name!r}: {u.flat.size} dimensions\n"
+    return head + table(["address", "shape", "shape on R^n"], rows)
+
+
+def flat(f: FlatUnconstrained) -> str:
+    rows = [[a, f"{s.start}:{s.stop}"] for a, s in f.addresses.items()]
+    head = f"Unconstrained target of model {f.nested.target.program.name!r}, as vectors of size {f.size}\n"
+    return head + table(["address", "slice"], rows)
 
 
 def trace(t: Trace) -> str:

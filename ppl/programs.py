@@ -30,7 +30,7 @@ _staged: dict[Any, tuple[Code, list[Any], dict[str, SiteInfo], list[Any]]] = {}
 
 
 @jax.tree_util.register_pytree_node_class
-class Program:
+class Program(printing.Printed):
     """A model applied to arguments: a distribution over choices and a return value. A pytree.
 
     Its leaves are the traced arguments and one scalar that tells over how many lanes ``jax.vmap(model)`` has spread it:
@@ -102,7 +102,7 @@ class Program:
         if entry is not None and unchanged(entry[3]):
             return entry
         snapshot = captured(function)
-        code, consts = stage(self.run, self.leaves)
+        code, consts = stage(self.run, self.leaves, snapshot)
         try:
             entry = (code, consts, site_table(code.jaxpr), snapshot)
         except ModelError as e:
@@ -271,9 +271,6 @@ class Program:
 
     def __repr__(self) -> str:
         return printing.program(self)
-
-    def _repr_html_(self) -> str:
-        return printing.as_html(repr(self))
 
 
 # --- what is compiled -------------------------------------------------------------------------------------------------

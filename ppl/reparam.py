@@ -41,7 +41,7 @@ class Reparam(eqx.Module):
 
 
 class LocScale(Reparam):
-    r"""$x = c\,\mu + ...$: location-scale families, centred by ``centered`` in [0, 1] (0 is non-centred).
+    r"""A location-scale family on the real line, centred by ``centered`` in [0, 1] (0 is non-centred).
 
     With $\lambda$ = ``centered``: base $\sim F(\lambda\mu, \sigma^\lambda)$ and $x = \mu +
     \sigma^{1-\lambda}(\text{base} - \lambda\mu)$.
@@ -51,6 +51,10 @@ class LocScale(Reparam):
 
     def base(self, d: Any) -> Any:
         d, ndim = _strip(d)
+        if not _is_loc_scale(d):
+            raise ModelError(
+                f"LocScale takes a location-scale family on the real line, not {type(d).__name__}"
+            )
         rest = {n: getattr(d, n) for n in d.arg_constraints if n not in ("loc", "scale")}
         new = type(d)(**rest, loc=self.centered * d.loc, scale=d.scale**self.centered)
         return new.expand(d.batch_shape).to_event(ndim)
@@ -64,6 +68,8 @@ class Affine(Reparam):
     r"""Multivariate normal as $x = \mu + L\,\varepsilon$, $\varepsilon \sim N(0, I)$."""
 
     def base(self, d: Any) -> Any:
+        if not isinstance(d, dist.MultivariateNormal):
+            raise ModelError(f"Affine takes a MultivariateNormal, not {type(d).__name__}")
         return dist.Normal(0.0, 1.0).expand(d.batch_shape + d.event_shape).to_event(1)
 
     def value(self, d: Any, base: jax.Array) -> jax.Array:
@@ -71,15 +77,29 @@ class Affine(Reparam):
 
 
 class Transform(Reparam):
-    """A transformed distribution as its base and its transforms."""
+    """A transformed distribution as its transforms of its base, and that by ``inner`` if one is given."""
+
+    inner: Reparam | None = None
 
     def base(self, d: Any) -> Any:
-        return d.base_dist
+        d, ndim = _strip(d)
+        if not isinstance(d, dist.TransformedDistribution):
+            raise ModelError(f"Transform takes a TransformedDistribution, not {type(d).__name__}")
+        base = d.base_dist if self.inner is None else self.inner.base(d.base_dist)
+        return base.to_event(ndim) if ndim else base
 
     def value(self, d: Any, base: jax.Array) -> jax.Array:
+        d, _ = _strip(d)
+        if self.inner is not None:
+            base = self.inner.value(d.base_dist, base)
         for t in d.transforms:
             base = t(base)
         return base
+
+
+def _is_loc_scale(d: Any) -> bool:
+    parameters = set(getattr(d, "arg_constraints", {}))
+    return {"loc", "scale"} <= parameters and d.support is dist.constraints.real
 
 
 def _strip(d: Any) -> tuple[Any, int]:
@@ -107,12 +127,13 @@ def default_reparam(d: Any) -> Reparam:
     """
     inner, _ = _strip(d)
     if isinstance(inner, dist.TransformedDistribution):
-        return Transform()
+        try:
+            return Transform(default_reparam(inner.base_dist))
+        except ModelError:
+            return Transform()
     if isinstance(inner, dist.MultivariateNormal):
         return Affine()
-    if {"loc", "scale"} <= set(
-        getattr(inner, "arg_constraints", {})
-    ) and inner.support is dist.constraints.real:
+    if _is_loc_scale(inner):
         return LocScale()
     raise ModelError(
         f"{type(d).__name__} has no non-centred form: it takes a location-scale family on the real line, a "
@@ -139,9 +160,13 @@ class _Reparametrise(Rewrite):
                 f"{'.'.join(site.address)!r} is conditioned: reparametrise before condition, or leave it out"
             )
         d = payload["d"]
-        how = default_reparam(d) if strategy is None else strategy
-        base = sample(site.name + BASE, how.base(d), dims=site.spec.dims)
-        return deterministic(site.name, how.value(d, base), dims=site.spec.dims)
+        try:
+            how = default_reparam(d) if strategy is None else strategy
+            base, value = how.base(d), functools.partial(how.value, d)
+        except ModelError as e:
+            raise ModelError(f"site {'.'.join(site.address)!r}: {e}") from None
+        drawn = sample(site.name + BASE, base, dims=site.spec.dims)
+        return deterministic(site.name, value(drawn), dims=site.spec.dims)
 
 
 class _Reparametrised(Transformed):
@@ -173,6 +198,11 @@ def reparametrize(model: F, strategies: Mapping[str, Reparam | None]) -> F:
         >>> reparametrize(model, {"x": LocScale(0.5)})().latents
         ('x_base',)
     """
+    for address, strategy in strategies.items():
+        if not (strategy is None or isinstance(strategy, Reparam)):
+            raise TypeError(
+                f"reparametrize: expected a strategy such as LocScale(0.5), or None, at {address!r}; got {strategy!r}"
+            )
     return transform(
         model, lambda f: _Reparametrised(f, {dotted(k): v for k, v in strategies.items()})
     )
@@ -198,4 +228,6 @@ def noncentered(model: F, *addresses: str) -> F:
     """
     if not addresses:
         raise TypeError("noncentered(model, address, ...) takes at least one address")
+    if not all(isinstance(a, (str, tuple)) for a in addresses):
+        raise TypeError("noncentered takes addresses one by one: noncentered(model, 'x', 'y')")
     return reparametrize(model, dict.fromkeys(addresses))

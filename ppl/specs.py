@@ -84,11 +84,12 @@ def sample_spec(name: str, d: Any) -> SiteSpec:
             "equinox.Module (or register it with jax.tree_util), with sample(key) and log_prob(value)"
         )
     for array in _static_arrays(jax.tree.structure(d)):
+        kind = "a traced value" if isinstance(array, Tracer) else "an array"
         field = next((f for f, x in vars(d).items() if x is array), None)
         raise ModelError(
-            f"site {name!r}: {label} keeps an array of shape {array.shape} in its static structure"
+            f"site {name!r}: {label} keeps {kind} of shape {array.shape} in its static structure"
             + (f", its field {field!r}" if field else "")
-            + ". Give that parameter as a plain number, or sample inside a jax.vmap over its values"
+            + ". Give that parameter as a plain number, known when the model is staged"
         )
     arrays, skeleton = pack(d, is_number)
     try:
@@ -107,7 +108,7 @@ def _static_arrays(treedef: Any) -> Iterator[Any]:
     stack = [treedef.node_data()]
     while stack:
         x = stack.pop()
-        if isinstance(x, (np.ndarray, jax.Array)) and x.ndim:
+        if isinstance(x, Tracer) or (isinstance(x, (np.ndarray, jax.Array)) and x.ndim):
             yield x
         elif isinstance(x, (tuple, list)):
             stack.extend(x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compat import Literal, Tracer, consts_first, eval_jaxpr, is_jaxpr, open_jaxpr
+from .compat import (
+    Literal,
+    Tracer,
+    consts_first,
+    eval_jaxpr,
+    is_jaxpr,
+    open_jaxpr,
+    tracing_generation,
+)
 from .errors import ModelError
 
 # --- jaxprs by structure ----------------------------------------------------------------------------------------------
@@ -176,15 +185,50 @@ def _filled(cell: Any) -> bool:
 # --- staging ----------------------------------------------------------------------------------------------------------
 
 
-def stage(f: Callable[..., Any], args: list[Any]) -> tuple[Code, list[Any]]:
+Snapshot = list[tuple[Any, Any, Any]]
+"""What a function captured: ``(container, name, value)``."""
+
+
+def stage(
+    f: Callable[..., Any], args: list[Any], snapshot: Snapshot | None = None
+) -> tuple[Code, list[Any]]:
     """``(code, consts)`` with ``code(*consts, *args) == f(*args)``, sites and all.
 
     ``f`` is traced anew at every call (``jax.make_jaxpr`` alone would remember a function, and serve a stale global).
+    ``snapshot`` is what it captured, where the caller knows that better than ``captured(f)``.
     """
-    with _watching():
+    with (
+        _watching(),
+        tracing_generation(_current_generation(captured(f) if snapshot is None else snapshot)),
+    ):
         closed, shape = jax.make_jaxpr(lambda *xs: _arrays_only(f(*xs)), return_shape=True)(*args)
     jaxpr, consts = consts_first(closed)
     return Code(jaxpr, jax.tree.structure(shape)), consts
+
+
+_last_seen: dict[tuple[int, Any], tuple[Any, Any]] = {}
+_generation = itertools.count()
+_number = 0
+
+
+def _current_generation(snapshot: Snapshot) -> int:
+    """A number that grows when anything captured has changed since any function that captured it was last staged.
+
+    JAX remembers the jaxprs of scan bodies, branches and inner jits by the identity of the function, so that without it
+    a step function that reads a global would be staged with the old one.
+    """
+    global _number
+    changed = len(_last_seen) > 10 * MAX_CAPTURED or len(snapshot) > MAX_CAPTURED
+    if changed:
+        _last_seen.clear()
+    for container, name, value in snapshot:
+        before = _last_seen.setdefault((id(container), name), (container, value))
+        if before[1] is not value:
+            changed = True
+            _last_seen[id(container), name] = (container, value)
+    if changed:
+        _number = next(_generation) + 1
+    return _number
 
 
 def _arrays_only(out: Any) -> Any:
@@ -244,13 +288,13 @@ def _watching() -> Iterator[None]:
 # --- what a function captured -----------------------------------------------------------------------------------------
 
 
-def captured(root: Any) -> list[tuple[Any, Any, Any]]:
+def captured(root: Any) -> Snapshot:
     """Where a function reads from outside.
 
     Returns:
         ``(container, name, value)`` of closure cells and globals, those of callees included.
     """
-    found: list[tuple[Any, Any, Any]] = []
+    found: Snapshot = []
     seen: set[int] = set()
 
     def visit(x: Any) -> None:
@@ -324,7 +368,7 @@ def _global_names(code: types.CodeType) -> set[str]:
     return names
 
 
-def unchanged(snapshot: list[tuple[Any, Any, Any]]) -> bool:
+def unchanged(snapshot: Snapshot) -> bool:
     """Whether everything captured is still the same object."""
     return len(snapshot) <= MAX_CAPTURED and all(_read(c, n) is value for c, n, value in snapshot)
 

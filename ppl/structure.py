@@ -60,7 +60,7 @@ class SiteInfo:
     event_shape: tuple[int, ...]
     distribution: str
     support: Any = None
-    values: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    values: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
     conditional: bool = False
     observed: bool = False
     hidden: bool = False
@@ -68,6 +68,11 @@ class SiteInfo:
     masked: bool = False
     discrete: bool = False
     event_dims: tuple[str | None, ...] = ()
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{a.name or a.kind}={a.size}" for a in self.axes)
+        event = f" event {self.event_shape}" if self.event_shape else ""
+        return f"<site {self.address!r}: {self.kind}, {self.distribution} ({axes}){event} {self.dtype}>"
 
     @property
     def num_values(self) -> int | None:

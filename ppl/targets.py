@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .unconstrained import Unconstrained
 
 
-class Target(eqx.Module):
+class Target(printing.Printed, eqx.Module):
     """A program with some of its choices observed: an unnormalised density over the others. A pytree.
 
     Attributes:
@@ -167,9 +167,6 @@ class Target(eqx.Module):
 
     def __repr__(self) -> str:
         return printing.target(self)
-
-    def _repr_html_(self) -> str:
-        return printing.as_html(repr(self))
 
 
 def condition_program(program: Program, choices: Mapping[str, Any]) -> Target:

@@ -17,7 +17,7 @@ from .staging import Code
 from .structure import SiteInfo, site_table
 
 
-class Trace(eqx.Module):
+class Trace(printing.Printed, eqx.Module):
     """One execution of a program.
 
     Attributes:

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .addresses import Address, covers, dotted, flatten, unflatten, unknown
+from .compat import Tracer
 from .errors import AddressError, ObservationError
 from .handlers import Given
 from .interpreter import Handler
 from .models import check_name
-from .observations import Observed, entries
+from .observations import Observed, as_array, entries
 from .rewriting import Rewrite, Transformed, rebind_scope, transform
 from .sites import Site
 from .specs import SiteSpec
@@ -30,21 +31,38 @@ from .traces import Trace
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _arrays(choices: Mapping[str, Any]) -> dict[str, Any]:
+def _arrays(choices: Mapping[str, Any], what: str, partial: bool = False) -> dict[str, Any]:
     """Dotted addresses to arrays (or Given), so that a transformed model is a pytree of them."""
-    flat = flatten(choices)
-    for address, value in flat.items():
-        if isinstance(value, Observed) and value.missing == "drop":
+    if not isinstance(choices, Mapping):
+        raise TypeError(
+            f"{what}: choices are a dict from addresses to values, got {type(choices).__name__}"
+        )
+    found: dict[str, Any] = {}
+    for address, given in flatten(choices).items():
+        where = None
+        if isinstance(given, Observed):
+            if not partial:
+                raise ObservationError(f"{what}: {address!r} must be given whole")
+            if given.missing == "drop":
+                raise ObservationError(
+                    f"{what}: observed(..., missing='drop') at {address!r} is for given(), which can see what reads "
+                    "the site; inside a model impute the missing elements, or mask them after condition"
+                )
+            given, where = given.value, jnp.asarray(given.where)
+        found[address] = jnp.asarray(as_array(given, f"{what}: {address!r}"))
+        if where is not None:
+            found[address] = Given(found[address], where)
+        elif _has_nan(found[address]):
             raise ObservationError(
-                f"{address!r}: observed(..., missing='drop') is for given(), which can see what reads the site; inside "
-                "a model impute the missing elements, or mask(model, {address: where}) after condition"
+                f"{what}: the value of {address!r} holds NaN. If parts of it are missing, say so: "
+                f"{what}(model, {{{address!r}: observed(y, where=~jnp.isnan(y))}})"
             )
-    return {
-        a: Given(jnp.asarray(v.value), jnp.asarray(v.where))
-        if isinstance(v, Observed)
-        else jnp.asarray(v if isinstance(v, jax.Array) else np.asarray(v))
-        for a, v in flat.items()
-    }
+    return found
+
+
+def _has_nan(value: Any) -> bool:
+    known = not isinstance(value, Tracer) and jnp.issubdtype(value.dtype, jnp.inexact)
+    return known and bool(np.isnan(np.asarray(value)).any())
 
 
 # --- condition, do, replay --------------------------------------------------------------------------------------------
@@ -85,7 +103,7 @@ def condition(model: F, choices: Mapping[str, Any]) -> F:
         >>> condition(pair, {"y": 2.0})().latents
         ('x',)
     """
-    return transform(model, lambda f: _Condition(f, _arrays(choices)))
+    return transform(model, lambda f: _Condition(f, _arrays(choices, "condition", partial=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +136,7 @@ def do(model: F, choices: Mapping[str, Any]) -> F:
         >>> do(pair, {"x": 3.0})().latents
         ('y',)
     """
-    return transform(model, lambda f: _Do(f, _arrays(choices)))
+    return transform(model, lambda f: _Do(f, _arrays(choices, "do")))
 
 
 def replay(model: F, trace: Trace | Mapping[str, Any]) -> F:
@@ -135,7 +153,7 @@ def replay(model: F, trace: Trace | Mapping[str, Any]) -> F:
         True
     """
     choices = trace.choices if isinstance(trace, Trace) else trace
-    return transform(model, lambda f: _Replay(f, _arrays(choices)))
+    return transform(model, lambda f: _Replay(f, _arrays(choices, "replay")))
 
 
 class _Replay(Transformed):
@@ -280,9 +298,13 @@ def scale(model: F, factors: Any) -> F:
         True
     """
     factors = dict(factors) if isinstance(factors, Mapping) else {"**": factors}
-    return transform(
-        model, lambda f: _Scale(f, {dotted(k): jnp.asarray(v, float) for k, v in factors.items()})
-    )
+    numbers = {}
+    for name, factor in factors.items():
+        if jnp.shape(factor) != () or isinstance(factor, str):
+            got = repr(factor) if isinstance(factor, str) else f"shape {jnp.shape(factor)}"
+            raise TypeError(f"scale of {dotted(name)!r}: expected a number, got {got}")
+        numbers[dotted(name)] = jnp.asarray(factor, float)
+    return transform(model, lambda f: _Scale(f, numbers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,11 +356,12 @@ def mask(model: F, where: Any) -> F:
         >>> round(float(half.log_density({"y": jnp.zeros(2)})), 4)
         -0.9189
     """
-    where = dict(where) if isinstance(where, Mapping) else {"**": where}
-    return transform(
-        model,
-        lambda f: _Masked(f, {dotted(k): jnp.asarray(v, bool) for k, v in flatten(where).items()}),
-    )
+    where = flatten(where) if isinstance(where, Mapping) else {"**": where}
+    where = {dotted(a): as_array(x, f"mask of {dotted(a)!r}") for a, x in where.items()}
+    for address, x in where.items():
+        if x.dtype != bool:
+            raise TypeError(f"mask of {address!r}: where must be booleans, got {x.dtype}")
+    return transform(model, lambda f: _Masked(f, {a: jnp.asarray(x) for a, x in where.items()}))
 
 
 # --- gradient strategies ----------------------------------------------------------------------------------------------

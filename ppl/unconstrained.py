@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from . import printing
 from .addresses import flatten, unflatten, unknown
 from .compat import as_key
 from .errors import AddressError
@@ -23,7 +24,7 @@ from .traces import Trace, flat_records, sort_records
 Positions = dict[str, Any]
 
 
-class Unconstrained(eqx.Module):
+class Unconstrained(printing.Printed, eqx.Module):
     """The density of a target on R^n, as nested dicts ``z`` of unconstrained arrays.
 
     An element ``z`` of it maps to a choice by ``biject_to(support)``; the log density has the log-Jacobian in it.
@@ -76,8 +77,11 @@ class Unconstrained(eqx.Module):
         """The same on vectors."""
         return FlatUnconstrained(self)
 
+    def __repr__(self) -> str:
+        return printing.unconstrained(self)
 
-class FlatUnconstrained(eqx.Module):
+
+class FlatUnconstrained(printing.Printed, eqx.Module):
     """An unconstrained target on vectors of R^n: its methods are those of ``Unconstrained``."""
 
     nested: Unconstrained
@@ -123,6 +127,9 @@ class FlatUnconstrained(eqx.Module):
 
     def init(self, key: jax.Array) -> jax.Array:
         return self.ravel(self.nested.init(key))
+
+    def __repr__(self) -> str:
+        return printing.flat(self)
 
 
 def unconstrain(target: Target) -> Unconstrained:
