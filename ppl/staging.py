@@ -302,11 +302,12 @@ def captured(root: Any) -> Snapshot:
             return
         seen.add(id(x))
         if isinstance(x, types.FunctionType):
-            if x.__module__ and x.__module__.split(".")[0] in _LIBRARIES:
-                return
             for cell in x.__closure__ or ():
                 if _filled(cell):
                     note(cell, "cell_contents", cell.cell_contents)
+            # A library's wrapper takes the name of what it wraps: where it lives, its globals tell.
+            if str(x.__globals__.get("__name__")).split(".")[0] in _LIBRARIES:
+                return
             for name in _global_names(x.__code__):
                 if name in x.__globals__:
                     note(x.__globals__, name, x.__globals__[name])
