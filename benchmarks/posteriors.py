@@ -78,8 +78,10 @@ def scalars(case: Case, draws: Any) -> dict[str, np.ndarray]:
 def sample(case: Case, **settings: Any) -> Any:
     """NUTS draws from a case's posterior; `settings` override the case's own, those the defaults."""
     with jax.enable_x64(case.x64):
+        data = load(case, "data")
+        init = None if case.init is None else case.init(data)
         algorithm = nuts(**{**DEFAULTS, **case.settings, **settings})
-        return algorithm.run(jax.random.key(SEED), case.target(load(case, "data")), progress=False)
+        return algorithm.run(jax.random.key(SEED), case.target(data), init=init, progress=False)
 
 
 def compare(case: Case, draws: Any) -> list[Row]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import lax
 
@@ -62,3 +63,18 @@ def target(data: dict[str, Any]) -> Target:
     """The posterior given the counts of furs."""
     program = populations(jnp.asarray(data["ts"], float))
     return program.given({"y_init": data["y_init"], "y": data["y"]})
+
+
+def start(data: dict[str, Any], period: float = 10.0) -> dict[str, jax.Array]:
+    """Where chains begin: at rates that give the mean counts and a cycle of ten years, both read off the data.
+
+    Populations turn around (c/d, a/b) once in some 2 pi / sqrt(a c) years. The posterior has a second mode, where a
+    cycle of another length and a large noise explain the counts; its mass is nil, but a chain that begins there stays.
+    """
+    hare, lynx = np.mean(data["y"], axis=0)
+    rate = 2 * np.pi / period
+    return {
+        "theta": jnp.asarray([rate, rate / lynx, rate, rate / hare], float),
+        "z_init": jnp.asarray(data["y_init"], float),
+        "sigma": jnp.asarray([0.5, 0.5], float),
+    }
