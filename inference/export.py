@@ -277,10 +277,7 @@ def _assemble(
 ) -> Any:
     import xarray
 
-    names = {
-        a: site.dims
-        for a, site in (getattr(target, "sites", None) or {}).items()
-    }
+    names = {a: site.dims for a, site in (getattr(target, "sites", None) or {}).items()}
     labels = {dim: np.asarray(values) for dim, values in coords.items()}
     used: set[str] = set()
     datasets = {}
