@@ -15,14 +15,17 @@ class Count:
     def __init__(self) -> None:
         self.compilations = 0
         self.lowerings = 0
+        self.names: list[str] = []
 
 
 _open: list[Count] = []
 
 
-def _listen(event: str, duration: float, **_: Any) -> None:
+def _listen(event: str, duration: float, **details: Any) -> None:
     for count in _open:
         count.compilations += event == "/jax/core/compile/backend_compile_duration"
+        if event == "/jax/core/compile/backend_compile_duration":
+            count.names.append(str(details.get("fun_name", "")))
         count.lowerings += event == "/jax/core/compile/jaxpr_to_mlir_module_duration"
 
 

@@ -115,7 +115,9 @@ def test_a_global_bound_again_is_not_stale(monkeypatch: pytest.MonkeyPatch) -> N
     with counting() as count:
         after = algorithm.run(jax.random.key(0), target(), progress=False)
     np.testing.assert_allclose(after.choices["mu"], before.choices["mu"] + 100.0, rtol=1e-5)
-    assert count.compilations == 0
+    # NumPyro checks the parameters of a distribution by a few operations on concrete values, which a
+    # staging that must not share JAX's caches compiles anew; the algorithm itself is found again.
+    assert not {"jit(_begin)", "jit(_advance)"} & set(count.names)
 
 
 def test_chunks_change_nothing(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +205,7 @@ def chunks_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("chunks_of_five")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_returns_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert threading.current_thread() is threading.main_thread()
     with pytest.warns(UserWarning, match="interrupted after 10 of 100 iterations"):
@@ -211,6 +214,7 @@ def test_an_interruption_returns_what_there_is(capsys: pytest.CaptureFixture[str
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_sampler_keeps_its_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ALGORITHMS["nuts"].run(jax.random.key(0), target(), progress=False)
     reached = []
@@ -232,6 +236,7 @@ def test_an_interrupted_sampler_keeps_its_draws(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("chunks_of_five")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_in_warm_up_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nuts, "describe", lambda *_: os.kill(os.getpid(), signal.SIGINT) or "")
     with pytest.raises(KeyboardInterrupt, match="before there was any result"):

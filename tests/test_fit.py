@@ -480,6 +480,7 @@ def test_a_draw_without_a_gradient_is_an_error() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_returns_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "FIRST_CHUNK", 5)
     monkeypatch.setattr(
