@@ -26,7 +26,7 @@ demo: $(VENV)/.demo  ## two posteriors on real data, by three methods, beside th
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test  ## all tests and the examples in docstrings
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev build/tree  ## ruff and pyright
 	$(BIN)/ruff check $(LINT_PATHS)

@@ -1,5 +1,6 @@
 """What all test runs share: two CPU devices, a compilation cache, doctests run as weft.*."""
 
+import gc
 import importlib
 import os
 import sys
@@ -15,6 +16,7 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=2".strip()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 _CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 jax.config.update("jax_compilation_cache_dir", _CACHE)
@@ -43,3 +45,10 @@ def pytest_collect_file(file_path: Path) -> None:
         sys.modules.setdefault(name, importlib.import_module(f"weft.{name}"))
     except Exception:
         return
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forget what was compiled at the end of each file, else a worker grows by gigabytes."""
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
