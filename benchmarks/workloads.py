@@ -251,14 +251,15 @@ def unrolled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, traced, with every scan in it unrolled."""
 
     def rewrite(jaxpr: Any) -> Any:
-        if hasattr(jaxpr, "jaxpr") and hasattr(jaxpr, "consts"):
+        if not hasattr(jaxpr, "eqns"):
+            return jaxpr
+        if (
+            hasattr(jaxpr, "jaxpr") and jaxpr.jaxpr is not jaxpr
+        ):  # closed; from JAX 0.11 on there is one class
             return jaxpr.replace(jaxpr=rewrite(jaxpr.jaxpr))
         eqns = []
         for eqn in jaxpr.eqns:
-            params = {
-                name: rewrite(value) if hasattr(value, "eqns") or hasattr(value, "jaxpr") else value
-                for name, value in eqn.params.items()
-            }
+            params = {name: rewrite(value) for name, value in eqn.params.items()}
             if eqn.primitive.name == "scan":
                 params["unroll"] = params["length"]
             eqns.append(eqn.replace(params=params))
