@@ -13,6 +13,8 @@ from weft.ppl import Program, Target
 from weft.ppl.compat import Tracer
 from weft.ppl.errors import WeftError
 
+from .diagnostics import khat_threshold
+
 
 class Fit(eqx.Module):
     """The result of a fit.
@@ -119,7 +121,7 @@ class Fit(eqx.Module):
         target, guide = self._pair()
         particles = importance(guide, num_particles).run(self.key, target, progress=False)
         khat, n = float(particles.khat()), num_particles
-        limit = min(1.0 - 1.0 / np.log10(n), 0.7)
+        limit = khat_threshold(n)
         if khat < limit:
             verdict = "its draws, weighted, can be trusted: importance(fit.guide)"
         else:

@@ -71,7 +71,7 @@ def to_meta(target: Any) -> dict[str, Any] | None:
                 "distribution": site.distribution,
                 "conditional": site.conditional,
                 "observed": site.observed,
-                "discrete": site.discrete,
+                "is_discrete": site.is_discrete,
             }
             for site in target.sites.values()
         ],

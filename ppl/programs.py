@@ -45,11 +45,13 @@ class Program(printing.Printed):
         self.name = name
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Skeleton, str]]:
+        """Leaves, and what compares statically."""
         used(self)
         return tuple(self.leaves), (self.skeleton, self.name)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Skeleton, str], leaves: Iterable[Any]) -> Program:
+        """The program of these leaves."""
         return cls(list(leaves), *aux)
 
     # --- staging ---
@@ -66,6 +68,7 @@ class Program(printing.Printed):
 
     @property
     def is_staged(self) -> bool:
+        """Whether ``staged`` has run: what it calls is code, and the arguments are arrays."""
         return isinstance(self.function, Code) and not self.lanes
 
     def run(self, *leaves: Any) -> Any:
@@ -145,6 +148,7 @@ class Program(printing.Printed):
 
     @property
     def unnormalised_sites(self) -> tuple[str, ...]:
+        """Addresses of the factors and of the choices that are conditioned inside the model."""
         return tuple(a for a, s in self.sites.items() if s.kind == "factor" or s.observed)
 
     def shapes(self) -> dict[str, Any]:
@@ -249,6 +253,7 @@ class Program(printing.Printed):
         return predict(self, key, choices, batch_size, keep)
 
     def require_density(self) -> None:
+        """Raise DensityError, with the reason, if a choice is not recorded."""
         for address, info in self.sites.items():
             if info.hidden and info.kind == "sample" and not info.observed:
                 raise DensityError(

@@ -34,9 +34,11 @@ class Reparam(eqx.Module):
     """How a distribution is written as a function of a base distribution: ``base(d)`` and ``value(d, base value)``."""
 
     def base(self, d: Any) -> Any:
+        """The base distribution of ``d``."""
         raise NotImplementedError
 
     def value(self, d: Any, base: jax.Array) -> jax.Array:
+        """The value of ``d`` as a function of the base choice."""
         raise NotImplementedError
 
 

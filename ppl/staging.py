@@ -201,7 +201,16 @@ def stage(
         _watching(),
         tracing_generation(_current_generation(captured(f) if snapshot is None else snapshot)),
     ):
-        closed, shape = jax.make_jaxpr(lambda *xs: _arrays_only(f(*xs)), return_shape=True)(*args)
+        try:
+            closed, shape = jax.make_jaxpr(lambda *xs: _arrays_only(f(*xs)), return_shape=True)(
+                *args
+            )
+        except jax.errors.ConcretizationTypeError as e:
+            e.add_note(
+                "A model is staged once for all values: what it draws, and its array arguments, have none while its "
+                "Python runs. Branch with jax.lax.cond or jnp.where, loop with jax.lax.scan or weft.loop."
+            )
+            raise
     jaxpr, consts = consts_first(closed)
     return Code(jaxpr, jax.tree.structure(shape)), consts
 

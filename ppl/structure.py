@@ -43,7 +43,7 @@ class SiteInfo:
         event_shape: the event axes; ``event_dims`` their names.
         distribution: name of the distribution's class.
         support: NumPyro constraint, where no traced value enters it.
-        discrete: whether the distribution is.
+        is_discrete: whether the distribution is.
         values: the values of one element, where the support is finite and known; ``num_values`` their number.
         conditional: it stands in a branch, so that it may be idle.
         observed: its value is fixed inside the model.
@@ -66,7 +66,7 @@ class SiteInfo:
     hidden: bool = False
     why_hidden: str = ""
     masked: bool = False
-    discrete: bool = False
+    is_discrete: bool = False
     event_dims: tuple[str | None, ...] = ()
 
     def __repr__(self) -> str:
@@ -76,10 +76,12 @@ class SiteInfo:
 
     @property
     def num_values(self) -> int | None:
+        """How many values one element may take, where that is finite and known."""
         return None if self.values is None else len(self.values)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes that are no event axes."""
         return tuple(a.size for a in self.axes)
 
     @property
@@ -89,11 +91,8 @@ class SiteInfo:
 
     @property
     def size(self) -> int:
+        """Number of scalars."""
         return math.prod(self.shape)
-
-    @property
-    def is_discrete(self) -> bool:
-        return self.discrete
 
 
 Scope = dict[str, "SiteInfo | Scope"]
@@ -254,7 +253,7 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
         hidden=bool(why),
         why_hidden=why,
         masked=parts.get("where") is not None,
-        discrete=spec.discrete,
+        is_discrete=spec.discrete,
         event_dims=names[spec.batch_ndim : len(spec.shape)],
     )
 

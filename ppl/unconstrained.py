@@ -101,11 +101,13 @@ class FlatUnconstrained(printing.Printed, eqx.Module):
         }
 
     def ravel(self, z: Mapping[str, Any]) -> jax.Array:
+        """The vector of a nested position."""
         flat = flatten(z)
         parts = [jnp.ravel(flat[a]).astype(jnp.result_type(float)) for a in self.nested.shapes]
         return jnp.concatenate(parts) if parts else jnp.zeros((0,))
 
     def unravel(self, x: jax.Array) -> Positions:
+        """The nested position of a vector."""
         x = jnp.asarray(x)
         if x.shape != (self.size,):
             raise AddressError(f"expected a position of shape ({self.size},), got {x.shape}")
@@ -114,18 +116,23 @@ class FlatUnconstrained(printing.Printed, eqx.Module):
         )
 
     def log_density(self, x: jax.Array) -> jax.Array:
+        """As ``Unconstrained.log_density``."""
         return self.nested.log_density(self.unravel(x))
 
     def trace(self, x: jax.Array) -> Trace:
+        """As ``Unconstrained.trace``."""
         return self.nested.trace(self.unravel(x))
 
     def to_choices(self, x: jax.Array) -> dict[str, Any]:
+        """As ``Unconstrained.to_choices``."""
         return self.nested.to_choices(self.unravel(x))
 
     def from_choices(self, choices: Mapping[str, Any]) -> jax.Array:
+        """As ``Unconstrained.from_choices``."""
         return self.ravel(self.nested.from_choices(choices))
 
     def init(self, key: jax.Array) -> jax.Array:
+        """As ``Unconstrained.init``."""
         return self.ravel(self.nested.init(key))
 
     def __repr__(self) -> str:

@@ -1123,3 +1123,15 @@ def test_static_module_fields_are_fine() -> None:
     net = Net(jnp.ones(()), jnp.tanh, "net")
     trace = gen(lambda net: sample("x", N(net.activation(net.weight), 1.0)))(net).simulate(KEY)
     assert np.isfinite(trace.log_density)
+
+
+def test_a_python_branch_on_a_choice() -> None:
+    @gen
+    def branchy() -> None:
+        if sample("x", dist.Normal()) > 0:
+            sample("y", dist.Normal())
+
+    with pytest.raises(jax.errors.TracerBoolConversionError) as e:
+        branchy().simulate(jax.random.key(0))
+    assert "staged once" in e.value.__notes__[-1]
+    assert "lax.cond" in e.value.__notes__[-1]
