@@ -13,6 +13,7 @@ from .initial import InitStrategy as InitStrategy
 from .objectives import elbo as elbo
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
+from .recovery import recover as recover
 from .results import Draws as Draws
 from .results import Particles as Particles
 from .storage import load as load

@@ -14,6 +14,7 @@ from .language import factor as factor
 from .language import loop as loop
 from .language import repeat as repeat
 from .language import sample as sample
+from .marginals import marginalize as marginalize
 from .models import Model as Model
 from .models import gen as gen
 from .observations import Observed as Observed

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer as Tracer
@@ -112,3 +113,12 @@ def as_key(key: Any) -> jax.Array:
 def name_hash(name: str) -> int:
     """The integer folded into a scope's key for a name (stable across versions and processes)."""
     return zlib.crc32(name.encode())
+
+
+def where_in_source(eqn: Any) -> str:
+    """The user's line that an equation comes from, for messages."""
+    try:
+        line = jax.extend.source_info_util.summarize(eqn.source_info)
+    except Exception:  # not worth an error of its own
+        return ""
+    return "" if line in ("", "<unknown>") else f" ({line})"

@@ -73,6 +73,26 @@ def _outside(*_: Any, name: str | None, **__: Any) -> Any:
 mlir.register_lowering(scope_p, lambda ctx, *_, **params: _outside(**params))
 
 
+# --- a program of which some choices are summed out -------------------------------------------------------------------
+
+marginal_p = Primitive("marginal")
+marginal_p.multiple_results = True
+"""Parameters: ``jaxpr`` (without constants), ``addresses`` (paths of the choices from here), ``options``."""
+
+
+@marginal_p.def_abstract_eval
+def _(*_: Any, jaxpr: Any, **__: Any) -> list[ShapedArray]:
+    return [ShapedArray(v.aval.shape, v.aval.dtype) for v in open_jaxpr(jaxpr)[0].outvars]
+
+
+@marginal_p.def_impl
+def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
+    raise ModelError(_outside_a_program(jaxpr))
+
+
+mlir.register_lowering(marginal_p, lambda ctx, *_, **params: marginal_p.impl(**params))
+
+
 # --- control flow under vmap ------------------------------------------------------------------------------------------
 
 lanes_p = Primitive("lanes")
@@ -87,8 +107,12 @@ def _(*_: Any, jaxpr: Any, lanes: tuple[Lane, ...]) -> list[ShapedArray]:
 
 @lanes_p.def_impl
 def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
+    raise ModelError(_outside_a_program(jaxpr))
+
+
+def _outside_a_program(jaxpr: Any) -> str:
     names = site_names(jaxpr)
-    raise ModelError(
+    return (
         f"{'site' if len(names) == 1 else 'sites'} {', '.join(map(repr, names))} outside a program: decorate the "
         "function with @gen and run it with model(*args).simulate(key), .log_density(choices) or .given(data)"
     )
@@ -146,7 +170,8 @@ def _intercept(primitive: Primitive) -> None:
 
 for _primitive in (cond_p, scan_p, while_p):
     _intercept(_primitive)
-fancy_primitive_batchers[scope_p] = _keep_unmapped(scope_p)
+for _primitive in (scope_p, marginal_p):
+    fancy_primitive_batchers[_primitive] = _keep_unmapped(_primitive)
 
 
 # --- derivatives through any of these ---------------------------------------------------------------------------------
@@ -161,8 +186,8 @@ def _refuse_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     )
 
 
-ad.primitive_jvps[scope_p] = _refuse_jvp
-ad.primitive_jvps[lanes_p] = _refuse_jvp
+for _primitive in (scope_p, marginal_p, lanes_p):
+    ad.primitive_jvps[_primitive] = _refuse_jvp
 
 
 def site_names(jaxpr: Any) -> list[str]:

@@ -92,7 +92,7 @@ class Evaluate(Handler):
         if site.spec.kind == "factor":
             weight = site.part("weight")
             counted = site.weigh(weight)
-            terms = {"log_density": jnp.sum(counted), "log_weight": jnp.sum(counted)}
+            terms = {"log_density": counted, "log_weight": counted}
             return weight, {"value": counted} if self.record == "log_density" else None, terms
         fixed = "value" in site.parts
         given = conditioned(site, given)
@@ -105,11 +105,11 @@ class Evaluate(Handler):
         log_prob = site.weigh(site.log_prob(value) if inside else site.log_prob_anywhere(value))
         terms = {}
         if given is None:
-            terms["log_density"] = jnp.sum(log_prob)
+            terms["log_density"] = log_prob
         else:
             seen = log_prob if given.where is None else jnp.where(given.where, log_prob, 0)
             log_prob = seen if given.drop is not None else log_prob
-            terms = {"log_weight": jnp.sum(seen), "log_density": jnp.sum(log_prob)}
+            terms = {"log_weight": seen, "log_density": log_prob}
         if self.record is None or (
             fixed and "observed" not in site.parts and self.record == "value"
         ):
@@ -297,7 +297,7 @@ class Unconstrain(Handler):
             record = {"value": value}
             if "where" in site.parts:
                 record["active"] = jnp.broadcast_to(active, own.shape)
-        return value, record, {"log_density": jnp.sum(term)}
+        return value, record, {"log_density": term}
 
     @staticmethod
     def pseudo_prior(own: jax.Array, z: jax.Array) -> jax.Array:

@@ -59,7 +59,7 @@ class Handler:
     def site(
         self, site: Site, key: Any, given: Any
     ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
-        """``(value, record or None, terms)`` of one site; the terms are summed over the program."""
+        """``(value, record or None, terms)`` of one site; the terms, arrays, are summed over the program."""
         raise NotImplementedError
 
     def terms(self) -> dict[str, jax.Array]:
@@ -114,6 +114,10 @@ class Context:
             self, keys=keys, given=given, anonymous=anonymous, axes=self.axes + axes
         )
 
+    def after(self, eqn: Any) -> Context:
+        """The context of what follows an equation."""
+        return dataclasses.replace(self, anonymous=self.anonymous + eqn_anonymous(eqn))
+
     def names(self, *jaxprs: Any) -> list[str]:
         return list(dict.fromkeys(n for j in jaxprs for n in scope_names(j, self.anonymous)))
 
@@ -157,15 +161,20 @@ def walk(jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records, d
     for eqn in opened.eqns:
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         if eqn_holds_sites(eqn):
-            outs, found, more = _RULES.get(eqn.primitive, _call)(eqn, ins, context)
+            outs, found, more = step(eqn, ins, context)
             records.update(found)
             terms = _add(terms, more)
             outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
-            context = dataclasses.replace(context, anonymous=context.anonymous + eqn_anonymous(eqn))
+            context = context.after(eqn)
         else:
             outs = bind(eqn, ins)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], records, terms
+
+
+def step(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    """One equation that holds sites, by its rule."""
+    return RULES.get(eqn.primitive, _call)(eqn, ins, context)
 
 
 def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def _site(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     value, record, terms = context.handler.site(
         site, context.keys.get(name), context.given.get(name)
     )
-    return [value], {} if record is None else {name: record}, terms
+    return [value], {} if record is None else {name: record}, _sum(terms)
 
 
 def _scope(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
@@ -397,7 +406,7 @@ def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[s
     return walk(branch, finite_cotangents(operands), context)[1:]
 
 
-_RULES: dict[Any, Any] = {
+RULES: dict[Any, Any] = {
     site_p: _site,
     scope_p: _scope,
     scan_p: _scan,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
-from .control import eqn_holds_sites, holds_sites, lanes_p, scope_p, site_names
+from .control import eqn_holds_sites, holds_sites, lanes_p, marginal_p, scope_p, site_names
 from .errors import ModelError
 from .sites import site_p
 from .specs import SiteSpec
@@ -109,6 +109,7 @@ class _Place:
     axes: tuple[Axis, ...] = ()
     conditional: bool = False
     in_while: bool = False
+    summed: bool = False  # whether the table has what is summed out, too
 
     def under(self, *axes: Axis) -> _Place:
         return dataclasses.replace(self, axes=self.axes + axes)
@@ -122,6 +123,12 @@ def site_table(jaxpr: Any) -> dict[str, SiteInfo]:
             not know holds a site.
     """
     return dict(_flat(_scope(jaxpr, _Place())))
+
+
+def summed_out(jaxpr: Any) -> dict[str, SiteInfo]:
+    """The choices of a staged program that are summed out, by dotted address."""
+    left = site_table(jaxpr)
+    return {a: s for a, s in _flat(_scope(jaxpr, _Place(summed=True))) if a not in left}
 
 
 def _flat(scope: Scope) -> Iterator[tuple[str, SiteInfo]]:
@@ -163,6 +170,11 @@ def _equation(eqn: Any, place: _Place) -> Scope:
             return {}
         inner = dataclasses.replace(place, prefix=(*place.prefix, params["name"]))
         return {params["name"]: _scope(params["jaxpr"], inner)}
+    if primitive is marginal_p:
+        scope = _scope(params["jaxpr"], place)
+        for address in () if place.summed else params["addresses"]:
+            scope = _without(scope, address)
+        return scope
     if primitive is lanes_p:
         axes = [Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"])]
         return _scope(params["jaxpr"], place.under(*axes))
@@ -183,6 +195,16 @@ def _equation(eqn: Any, place: _Place) -> Scope:
         f"scan, cond, switch, "
         "jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
     )
+
+
+def _without(scope: Scope, address: tuple[str, ...]) -> Scope:
+    """The scope without the site at a path."""
+    name, *rest = address
+    node = scope.get(name)
+    if rest and isinstance(node, dict):
+        inner = _without(node, tuple(rest))
+        return {n: inner if n == name else s for n, s in scope.items() if n != name or inner}
+    return {n: s for n, s in scope.items() if n != name or rest}
 
 
 def _listed(eqn: Any) -> str:

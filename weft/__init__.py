@@ -5,6 +5,7 @@ from weft import models as models
 from weft import ppl as ppl
 from weft.inference import kernels as kernels
 from weft.inference import load as load
+from weft.inference import recover as recover
 from weft.models import distributions as distributions
 from weft.ppl import Model as Model
 from weft.ppl import Program as Program
@@ -21,6 +22,7 @@ from weft.ppl import expect as expect
 from weft.ppl import factor as factor
 from weft.ppl import gen as gen
 from weft.ppl import loop as loop
+from weft.ppl import marginalize as marginalize
 from weft.ppl import mask as mask
 from weft.ppl import noncentered as noncentered
 from weft.ppl import observed as observed

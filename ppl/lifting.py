@@ -1,0 +1,539 @@
+r"""Values as tables over discrete choices: the arithmetic below exact marginalisation.
+
+A choice $z$ that is summed out has no value while a program is scored; what is computed from it is a function of it.
+Such a function is kept as a table: a ``Lifted`` array has one leading axis for every choice it depends on, then its own
+axes. Any JAX equation is applied to tables by ``jax.vmap`` over the leading axes, so nothing has to be known of it.
+
+A choice of shape $(N,)$ is $N$ choices $z_1 \ldots z_N$. A table over all of them would have $V^N$ entries. Where
+every element of a value reads at most the copy with its own index (it is *diagonal*), $V$ evaluations with all copies
+set to the same value say everything. That an equation keeps values diagonal is proved from what is known of it, the
+rules below; for every other equation the copies are *entangled*, which is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_sizes, where_in_source
+from .errors import ModelError
+
+_numbers = itertools.count()
+
+
+class Plate:
+    """One axis of independent copies of a choice. Plates that are found to share their index are merged."""
+
+    __slots__ = ("name", "parent", "size")
+
+    def __init__(self, size: int, name: str) -> None:
+        self.size = size
+        self.name = name
+        self.parent: Plate | None = None
+
+    def root(self) -> Plate:
+        return self if self.parent is None else self.parent.root()
+
+    def merge(self, other: Plate) -> None:
+        a, b = self.root(), other.root()
+        if a is not b:
+            b.parent = a
+
+    def __repr__(self) -> str:
+        return f"Plate({self.name}, {self.size})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variable:
+    """A discrete choice that is summed out, one for every index of its plates.
+
+    Attributes:
+        address: dotted address of its site.
+        num_values: how many values it may take.
+        plates: the axes of its copies.
+    """
+
+    address: str
+    num_values: int
+    plates: tuple[Plate, ...] = ()
+    number: int = dataclasses.field(default_factory=lambda: next(_numbers))
+
+    def __repr__(self) -> str:
+        return f"Variable({self.address}, {self.num_values})"
+
+
+Axes = dict[Variable, tuple[int, ...]]
+
+
+class Lifted:
+    """A table: ``array`` leads with one axis for each variable in ``axes``, in the order of their numbers.
+
+    ``axes`` tells for every variable which of the value's own axes are its plates.
+    """
+
+    __slots__ = ("array", "axes")
+
+    def __init__(self, array: Any, axes: Axes) -> None:
+        self.array = array
+        self.axes = dict(sorted(axes.items(), key=lambda item: item[0].number))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value, without the axes of the table."""
+        return tuple(jnp.shape(self.array))[len(self.axes) :]
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def __repr__(self) -> str:
+        return f"Lifted({', '.join(v.address for v in self.axes)}; {self.dtype}{list(self.shape)})"
+
+
+def axes_of(x: Any) -> Axes:
+    return x.axes if isinstance(x, Lifted) else {}
+
+
+def variables_of(xs: Iterable[Any]) -> list[Variable]:
+    """All variables that some values depend on, in order."""
+    found = {v: None for x in xs for v in axes_of(x)}
+    return sorted(found, key=lambda v: v.number)
+
+
+def is_lifted(x: Any) -> bool:
+    return isinstance(x, Lifted)
+
+
+def num_terms(variables: Iterable[Variable]) -> int:
+    return math.prod(v.num_values for v in variables)
+
+
+class Entangled(ModelError):
+    """Copies of a choice meet in one equation, or a table would be too large."""
+
+
+class Limit:
+    """How large a table may become, and how large the largest was."""
+
+    def __init__(self, max_terms: int) -> None:
+        self.max_terms = max_terms
+        self.largest = 1
+
+    def check(self, variables: Sequence[Variable], what: str) -> None:
+        terms = num_terms(variables)
+        self.largest = max(self.largest, terms)
+        if terms > self.max_terms:
+            names = ", ".join(f"{v.address} ({v.num_values})" for v in variables)
+            raise Entangled(
+                f"summing out takes a table of {terms:,} terms, more than max_terms={self.max_terms:,}: {what} depends "
+                f"on {len(variables)} choices with values {names}. Let fewer of them meet there (several factors in "
+                "place of one), or raise max_terms"
+            )
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def apply(f: Callable[..., Any], limit: Limit, *args: Any) -> Any:
+    """``f(*args)`` where leaves of ``args`` may be lifted; leaves of what it returns then are, too."""
+    leaves, treedef = jax.tree.flatten(args, is_leaf=is_lifted)
+    if not any(map(is_lifted, leaves)):
+        return f(*args)
+    avals = [
+        jax.ShapeDtypeStruct(
+            x.shape if is_lifted(x) else jnp.shape(x),
+            getattr(x, "dtype", None) or jnp.result_type(x),
+        )
+        for x in leaves
+    ]
+    closed, shape = jax.make_jaxpr(
+        lambda *xs: f(*jax.tree.unflatten(treedef, xs)), return_shape=True
+    )(*avals)
+    return jax.tree.unflatten(jax.tree.structure(shape), evaluate(closed, leaves, limit))
+
+
+def evaluate(jaxpr: Any, args: Sequence[Any], limit: Limit) -> list[Any]:
+    """Evaluate a jaxpr without sites on values of which some are lifted."""
+    opened, consts = open_jaxpr(jaxpr)
+    env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
+    env.update(zip(opened.invars, args, strict=True))
+    for eqn in opened.eqns:
+        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        env.update(zip(eqn.outvars, equation(eqn, ins, limit), strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars]
+
+
+def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
+    """One equation without sites."""
+    variables = variables_of(ins)
+    if not variables:
+        return bind(eqn, ins)
+    if eqn.primitive.name in INLINED:
+        return evaluate(inner_jaxprs(eqn)[0], ins, limit)
+    limit.check(variables, f"the equation {eqn.primitive.name!r}{where_in_source(eqn)}")
+    out_axes: list[Axes] = [{} for _ in eqn.outvars]
+    for variable in variables:
+        aligned: list[list[int]] = [[] for _ in eqn.outvars]
+        for i, plate in enumerate(variable.plates):
+            places = [axes_of(x)[variable][i] if variable in axes_of(x) else None for x in ins]
+            try:
+                found = align(eqn, places)
+            except _Unknown as e:
+                raise Entangled(entangled(variable, plate, eqn, str(e))) from None
+            for out, place in zip(aligned, found, strict=True):
+                out.append(-1 if place is None else place)
+        for out, places in zip(out_axes, aligned, strict=True):
+            if -1 not in places:
+                out[variable] = tuple(places)
+    f: Callable[..., Any] = functools.partial(_bind, eqn)
+    for variable in reversed(variables):
+        f = jax.vmap(f, [0 if variable in axes_of(x) else None for x in ins])
+    outs = f(*(x.array if isinstance(x, Lifted) else x for x in ins))
+    return [_trim(out, variables, axes) for out, axes in zip(outs, out_axes, strict=True)]
+
+
+def _bind(eqn: Any, *args: Any) -> list[Any]:
+    return bind(eqn, args)
+
+
+def _trim(array: Any, variables: list[Variable], axes: Axes) -> Any:
+    """A result that leads with all ``variables``; those that it does not depend on are dropped."""
+    for i in reversed(range(len(variables))):
+        if variables[i] not in axes:
+            array = jax.lax.index_in_dim(array, 0, i, keepdims=False)
+    return Lifted(array, axes) if axes else array
+
+
+def entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> str:
+    return (
+        f"the {plate.size} copies of {variable.address!r} along {plate.name} are not independent: the equation "
+        f"{eqn.primitive.name!r}{where_in_source(eqn)} {why}. Exact summing goes copy by copy, and must see that each "
+        f"number reads one copy only; where copies do meet, marginalize(model, {variable.address!r}, joint=True) sums "
+        f"over all {variable.num_values}^{plate.size} joint values"
+    )
+
+
+# --- which equations keep copies apart --------------------------------------------------------------------------------
+
+
+class _Unknown(Exception):
+    """An equation may mix the copies of a choice; says how."""
+
+
+Places = list["int | None"]
+
+INLINED = frozenset(
+    {
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "checkpoint",
+        "remat",
+        "remat2",
+        "custom_vjp_call_jaxpr",
+    }
+)
+
+_ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
+convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1
+finite_cotangent floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p
+logistic lt lt_to max min mul ne neg nextafter not optimization_barrier or polygamma population_count pow
+random_gamma_grad real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+
+_BATCHED = """
+cholesky triangular_solve lu lu_solve lu_pivots_to_permutation eigh eig svd qr geqrf householder_product
+tridiagonal_solve tridiagonal fft schur
+"""
+BATCHED = frozenset(_BATCHED.split())
+"""Linear algebra: all axes but the last two are batch axes, in the same places in the results."""
+
+Rule = Callable[[Any, Places], Places]
+_RULES: dict[str, Rule] = {}
+
+
+def align(eqn: Any, places: Places) -> Places:
+    """Where the results of an equation carry the axis that some operands carry at ``places`` (None: not at all).
+
+    Raises:
+        _Unknown: if the equation may mix indices of that axis.
+    """
+    name = eqn.primitive.name
+    if all(p is None for p in places):
+        return [None] * len(eqn.outvars)
+    if name in _RULES:
+        return _RULES[name](eqn, places)
+    if name in ELEMENTWISE:
+        return _same(eqn, places)
+    if name in BATCHED:
+        return _batched(eqn, places)
+    if name.startswith(("reduce_", "arg")):
+        return _reduce(eqn, places)
+    if name.startswith("cum"):
+        return _along(eqn, places, eqn.params["axis"])
+    inner = inner_jaxprs(eqn)
+    if len(inner) == 1 and len(open_jaxpr(inner[0])[0].invars) == len(places):
+        return align_jaxpr(inner[0], places)
+    raise _Unknown("is not known to keep them apart")
+
+
+def align_jaxpr(jaxpr: Any, places: Places) -> Places:
+    """The same for a whole jaxpr."""
+    opened, _ = open_jaxpr(jaxpr)
+    env: dict[Any, int | None] = dict(zip(opened.invars, places, strict=True))
+
+    def read(v: Any) -> int | None:
+        return None if isinstance(v, Literal) else env.get(v)
+
+    for eqn in opened.eqns:
+        env.update(zip(eqn.outvars, align(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in opened.outvars]
+
+
+def _one(places: Places) -> int:
+    """The place that all operands agree on."""
+    found = {p for p in places if p is not None}
+    if len(found) != 1:
+        raise _Unknown(f"combines them along different axes {sorted(found)}")
+    return found.pop()
+
+
+def _shape(eqn: Any, i: int = 0) -> tuple[int, ...]:
+    return tuple(eqn.invars[i].aval.shape)
+
+
+def _same(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    ranks = {len(_shape(eqn, i)) for i, p in enumerate(places) if p is not None}
+    if eqn.primitive.name == "optimization_barrier":
+        return list(places)
+    if any(len(out.aval.shape) not in ranks for out in eqn.outvars):
+        raise _Unknown("changes the number of axes")
+    return [place] * len(eqn.outvars)
+
+
+def _batched(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    if any(p is not None and p >= len(_shape(eqn, i)) - 2 for i, p in enumerate(places)):
+        raise _Unknown("reads the whole axis")
+    return [place] * len(eqn.outvars)
+
+
+def _reduce(eqn: Any, places: Places) -> Places:
+    place, axes = _one(places), eqn.params.get("axes", eqn.params.get("dimensions"))
+    if axes is None or place in axes:
+        raise _Unknown(f"reduces over their axis {place}")
+    return [place - sum(a < place for a in axes)] * len(eqn.outvars)
+
+
+def _along(eqn: Any, places: Places, axis: int) -> Places:
+    place = _one(places)
+    if place == axis:
+        raise _Unknown(f"goes along their axis {axis}")
+    return [place] * len(eqn.outvars)
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+@_rule("broadcast_in_dim")
+def _broadcast(eqn: Any, places: Places) -> Places:
+    place = _one(places[:1])
+    target = eqn.params["broadcast_dimensions"][place]
+    if _shape(eqn)[place] != eqn.params["shape"][target]:
+        raise _Unknown("repeats their axis")
+    return [target]
+
+
+@_rule("reshape")
+def _reshape(eqn: Any, places: Places) -> Places:
+    place, old, new = _one(places[:1]), _shape(eqn), tuple(eqn.params["new_sizes"])
+    before = math.prod(old[:place])
+    for target, size in enumerate(new):
+        if size == old[place] and math.prod(new[:target]) == before:
+            return [target]
+    raise _Unknown(f"reshapes their axis, {old} to {new}")
+
+
+@_rule("squeeze")
+def _squeeze(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    return [place - sum(a < place for a in eqn.params["dimensions"])]
+
+
+@_rule("expand_dims")
+def _expand_dims(eqn: Any, places: Places) -> Places:
+    place, new = _one(places), set(eqn.params["dimensions"])
+    kept = [a for a in range(len(_shape(eqn)) + len(new)) if a not in new]
+    return [kept[place]]
+
+
+@_rule("transpose")
+def _transpose(eqn: Any, places: Places) -> Places:
+    return [list(eqn.params["permutation"]).index(_one(places))]
+
+
+@_rule("rev")
+def _rev(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    if place in eqn.params["dimensions"]:
+        raise _Unknown(f"reverses their axis {place}")
+    return [place]
+
+
+@_rule("sort", "concatenate", "split")
+def _dimension(eqn: Any, places: Places) -> Places:
+    return _along(eqn, places, eqn.params.get("dimension", eqn.params.get("axis")))
+
+
+@_rule("top_k")
+def _top_k(eqn: Any, places: Places) -> Places:
+    return _along(eqn, places, len(_shape(eqn)) - 1)
+
+
+@_rule("pad")
+def _pad(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    if tuple(eqn.params["padding_config"][place]) != (0, 0, 0):
+        raise _Unknown(f"pads their axis {place}")
+    return [place]
+
+
+@_rule("slice")
+def _slice(eqn: Any, places: Places) -> Places:
+    place, params = _one(places), eqn.params
+    whole = (
+        params["start_indices"][place] == 0 and params["limit_indices"][place] == _shape(eqn)[place]
+    )
+    if not whole or (params["strides"] and params["strides"][place] != 1):
+        raise _Unknown(f"takes a part of their axis {place}")
+    return [place]
+
+
+@_rule("dynamic_slice")
+def _dynamic_slice(eqn: Any, places: Places) -> Places:
+    place = _one(places[:1])
+    if eqn.params["slice_sizes"][place] != _shape(eqn)[place]:
+        raise _Unknown(f"takes a part of their axis {place}")
+    return [place]
+
+
+@_rule("dynamic_update_slice")
+def _dynamic_update_slice(eqn: Any, places: Places) -> Places:
+    place = _one(places[:2])
+    if _shape(eqn, 1)[place] != _shape(eqn, 0)[place]:
+        raise _Unknown(f"writes a part of their axis {place}")
+    return [place]
+
+
+@_rule("dot_general")
+def _dot_general(eqn: Any, places: Places) -> Places:
+    (contract, batch), out = eqn.params["dimension_numbers"], set()
+    free_before = len(batch[0])
+    for side, place in enumerate(places[:2]):
+        free = [
+            a
+            for a in range(len(_shape(eqn, side)))
+            if a not in contract[side] and a not in batch[side]
+        ]
+        if place is not None:
+            if place in contract[side]:
+                raise _Unknown(f"sums over their axis {place}")
+            out.add(
+                list(batch[side]).index(place)
+                if place in batch[side]
+                else free_before + free.index(place)
+            )
+        free_before += len(free)
+    if len(out) != 1:
+        raise _Unknown("combines every copy with every other")
+    return [out.pop()]
+
+
+@_rule("gather")
+def _gather(eqn: Any, places: Places) -> Places:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    operand, indices = places
+    out_rank = len(eqn.outvars[0].aval.shape)
+    batch = [a for a in range(out_rank) if a not in numbers.offset_dims]
+    out = set()
+    if indices is not None:
+        if indices == len(_shape(eqn, 1)) - 1:
+            raise _Unknown("reads an index made of several copies")
+        out.add(batch[indices])
+    if operand is not None:
+        if operand in numbers.operand_batching_dims:
+            i = list(numbers.operand_batching_dims).index(operand)
+            out.add(batch[numbers.start_indices_batching_dims[i]])
+        elif operand in numbers.start_index_map or sizes[operand] != _shape(eqn)[operand]:
+            raise _Unknown(f"takes parts of their axis {operand}")
+        else:
+            dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+            kept = [a for a in range(len(_shape(eqn))) if a not in dropped]
+            out.add(numbers.offset_dims[kept.index(operand)])
+    if len(out) != 1:
+        raise _Unknown("combines every copy with every other")
+    return [out.pop()]
+
+
+@_rule("scan")
+def _scan(eqn: Any, places: Places) -> Places:
+    num_consts, num_carry = scan_sizes(eqn.params)
+    consts, carry = places[:num_consts], places[num_consts : num_consts + num_carry]
+    xs = places[num_consts + num_carry :]
+    if 0 in xs:
+        raise _Unknown("goes along their axis 0")
+    xs = [None if p is None else p - 1 for p in xs]
+    carry = _settle(
+        lambda c: align_jaxpr(eqn.params["jaxpr"], [*consts, *c, *xs])[:num_carry], carry
+    )
+    outs = align_jaxpr(eqn.params["jaxpr"], [*consts, *carry, *xs])
+    return [*carry, *(None if p is None else p + 1 for p in outs[num_carry:])]
+
+
+@_rule("while")
+def _while(eqn: Any, places: Places) -> Places:
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    consts, carry = places[n : n + m], places[n + m :]
+    carry = _settle(lambda c: align_jaxpr(eqn.params["body_jaxpr"], [*consts, *c]), carry)
+    if align_jaxpr(eqn.params["cond_jaxpr"], [*places[:n], *carry])[0] is not None:
+        raise _Unknown("decides by all of them how long to go on")
+    return carry
+
+
+@_rule("cond")
+def _cond(eqn: Any, places: Places) -> Places:
+    outs = [align_jaxpr(b, places[1:]) for b in eqn.params["branches"]]
+    return [_agree(found) for found in zip(*outs, strict=True)]
+
+
+def _agree(places: Sequence[int | None]) -> int | None:
+    found = {p for p in places if p is not None}
+    if len(found) > 1:
+        raise _Unknown("puts them on different axes in different branches")
+    return found.pop() if found else None
+
+
+def _settle(step: Callable[[Places], Places], carry: Places) -> Places:
+    """Places of a carry that one more step does not change."""
+    while True:
+        new = [_agree(pair) for pair in zip(carry, step(carry), strict=True)]
+        if new == carry:
+            return carry
+        carry = new

@@ -1,0 +1,903 @@
+r"""Exact marginalisation: a model without some of its discrete choices.
+
+``marginalize(model, "z")`` is a model of all other choices, with density $p(x) = \sum_z p(x, z)$. Drawing from it is
+drawing from the model; scoring it walks the model once with $z$ as a table of its values (``lifting``), collects the
+density terms as factors and sums them out (``elimination``). What depends on $z$ shows in the staged program, so that
+nothing has to be declared: copies along a ``vmap`` or a batch axis are summed one by one, a ``lax.scan`` is a Markov
+chain (``chains``), branches are tables as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .addresses import covers, dotted, unknown
+from .compat import CALLS, Literal, cond_p, consts_first, inner_jaxprs, open_jaxpr, scan_p, while_p
+from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p
+from .cotangents import finite_cotangents
+from .elimination import Factor, Reduce, factor_of, log_sum, sum_out
+from .errors import DensityError, ModelError
+from .handlers import Evaluate, Given, conditioned
+from .interpreter import RULES, Context, Handler, Records, step, walk
+from .lifting import (
+    Axes,
+    Entangled,
+    Lifted,
+    Limit,
+    Plate,
+    Variable,
+    apply,
+    axes_of,
+    equation,
+    is_lifted,
+    variables_of,
+)
+from .rewriting import Rewrite, Transformed, stage_call, transform
+from .sites import Lane, Site, lane_shape, site_p
+from .structure import SiteInfo, count_anonymous, site_table
+
+F = TypeVar("F", bound=Callable[..., Any])
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How choices are summed out.
+
+    Attributes:
+        joint: sum over all joint values of the copies of a choice, whatever they read.
+        parallel: chains by an associative scan.
+        max_terms: the largest table allowed.
+    """
+
+    joint: bool = False
+    parallel: bool = False
+    max_terms: int = 1_000_000
+
+
+class Weights(NamedTuple):
+    """Given at a choice that is summed out: numbers added to its log density, the table's axis last."""
+
+    log_weights: jax.Array
+
+
+class Lost:
+    """A value that depends on a choice which is gone; an error if anything reads it."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one marginalisation sums out, and how."""
+
+    targets: frozenset[Path]
+    options: Options
+    limit: Limit
+    reduce: Reduce = log_sum
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def holds(self, jaxpr: Any, prefix: Path) -> bool:
+        """Whether a choice that is summed out stands in a jaxpr."""
+        return any(
+            (*prefix, eqn.params["spec"].name) in self.targets
+            if eqn.primitive is site_p
+            else any(
+                self.holds(j, (*prefix, eqn.params["name"]) if eqn.primitive is scope_p else prefix)
+                for j in inner_jaxprs(eqn)
+            )
+            for eqn in open_jaxpr(jaxpr)[0].eqns
+            if eqn_holds_sites(eqn)
+            and not (eqn.primitive is scope_p and eqn.params["name"] is None)
+        )
+
+
+class Level:
+    """The walk through one region of a program: its factors, and what it knows without them.
+
+    A region is where equations share their axes: the program, one lane, one step of a scan, a branch.
+    """
+
+    def __init__(self, plan: Plan, known: dict[Path, Variable] | None = None) -> None:
+        self.plan = plan
+        self.factors: list[Factor] = []
+        self.constant: Any = 0.0
+        self.known = {} if known is None else known  # choices that another branch has, too
+        self.keys: dict[Variable, Any] = {}
+        self.created: list[Variable] = []
+
+    # --- walking ---
+
+    def walk(
+        self, jaxpr: Any, args: Any, context: Context, live: frozenset[Variable] = frozenset()
+    ) -> tuple[list[Any], Records]:
+        """Outputs and records of a jaxpr on lifted values; its density goes into the factors.
+
+        ``live`` are the variables that are read after it.
+        """
+        opened, consts = open_jaxpr(jaxpr)
+        env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
+        env.update(zip(opened.invars, args, strict=True))
+        last_use = {
+            v: i for i, e in enumerate(opened.eqns) for v in e.invars if not isinstance(v, Literal)
+        }
+        last_use.update({v: len(opened.eqns) for v in opened.outvars if not isinstance(v, Literal)})
+        records: Records = {}
+        for i, eqn in enumerate(opened.eqns):
+            ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+            for x in ins:
+                if isinstance(x, Lost):
+                    raise ModelError(x.why)
+            if eqn_holds_sites(eqn):
+                later = {u for v, x in env.items() if last_use.get(v, -1) > i for u in axes_of(x)}
+                outs, found = self.sited(eqn, ins, context, live | later)
+                records.update(found)
+                outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
+                context = context.after(eqn)
+            else:
+                outs = equation(eqn, ins, self.plan.limit)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], records
+
+    def sited(
+        self, eqn: Any, ins: list[Any], context: Context, live: frozenset[Variable]
+    ) -> tuple[list[Any], Records]:
+        """An equation that holds sites."""
+        primitive = eqn.primitive
+        if primitive is site_p:
+            address = (*context.prefix, eqn.params["spec"].name)
+            if address in self.plan.targets:
+                return [self.variable(eqn, ins, context, address)], {}
+            return self.site(eqn, ins, context, address)
+        if not any(map(is_lifted, ins)) and not self._holds(eqn, context):
+            outs, records, terms = step(eqn, ins, context)
+            self.constant = self.constant + terms.get("log_density", 0.0)
+            return outs, records
+        if primitive is scope_p and eqn.params["name"] is not None:
+            name = eqn.params["name"]
+            outs, records = self.walk(eqn.params["jaxpr"], ins, context.enter(name), live)
+            return outs, {name: records} if records else {}
+        if primitive is lanes_p:
+            return self.lanes(eqn, ins, context, live)
+        if primitive is scan_p:
+            from .chains import chain
+
+            return chain(self, eqn, ins, context, live)
+        if primitive is cond_p:
+            return self.branches(eqn, ins, context, live)
+        if primitive.name in CALLS or primitive is marginal_p:
+            # What is summed out further inside is summed out together: sums commute.
+            inner = self if primitive is not marginal_p else self._also(eqn, context)
+            return inner.walk(inner_jaxprs(eqn)[0], ins, context, live)
+        what = "a while_loop" if primitive is while_p else f"{primitive.name!r}"
+        raise ModelError(
+            f"sites in {what} depend on {_addresses(variables_of(ins)) or 'choices that are summed out'}, or are "
+            "themselves to be summed out there: that is possible in vmap, scan, cond, switch, jit and nested programs"
+        )
+
+    def _holds(self, eqn: Any, context: Context) -> bool:
+        prefix = context.prefix
+        if eqn.primitive is scope_p and eqn.params["name"] is not None:
+            prefix = (*prefix, eqn.params["name"])
+        return any(self.plan.holds(j, prefix) for j in inner_jaxprs(eqn))
+
+    def _also(self, eqn: Any, context: Context) -> Level:
+        more = {(*context.prefix, *a) for a in eqn.params["addresses"]}
+        self.plan = dataclasses.replace(self.plan, targets=self.plan.targets | more)
+        return self
+
+    # --- sites ---
+
+    def site(
+        self, eqn: Any, ins: list[Any], context: Context, address: Path
+    ) -> tuple[list[Any], Records]:
+        """A choice that stays, a factor or a record, whose parameters may be tables."""
+        name, kind = address[-1], eqn.params["spec"].kind
+        if kind == "deterministic" and any(map(is_lifted, ins)):
+            return [self._payload(eqn, ins, context, "value")], {}  # recover() knows it
+        scale, ins = self._unscaled(eqn, ins)
+        value, record, terms = self._handle(eqn, ins, context, context.given.get(name))
+        if kind == "sample" and is_lifted(value):
+            raise ModelError(
+                f"the value of {'.'.join(address)!r} is not known without {_addresses(value.axes)}: its support, or "
+                "whether it is drawn at all, depends on that. Give it a support that does not, or keep the choice"
+            )
+        if "log_density" in terms:
+            self.weigh(terms["log_density"], address, scale)
+        if record is not None and any(map(is_lifted, record.values())):
+            record = (
+                {k: v for k, v in record.items() if not is_lifted(v)} if "value" in record else None
+            )
+            record = None if record is None or "value" not in record else record
+        return [value], {} if record is None else {name: record}
+
+    def _handle(self, eqn: Any, ins: list[Any], context: Context, given: Any) -> Any:
+        address = (*context.prefix, eqn.params["spec"].name)
+
+        def call(operands: Any, given: Any) -> Any:
+            site = Site(eqn.params, operands, address, context.axes)
+            return context.handler.site(site, None, given)
+
+        return apply(call, self.plan.limit, ins, given)
+
+    def _payload(self, eqn: Any, ins: list[Any], context: Context, part: str) -> Any:
+        def call(operands: Any) -> Any:
+            return Site(eqn.params, operands, context.prefix, context.axes).part(part)
+
+        return apply(call, self.plan.limit, ins)
+
+    def _unscaled(self, eqn: Any, ins: list[Any]) -> tuple[Any, list[Any]]:
+        """The scale of a site, and its operands with a scale of one: sums come before scaling."""
+        skeleton = eqn.params["skeleton"]
+        place = skeleton.unpack(range(skeleton.num_arrays)).get("scale")
+        if place is None:
+            return None, ins
+        scale = ins[place]
+        return scale, [jnp.ones_like(x) if i == place else x for i, x in enumerate(ins)]
+
+    def weigh(self, term: Any, address: Path, scale: Any = None) -> None:
+        """Count a density term."""
+        if is_lifted(term):
+            if jnp.ndim(scale) if scale is not None else False:
+                raise ModelError(
+                    f"site {'.'.join(address)!r} depends on {_addresses(term.axes)} and has a scale for each of its "
+                    "elements: a sum over choices can be scaled as a whole only"
+                )
+            self.factors.append(factor_of(term, ".".join(address), scale))
+        else:
+            self.constant = self.constant + jnp.sum(term if scale is None else term * scale)
+
+    def variable(self, eqn: Any, ins: list[Any], context: Context, address: Path) -> Any:
+        """A choice that is summed out: the table of its values, and its own density as a factor."""
+        spec, name = eqn.params["spec"], ".".join(address)
+        listed = None if spec.values is None else np.asarray(spec.values.value)
+        site = Site(eqn.params, ins, address, context.axes)
+        if "value" in site.parts and "observed" not in site.parts:
+            raise ModelError(
+                f"the choice {name!r} is given already, so there is nothing to sum out"
+            )
+        if listed is None or spec.event_shape:
+            raise ModelError(
+                f"the choice {name!r} ({spec.label}) cannot be summed out: its values are not finitely many single "
+                "numbers that are known when the model is staged (Bernoulli, Categorical, DiscreteUniform, Binomial "
+                "with a plain total)"
+            )
+        shape = lane_shape(eqn.params["lanes"]) + spec.shape
+        copies = math.prod(shape)
+        joint = self.plan.options.joint and copies > 1
+        index = np.zeros((1, copies), int)
+        if joint:
+            terms = len(listed) ** copies
+            if terms > self.plan.options.max_terms:
+                raise Entangled(
+                    f"joint=True sums over {len(listed)}^{copies} = {terms:,} joint values of {name!r}, more than "
+                    f"max_terms={self.plan.options.max_terms:,}"
+                )
+            index = np.indices((len(listed),) * copies).reshape(copies, terms).T
+            values, axes = listed[index].reshape(terms, *shape), ()
+        else:
+            values = np.broadcast_to(listed.reshape(-1, *(1,) * len(shape)), (len(listed), *shape))
+            axes = tuple(i for i, size in enumerate(shape) if size > 1)
+        found = self.known.get(address)
+        if found is None or found.num_values != len(values):
+            plates = tuple(Plate(shape[i], f"axis {i} of {name!r}") for i in axes)
+            found = self.known[address] = Variable(name, len(values), plates)
+            self.created.append(found)
+        self.keys[found] = context.keys.get(address[-1])
+        value = Lifted(jnp.asarray(values, spec.dtype), {found: axes})
+        self.plan.note(
+            f"{name}: {'all joint values' if joint else 'copy by copy' if axes else 'its values'}, {len(values)}"
+            + (f" x {' x '.join(str(shape[i]) for i in axes)} copies" if axes else "")
+        )
+        self._prior(eqn, ins, context, value, address)
+        weights = context.given.get(address[-1])
+        if isinstance(weights, Weights):
+            extra = jnp.moveaxis(weights.log_weights, -1, 0)
+            if joint:
+                extra = jnp.sum(extra.reshape(-1, copies)[index, np.arange(copies)], -1)
+                extra = extra.reshape(-1, *(1,) * len(shape)) * (np.arange(copies) == 0).reshape(
+                    shape
+                )
+            self.weigh(Lifted(extra, {found: axes}), address)
+        return value
+
+    def _prior(
+        self, eqn: Any, ins: list[Any], context: Context, value: Lifted, address: Path
+    ) -> None:
+        scale, ins = self._unscaled(eqn, ins)
+
+        def log_prob(operands: Any, value: Any) -> Any:
+            site = Site(eqn.params, operands, address, context.axes)
+            own = site.guarded().log_prob(
+                value
+            )  # also where a mask is False: idle copies sum to one
+            if "observed" in site.parts:
+                fixed = site.part("value") == value
+                own = jnp.where(site.part("observed") & ~fixed, -jnp.inf, own)
+            return own
+
+        self.weigh(apply(log_prob, self.plan.limit, ins, value), address, scale)
+
+    # --- control flow ---
+
+    def lanes(
+        self, eqn: Any, ins: list[Any], context: Context, live: frozenset[Variable]
+    ) -> tuple[list[Any], Records]:
+        """Equations under vmap, the outermost axis first."""
+        body, lanes = eqn.params["jaxpr"], eqn.params["lanes"]
+        keys, given = context.only(context.names(body))
+        inside = context.inside(None, None, context.anonymous, tuple(lane.name for lane in lanes))
+        return self._lane(list(lanes), body, ins, keys, given, inside, live)
+
+    def _lane(
+        self,
+        lanes: list[Lane],
+        body: Any,
+        ins: list[Any],
+        keys: Any,
+        given: Any,
+        context: Context,
+        live: Any,
+    ) -> tuple[list[Any], Records]:
+        if not lanes:
+            inside = dataclasses.replace(context, keys=keys, given=given)
+            return self.walk(body, ins, inside, live)
+        lane = lanes[-1]
+        plate = Plate(lane.size, f"the axis {lane.name or 'of a vmap'!r}")
+        slices = _Slices(plate, lane.size)
+        inputs = [slices.enter(x, m) for x, m in zip(ins, lane.mapped, strict=True)]
+        dying = (
+            {v for x in ins for v in axes_of(x) if v in slices.inside and v not in live}
+            if any(e.primitive is scan_p for e in open_jaxpr(body)[0].eqns)
+            else set()
+        )
+        taken = [f for f in self.factors if dying & set(f.variables)]
+        self.factors = [f for f in self.factors if f not in taken]
+        pending = [slices.enter_factor(f) for f in taken]
+        if any(v in slices.inside for _, axes, _ in inputs for v in axes or ()):
+            raise Entangled(
+                f"lanes of {plate.name} read both their own copy of {_addresses(slices.inside)} and all of them"
+            )
+        seen: dict[str, Any] = {}
+
+        def one(arrays: Any, tables: Any, keys: Any, given: Any, index: Any) -> Any:
+            level = Level(self.plan)
+            level.factors = [
+                dataclasses.replace(f, table=t) for (f, _), t in zip(pending, tables, strict=True)
+            ]
+            for whole, part in slices.inside.items():
+                key = self.keys.get(whole)
+                level.keys[part] = None if key is None else jax.random.fold_in(key, index)
+            values = []
+            for new, (old, axes, at) in zip(arrays, inputs, strict=True):
+                array = old if at is None else new
+                values.append(array if axes is None else Lifted(array, axes))
+            alive = frozenset(slices.inside.get(v, v) for v in live)
+            outs, records = level._lane(lanes[:-1], body, values, keys, given, context, alive)
+            here = {*level.created, *(slices.inside[v] for v in dying)}
+            level.finish(here - set(variables_of(outs)))
+            left = {*variables_of(outs), *(v for f in level.factors for v in f.variables)}
+            created = [v for v in level.created if v in left]
+            seen.update(outs=outs, factors=level.factors, created=created)
+            escaped = {v: level.keys.get(v) for v in created}
+            seen["escaped"] = [v for v, k in escaped.items() if k is not None]
+            return (
+                [None if isinstance(o, Lost) else o.array if is_lifted(o) else o for o in outs],
+                records,
+                [f.table for f in level.factors],
+                level.constant,
+                [escaped[v] for v in seen["escaped"]],
+            )
+
+        arrays = [a for a, _, _ in inputs]
+        outs, records, tables, constant, found = jax.vmap(
+            one,
+            ([i for _, _, i in inputs], [i for _, i in pending], 0, 0, 0),
+            axis_size=lane.size,
+            axis_name=lane.name,
+        )(arrays, [f.table for f in taken], keys, given, jnp.arange(lane.size))
+        self.constant = self.constant + jnp.sum(constant)
+        for v, k in zip(seen["escaped"], found, strict=True):
+            self.keys[slices.leave(v)] = k[0]
+        self.created += [slices.leave(v) for v in seen["created"]]
+        for f, table in zip(seen["factors"], tables, strict=True):
+            self.factors.append(slices.leave_factor(f, table))
+        return [
+            old if isinstance(old, Lost) else slices.leave_value(old, new)
+            for old, new in zip(seen["outs"], outs, strict=True)
+        ], records
+
+    def branches(
+        self, eqn: Any, ins: list[Any], context: Context, live: frozenset[Variable]
+    ) -> tuple[list[Any], Records]:
+        """A cond: every branch as it is, each counted where it is taken."""
+        index, *operands = ins
+        index = apply(
+            lambda i: jnp.clip(i, 0, len(eqn.params["branches"]) - 1), self.plan.limit, index
+        )
+        operands = [
+            Lifted(finite_cotangents(x.array), x.axes) if is_lifted(x) else finite_cotangents(x)
+            for x in operands
+        ]
+        found: list[tuple[list[Any], Records, Level]] = []
+        known: dict[Path, Variable] = {}
+        anonymous = context.anonymous
+        for branch in eqn.params["branches"]:
+            level = Level(self.plan, known)
+            level.keys = self.keys
+            inside = dataclasses.replace(context, anonymous=anonymous)
+            outs, records = level.walk(branch, operands, inside, live)
+            anonymous += count_anonymous(branch)
+            found.append((outs, records, level))
+        created = [v for _, _, level in found for v in level.created]
+        for number, (_, _, level) in enumerate(found):
+            here = lambda i, n=number: i == n  # noqa: E731
+            for factor in level.factors:
+                self._where(index, here, factor)
+            constant = apply(
+                lambda i, c, h=here: jnp.where(h(i), c, 0),
+                self.plan.limit,
+                index,
+                jnp.asarray(level.constant),
+            )
+            self.weigh(constant, (*context.prefix, "a branch"))
+            mine = {v for f in level.factors for v in f.variables}
+            for variable in created:  # idle in this branch: at its first value
+                if variable not in mine:
+                    rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, -jnp.inf)
+                    rest = rest.reshape(-1, *(1,) * len(variable.plates))
+                    rest = jnp.broadcast_to(
+                        rest, (variable.num_values, *(p.size for p in variable.plates))
+                    )
+                    self._where(index, here, Factor(rest, (variable,), variable.plates))
+        self.created += created
+        outs = [
+            self._select(index, values)
+            for values in zip(*(outs for outs, _, _ in found), strict=True)
+        ]
+        return outs, self._records(index, [records for _, records, _ in found], context)
+
+    def _where(self, index: Any, here: Callable[[Any], Any], factor: Factor) -> None:
+        """Count a factor where a branch is taken."""
+        term = factor.lifted()
+
+        def chosen(i: Any, t: Any) -> Any:
+            return jnp.where(here(i), t, 0)
+
+        counted = apply(chosen, self.plan.limit, index, term)
+        self.factors.append(factor_of(counted, "a branch", factor.scale))
+
+    def _select(self, index: Any, values: tuple[Any, ...]) -> Any:
+        lost = next((v for v in values if isinstance(v, Lost)), None)
+        if lost is not None:
+            return lost
+        if all(v is values[0] for v in values):
+            return values[0]
+
+        def choose(i: Any, *xs: Any) -> Any:
+            return jax.lax.select_n(jnp.broadcast_to(i, jnp.shape(xs[0])).astype(jnp.int32), *xs)
+
+        return apply(choose, self.plan.limit, index, *values)
+
+    def _records(self, index: Any, records: list[Records], context: Context) -> Records:
+        """One set of records of all branches, with flags for those that were taken."""
+        merged: Records = {}
+        names = list(dict.fromkeys(n for r in records for n in r))
+        for name in names:
+            nodes = [r.get(name) for r in records]
+            first = next(n for n in nodes if n is not None)
+            if "value" not in first or isinstance(first["value"], dict):
+                merged[name] = self._records(index, [n or {} for n in nodes], context)
+                continue
+            taken = jnp.asarray([n is not None for n in nodes])
+            fill = {k: jnp.zeros_like(v) for k, v in first.items()}
+            full = [fill if n is None else n for n in nodes]
+            value = self._select(index, tuple(n["value"] for n in full))
+            if all(n is not None for n in nodes):
+                active: Any = True
+            else:
+                active = apply(lambda i, t: t[i], self.plan.limit, index, taken)
+            if is_lifted(value) or is_lifted(active):
+                raise ModelError(
+                    f"whether {name!r} is a choice at all depends on {_addresses(variables_of([value, active]))}: a "
+                    "choice in a branch that is summed over must stand in every branch, or be observed"
+                )
+            merged[name] = {"value": value, "active": active}
+        return merged
+
+    # --- the end ---
+
+    def finish(self, variables: Iterable[Variable] | None = None) -> None:
+        """Sum out variables (all, if None)."""
+        gone = (
+            {v for f in self.factors for v in f.variables} if variables is None else set(variables)
+        )
+        self.factors = sum_out(self.factors, gone, self.plan.reduce, self.plan.limit, self.keys)
+
+    def log_density(self) -> jax.Array:
+        """The log density, when everything is summed out."""
+        self.finish()
+        return self.constant + sum((f.total() for f in self.factors), 0.0)
+
+
+class _Slices:
+    """Values and variables on their way into one lane of a vmap, and back."""
+
+    def __init__(self, plate: Plate, size: int) -> None:
+        self.plate = plate
+        self.inside: dict[Variable, Variable] = {}
+        self.whole: dict[Variable, tuple[Variable, int]] = {}
+        self.promoted: dict[Variable, Variable] = {}
+
+    def slice(self, variable: Variable, i: int) -> Variable:
+        """One copy of a variable along its plate ``i``."""
+        part = self.inside.get(variable)
+        if part is None:
+            plates = tuple(p for j, p in enumerate(variable.plates) if j != i)
+            part = Variable(variable.address, variable.num_values, plates, variable.number)
+            self.inside[variable], self.whole[part] = part, (variable, i)
+            variable.plates[i].merge(self.plate)
+        elif self.whole[part][1] != i:
+            raise Entangled(
+                f"two axes of copies of {variable.address!r} are mapped together: every copy meets every other"
+            )
+        return part
+
+    def enter(self, x: Any, mapped: bool) -> tuple[Any, Axes | None, int | None]:
+        """``(array, axes inside, axis to map)`` of an input."""
+        if not is_lifted(x):
+            return x, None, 0 if mapped else None
+        axes: Axes = {}
+        for v, places in x.axes.items():
+            if mapped and 0 in places:
+                i = places.index(0)
+                rest = tuple(p - 1 for j, p in enumerate(places) if j != i)
+                axes[self.slice(v, i)] = rest
+            else:
+                axes[v] = tuple(p - mapped for p in places)
+        return x.array, axes, len(x.axes) if mapped else None
+
+    def enter_factor(self, factor: Factor) -> tuple[Factor, int]:
+        """A factor over copies along the lane, and the axis of its table to map."""
+        root = self.plate.root()
+        variables = []
+        for v in factor.variables:
+            i = next((i for i, p in enumerate(v.plates) if p.root() is root), None)
+            variables.append(v if i is None else self.slice(v, i))
+        at = [p.root() for p in factor.plates].index(root)
+        plates = tuple(p for j, p in enumerate(factor.plates) if j != at)
+        return dataclasses.replace(factor, variables=tuple(variables), plates=plates), len(
+            variables
+        ) + at
+
+    def leave(self, variable: Variable) -> Variable:
+        """What a variable of one lane is to the lanes together."""
+        if variable in self.whole:
+            return self.whole[variable][0]
+        if variable not in self.promoted:
+            self.promoted[variable] = Variable(
+                variable.address,
+                variable.num_values,
+                (self.plate, *variable.plates),
+                variable.number,
+            )
+        return self.promoted[variable]
+
+    def leave_value(self, old: Any, new: Any) -> Any:
+        if not is_lifted(old):
+            return new
+        axes: Axes = {}
+        for v, places in old.axes.items():
+            shifted = [p + 1 for p in places]
+            if v in self.whole:
+                whole, i = self.whole[v]
+                shifted.insert(i, 0)
+                axes[whole] = tuple(shifted)
+            elif v in self.promoted:
+                axes[self.promoted[v]] = (0, *shifted)
+            else:
+                axes[v] = tuple(shifted)
+        return Lifted(jnp.moveaxis(new, 0, len(old.axes)), axes)
+
+    def leave_factor(self, factor: Factor, table: Any) -> Factor:
+        mine = [v for v in factor.variables if v in self.whole or v in self.promoted]
+        variables = tuple(self.leave(v) if v in mine else v for v in factor.variables)
+        if factor.variables and not mine:
+            return dataclasses.replace(factor, table=jnp.sum(table, 0))
+        table = jnp.moveaxis(table, 0, len(variables))
+        return dataclasses.replace(
+            factor, table=table, variables=variables, plates=(self.plate, *factor.plates)
+        )
+
+
+def _cast(x: Any, aval: Any) -> Any:
+    dtype = getattr(aval, "dtype", None)
+    if isinstance(x, Lost) or dtype is None or x.dtype == dtype:
+        return x
+    if is_lifted(x):
+        return Lifted(jax.lax.convert_element_type(x.array, dtype), x.axes)
+    return jax.lax.convert_element_type(x, dtype)
+
+
+def _addresses(variables: Iterable[Variable]) -> str:
+    return " and ".join(repr(a) for a in dict.fromkeys(v.address for v in variables))
+
+
+# --- the interpreter's rule -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filled:
+    """A choice of which the value is known, and what of it was given."""
+
+    value: Any
+    given: Any
+
+
+jax.tree_util.register_dataclass(_Filled, ["value", "given"], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Handler):
+    """The density of choices that are all known; with ``drawn``, of what was not given of them."""
+
+    drawn: bool = False
+    records = False
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(())}
+
+    def site(self, site: Site, key: Any, given: Any) -> Any:
+        original = given.given if isinstance(given, _Filled) else given
+        if isinstance(given, _Filled):
+            given = (
+                original
+                if original is not None and original.drop is not None
+                else Given(given.value, checked=True)
+            )
+        value, _, terms = Evaluate(None).site(site, None, given)
+        if not self.drawn:
+            return value, None, {k: v for k, v in terms.items() if k == "log_density"}
+        if site.spec.kind != "sample":
+            return value, None, {}
+        original = conditioned(site, original)
+        if original is None:
+            return value, None, {"log_density": terms["log_density"]}
+        if original.where is None or original.drop is not None:
+            return value, None, {}
+        return value, None, {"log_density": jnp.where(original.where, 0, terms["log_density"])}
+
+
+def score(
+    eqn: Any,
+    ins: list[Any],
+    context: Context,
+    reduce: Reduce = log_sum,
+    notes: list[str] | None = None,
+) -> tuple[list[Any], Records, jax.Array]:
+    """Outputs, records and log density of a program with choices summed out."""
+    options: Options = eqn.params["options"]
+    targets = frozenset((*context.prefix, *a) for a in eqn.params["addresses"])
+    plan = Plan(targets, options, Limit(options.max_terms), reduce, [] if notes is None else notes)
+    level = Level(plan)
+    outs, records = level.walk(eqn.params["jaxpr"], ins, context)
+    density = level.log_density()
+    for out in outs:
+        if isinstance(out, Lost):
+            raise ModelError(out.why)
+        if is_lifted(out):
+            raise ModelError(
+                f"the return value depends on {_addresses(out.axes)}, which is summed out and has no value: return "
+                "something else, and get it back with recover"
+            )
+    return outs, records, density
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterior(Handler):
+    """The density of choices that are all given, by another sum over the rest: its gradient recovers those."""
+
+    reduce: Reduce = log_sum
+    records = False
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(())}
+
+    def site(self, site: Site, key: Any, given: Any) -> Any:
+        value, _, terms = Evaluate(None).site(site, None, given)
+        return value, None, {k: v for k, v in terms.items() if k == "log_density"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Evaluate):
+    """An evaluation in which the choices that were summed out are choices as all others."""
+
+
+def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+    handler = context.handler
+    addresses = eqn.params["addresses"]
+    if isinstance(handler, Whole):
+        return walk(eqn.params["jaxpr"], ins, context)
+    if isinstance(handler, Posterior):
+        outs, records, density = score(eqn, ins, context, handler.reduce)
+        return outs, records, {"log_density": density}
+    if isinstance(handler, Rewrite):
+        run = lambda *xs: walk(eqn.params["jaxpr"], list(xs), context)[0]  # noqa: E731
+        return bind_marginal(run, ins, addresses, eqn.params["options"]), {}, {}
+    if not _has_key(context.keys, addresses[0]):
+        outs, records, density = score(eqn, ins, context)
+        return outs, records, dict.fromkeys(handler.terms(), density)
+    recording = (
+        dataclasses.replace(handler, record="value") if isinstance(handler, Evaluate) else handler
+    )
+    outs, records, terms = walk(
+        eqn.params["jaxpr"], ins, dataclasses.replace(context, handler=recording)
+    )
+    for address in addresses:
+        records = _without(records, address)
+    if not isinstance(handler, Evaluate):
+        return outs, records, terms
+    known = dataclasses.replace(context, given=_fill(records, context.given))
+    density = score(eqn, ins, dataclasses.replace(known, handler=Score()))[2]
+    rest = score(eqn, ins, dataclasses.replace(known, handler=Score(drawn=True)))[2]
+    terms = {"log_density": density, "log_weight": density - rest}
+    return outs, records if handler.records else {}, terms
+
+
+RULES[marginal_p] = _rule
+
+
+def _has_key(keys: dict[str, Any], address: Path) -> bool:
+    node: Any = keys
+    for name in address:
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    return True
+
+
+def _without(records: Records, address: Path) -> Records:
+    name, *rest = address
+    if name not in records:
+        return records
+    if not rest:
+        return {n: r for n, r in records.items() if n != name}
+    return {**records, name: _without(records[name], tuple(rest))}
+
+
+def _fill(records: Records, given: dict[str, Any]) -> dict[str, Any]:
+    filled: dict[str, Any] = {}
+    for name, node in records.items():
+        if "value" in node and not isinstance(node["value"], dict):
+            filled[name] = _Filled(node["value"], given.get(name))
+        else:
+            filled[name] = _fill(node, given.get(name, {}))
+    return filled
+
+
+# --- the transform ----------------------------------------------------------------------------------------------------
+
+
+def bind_marginal(
+    f: Callable[..., list[Any]], args: list[Any], addresses: tuple[Path, ...], options: Options
+) -> list[Any]:
+    """Stage ``f`` as a program with choices summed out; what it closes over become operands."""
+    jaxpr, consts = consts_first(jax.make_jaxpr(lambda *a: f(*a))(*args))
+    operands = [*consts, *args]
+    if not operands:
+        operands = [jnp.zeros(())]
+        jaxpr, _ = consts_first(jax.make_jaxpr(lambda _: f())(*operands))
+    return list(marginal_p.bind(*operands, jaxpr=jaxpr, addresses=addresses, options=options))
+
+
+class _Marginalized(Transformed):
+    addresses: tuple[str, ...]
+    options: Options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        code, operands = stage_call(self.inner, args, kwargs)
+        chosen = _chosen(self.addresses, site_table(code.jaxpr), self.inner)
+        outs = bind_marginal(
+            lambda *xs: walk(code.jaxpr, list(xs), Context(Rewrite(), {}, {}))[0],
+            operands,
+            chosen,
+            self.options,
+        )
+        return jax.tree.unflatten(code.out_tree, outs)
+
+
+def _chosen(
+    addresses: tuple[str, ...], table: Mapping[str, SiteInfo], model: Any
+) -> tuple[Path, ...]:
+    name = getattr(model, "__name__", type(model).__name__)
+    chosen: list[Path] = []
+    for address in addresses:
+        found = [a for a in table if covers(address, a)]
+        if not found:
+            raise unknown_choice(address, table, name)
+        for a in found:
+            info = table[a]
+            if info.kind != "sample":
+                raise ModelError(
+                    f"{a!r} is a {info.kind} site, no choice: there is nothing to sum out"
+                )
+            if info.observed:
+                raise ModelError(
+                    f"the choice {a!r} is given already, so there is nothing to sum out"
+                )
+            if not info.is_discrete:
+                raise DensityError(
+                    f"the choice {a!r} ({info.distribution}) is continuous: marginalize sums out discrete choices"
+                )
+            chosen.append(tuple(a.split(".")))
+    return tuple(dict.fromkeys(chosen))
+
+
+def unknown_choice(address: str, table: Mapping[str, SiteInfo], name: str) -> Exception:
+    from .errors import AddressError
+
+    choices = [a for a, s in table.items() if s.kind == "sample"]
+    return AddressError(unknown(address, choices, f" among the choices of {name!r}"))
+
+
+def marginalize(
+    model: F,
+    *addresses: str | tuple[str, ...],
+    joint: bool = False,
+    parallel: bool = False,
+    max_terms: int = 1_000_000,
+) -> F:
+    r"""The model without some of its discrete choices: $p(x) = \sum_z p(x, z)$, exactly.
+
+    Choices may stand at the top, under ``vmap`` (each copy is summed by itself), in branches, in nested programs, and
+    in a ``lax.scan`` as a Markov chain of any order (the forward recursion, Rabiner 1989). Several at once are
+    eliminated in a greedy order (Obermeyer et al. 2019).
+
+    Args:
+        model: a model or a function with sites.
+        *addresses: the choices to sum out; wildcards as elsewhere.
+        joint: sum over all joint values of the copies of a choice, where copies meet; exponential in their number.
+        parallel: chains by an associative scan over time, $O(\log T)$ deep, in place of the sequential recursion.
+        max_terms: the largest table allowed, in joint values of the choices in it.
+
+    Raises:
+        ModelError: where a choice cannot be summed out exactly, naming the equation that stands in the way; when the
+            model is scored, since only then values of the other choices are at hand.
+        DensityError: for a continuous choice.
+        AddressError: for an unknown one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, marginalize, sample
+        >>> @gen
+        ... def mixture(y_scale):
+        ...     mu = sample("mu", dist.Normal(jnp.array([-2.0, 2.0]), 1.0))
+        ...     def one(_):
+        ...         z = sample("z", dist.Bernoulli(0.3))
+        ...         return sample("y", dist.Normal(mu[z], y_scale))
+        ...     return jax.vmap(one)(jnp.zeros(3))
+        >>> marginalize(mixture, "z")(1.0).latents
+        ('mu', 'y')
+    """
+    if not addresses:
+        raise TypeError("marginalize(model, address, ...) takes at least one address")
+    if max_terms < 2:
+        raise ValueError(f"max_terms must be at least 2, got {max_terms}")
+    options = Options(bool(joint), bool(parallel), int(max_terms))
+    names = tuple(dotted(a) for a in addresses)
+    return transform(model, lambda f: _Marginalized(f, names, options))
