@@ -1,5 +1,6 @@
 """Ready-made distributions, processes and networks, built on the language and its inference."""
 
 from . import distributions as distributions
+from . import state_space as state_space
 
-__all__ = ["distributions"]
+__all__ = ["distributions", "state_space"]
