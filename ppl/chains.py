@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .compat import Literal, open_jaxpr, scan_sizes
+from .compat import Literal, bind, open_jaxpr, scan_sizes
 from .elimination import Factor, multiply, sum_out
 from .interpreter import Context, Records
 from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, num_terms, variables_of
@@ -199,33 +199,37 @@ class _Scan:
     def loop(self, state: _State, start: int) -> tuple[_State, _Step]:
         """The remaining steps, one after the other."""
         seen: dict[str, Any] = {}
+        shift = None if state.alpha is None else _top(state.alpha, state.born)
+        zero = None if shift is None else jnp.zeros_like(shift.table)
 
-        def body(arrays: Any, x: Any) -> Any:
+        def body(carry: Any, x: Any) -> Any:
+            arrays, shifts = carry
             before = _with_arrays(state, arrays)
             after, found = self.advance(before, start, x)
             after = _renamed(after, state, start)
-            shift = None
-            if after.alpha is not None:
-                after.alpha, shift = _normalised(after.alpha, after.born)
-                found.others.append(shift)
+            if before.alpha is not None and after.alpha is not None:
+                # Less what it had grown to a step ago: in single precision it would drift away.
+                top = _top(before.alpha, state.born)
+                after.alpha = _less(after.alpha, top)
+                shifts = _add(shifts, top.table)
             seen["step"] = found
-            lifted = [is_lifted(y) for y in found.ys]
-            ys = [None if lost else y for y, lost in zip(found.ys, lifted, strict=True)]
+            ys = [None if is_lifted(y) else y for y in found.ys]
             tables = [f.table for f in found.others]
-            return _arrays(after), (ys, found.records, tables, found.constant, found.key)
+            constant = None if isinstance(found.constant, float) else found.constant
+            return (_arrays(after), shifts), (ys, found.records, tables, constant, found.key)
 
         inputs = jax.tree.map(lambda a: a[start:], self.inputs)
-        arrays, (ys, records, tables, constants, keys) = jax.lax.scan(
-            body, _arrays(state), inputs, unroll=self.eqn.params["unroll"]
+        (arrays, shifts), (ys, records, tables, constants, keys) = _scan_without_invariants(
+            body, (_arrays(state), (zero, zero)), inputs, start, self.eqn.params["unroll"]
         )
         step: _Step = seen["step"]
-        others = [
-            dataclasses.replace(f, table=jnp.sum(t, 0))
-            for f, t in zip(step.others, tables, strict=True)
-        ]
+        others = _summed_over_steps(step.others, tables)
+        if shift is not None:
+            others.append(dataclasses.replace(shift, table=shifts[0]))
+        constant = 0.0 if constants is None else jnp.sum(constants)
         ys = [old if is_lifted(old) else new for old, new in zip(step.ys, ys, strict=True)]
         key = None if keys is None else keys[-1]
-        return _with_arrays(state, arrays), _Step(ys, records, others, jnp.sum(constants), key)
+        return _with_arrays(state, arrays), _Step(ys, records, others, constant, key)
 
     def parallel(self, state: _State, start: int) -> tuple[_State, _Step]:
         """The remaining steps at once: the factor of each, then their product in a tree."""
@@ -276,11 +280,9 @@ class _Scan:
         shifts: list[Factor] = []
 
         def shifted(table: Any) -> tuple[Any, Any]:
-            after, shift = _normalised(
-                dataclasses.replace(form, table=table), dict.fromkeys((*old, *new), 0)
-            )
-            seen["shift"] = shift
-            return after.table, shift.table
+            whole = dataclasses.replace(form, table=table)
+            seen["shift"] = top = _top(whole, (*old, *new))
+            return _less(whole, top).table, top.table
 
         def compose(a: Any, b: Any, key: Any) -> Any:
             first = _in_terms(
@@ -310,10 +312,7 @@ class _Scan:
         alpha = self._summed([state.alpha, whole], old, key)
         alpha = _in_terms(alpha, dict(zip(new, old, strict=True)))
         step: _Step = seen["step"]
-        others = [
-            dataclasses.replace(f, table=jnp.sum(t, 0))
-            for f, t in zip(step.others, tables, strict=True)
-        ]
+        others = _summed_over_steps(step.others, tables)
         ys = [y if is_lifted(y) else stacked for y, stacked in zip(step.ys, ys, strict=True)]
         last = None if keys is None else keys[-1]
         end = _State(_with_arrays(state, (slots.after, state.alpha.table)).slots, alpha, state.born)
@@ -399,6 +398,19 @@ class _Scan:
         return [*state.slots, *ys], stack([s.records for s in first], [s.records for s in rest])
 
 
+def _summed_over_steps(factors: list[Factor], tables: list[Any]) -> list[Factor]:
+    return [
+        dataclasses.replace(f, table=jnp.sum(t, 0)) for f, t in zip(factors, tables, strict=True)
+    ]
+
+
+def _add(total: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A running sum and what rounding has taken from it (Kahan 1965)."""
+    x = x - total[1]
+    new = total[0] + x
+    return new, (new - total[0]) - x
+
+
 # --- states as arrays, and back ---------------------------------------------------------------------------------------
 
 
@@ -437,7 +449,7 @@ def _renamed(after: _State, before: _State, step: int) -> _State:
 def _rename(x: Any, names: dict[Variable, Variable]) -> Any:
     if not is_lifted(x):
         return x
-    axes: Axes = {names[v] if v in names else v: p for v, p in x.axes.items()}
+    axes: Axes = {names.get(v) or v: p for v, p in x.axes.items()}
     back = {v: i for i, v in enumerate(axes)}
     new = sorted(axes, key=lambda v: v.number)
     n = len(axes)
@@ -445,14 +457,25 @@ def _rename(x: Any, names: dict[Variable, Variable]) -> Any:
     return Lifted(array, axes)
 
 
-def _normalised(alpha: Factor, born: dict[Variable, int]) -> tuple[Factor, Factor]:
-    """The factor less its largest entry over the chain's choices, and that: in single precision it would drift away."""
-    mine = tuple(i for i, v in enumerate(alpha.variables) if v in born)
-    top = jax.lax.stop_gradient(jnp.max(alpha.table, mine, keepdims=True))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    rest = tuple(v for v in alpha.variables if v not in born)
-    shift = Factor(jnp.squeeze(top, mine), rest, alpha.plates, alpha.scale)
-    return dataclasses.replace(alpha, table=alpha.table - top), shift
+def _top(alpha: Factor, mine: Iterable[Variable]) -> Factor:
+    """The largest entry of a factor over some of its variables."""
+    axes = tuple(i for i, v in enumerate(alpha.variables) if v in set(mine))
+    top = jax.lax.stop_gradient(jnp.max(alpha.table, axes))
+    rest = tuple(v for v in alpha.variables if v not in set(mine))
+    return Factor(jnp.where(jnp.isfinite(top), top, 0), rest, alpha.plates, alpha.scale)
+
+
+def _less(alpha: Factor, top: Factor) -> Factor:
+    """A factor divided by another over fewer variables and the same plates."""
+    own = [p.root() for p in top.plates]
+    shape = [v.num_values if v in top.variables else 1 for v in alpha.variables]
+    order = [own.index(p.root()) for p in alpha.plates]
+    table = jnp.transpose(
+        top.table, [*range(len(top.variables)), *(len(top.variables) + i for i in order)]
+    )
+    return dataclasses.replace(
+        alpha, table=alpha.table - table.reshape(*shape, *(p.size for p in alpha.plates))
+    )
 
 
 def _ones(variable: Variable, scale: Any) -> Factor:
@@ -474,6 +497,47 @@ def _ordered(factor: Factor, form: Factor) -> jax.Array:
     return jnp.transpose(factor.table, order)
 
 
+def _scan_without_invariants(body: Any, carry: Any, xs: Any, steps: int, unroll: Any) -> Any:
+    """``lax.scan`` with what is the same in every step, tables of a constant transition above all, computed once."""
+    first = jax.tree.map(lambda a: a[0], xs)
+    closed, shape = jax.make_jaxpr(body, return_shape=True)(carry, first)
+    opened, consts = open_jaxpr(closed)
+    entry, treedef = jax.tree.flatten(carry)
+    slots, inputs = opened.invars[: len(entry)], opened.invars[len(entry) :]
+    settled = _settled(closed, len(entry), steps)
+    known: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
+    known.update({v: a for v, a, done in zip(slots, entry, settled, strict=True) if done})
+    rest = []
+    for eqn in opened.eqns:
+        if all(isinstance(v, Literal) or v in known for v in eqn.invars):
+            known.update(
+                zip(eqn.outvars, bind(eqn, [_read(known, v) for v in eqn.invars]), strict=True)
+            )
+        else:
+            rest.append(eqn)
+    varying = [v for v, done in zip(slots, settled, strict=True) if not done]
+
+    def step(carry: list[Any], x: Any) -> Any:
+        env = {**known, **dict(zip(varying, carry, strict=True))}
+        env.update(zip(inputs, jax.tree.leaves(x), strict=True))
+        for eqn in rest:
+            outs = bind(eqn, [_read(env, v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        outs = [_read(env, v) for v in opened.outvars]
+        after, ys = outs[: len(entry)], outs[len(entry) :]
+        return [a for a, done in zip(after, settled, strict=True) if not done], ys
+
+    moving = [a for a, done in zip(entry, settled, strict=True) if not done]
+    after, ys = jax.lax.scan(step, moving, xs, unroll=unroll)
+    moved = iter(after)
+    end = [a if done else next(moved) for a, done in zip(entry, settled, strict=True)]
+    return jax.tree.unflatten(treedef, end), jax.tree.unflatten(jax.tree.structure(shape[1]), ys)
+
+
+def _read(env: dict[Any, Any], v: Any) -> Any:
+    return v.val if isinstance(v, Literal) else env[v]
+
+
 def _settled(closed: Any, num_slots: int, steps: int) -> list[bool]:
     """Which slots of a carry are constant after so many steps, as far as the jaxpr of a step shows.
 
@@ -490,7 +554,7 @@ def _settled(closed: Any, num_slots: int, steps: int) -> list[bool]:
             age.update(dict.fromkeys(eqn.outvars, max(inputs, default=0)))
         found = [
             0 if v is slot else (0 if isinstance(v, Literal) else age.get(v, 0)) + 1
-            for v, slot in zip(opened.outvars, slots, strict=True)
+            for v, slot in zip(opened.outvars[:num_slots], slots, strict=True)
         ]
     return [n <= steps for n in found]
 

@@ -73,7 +73,8 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     if not isinstance(params, dict):
         functions, params = params
         args = [*functions, *args]
-    outs = eqn.primitive.bind(*args, **params)
+    with jax.extend.source_info_util.user_context(eqn.source_info.traceback):
+        outs = eqn.primitive.bind(*args, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 

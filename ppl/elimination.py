@@ -40,10 +40,19 @@ def log_sum(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
     r"""$\log \sum \exp$ along an axis; its derivatives are finite where all terms are zero, too."""
     top = jax.lax.stop_gradient(jnp.max(table, axis, keepdims=True))
     top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(table - top), axis)
-    possible = total > 0
-    log_total = jnp.log(jnp.where(possible, total, 1)) + jnp.squeeze(top, axis)
-    return jnp.where(possible, log_total, -jnp.inf)
+    return _log(jnp.sum(jnp.exp(table - top), axis)) + jnp.squeeze(top, axis)
+
+
+@jax.custom_jvp
+def _log(x: jax.Array) -> jax.Array:
+    """The logarithm, with derivative zero at zero."""
+    return jnp.log(x)
+
+
+@_log.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return _log(x), jnp.where(x > 0, dx / jnp.where(x > 0, x, 1), 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -145,7 +154,7 @@ def multiply(factors: Sequence[Factor]) -> Factor:
     """The product of factors, over all their variables and plates."""
     variables = sorted({v for f in factors for v in f.variables}, key=lambda v: v.number)
     plates = list(dict.fromkeys(p.root() for f in factors for p in f.plates))
-    product: Any = 0.0
+    product: Any = None
     for f in factors:
         _check_apart(f, "in the end")
         own = [p.root() for p in f.plates]
@@ -153,7 +162,8 @@ def multiply(factors: Sequence[Factor]) -> Factor:
         order += [len(f.variables) + own.index(p) for p in plates if p in own]
         shape = [v.num_values if v in f.variables else 1 for v in variables]
         shape += [p.size if p in own else 1 for p in plates]
-        product = product + jnp.transpose(f.table, order).reshape(shape)
+        table = jnp.transpose(f.table, order).reshape(shape)
+        product = table if product is None else product + table
     full = (*(v.num_values for v in variables), *(p.size for p in plates))
     return Factor(jnp.broadcast_to(product, full), tuple(variables), tuple(plates), _scale(factors))
 

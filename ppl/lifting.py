@@ -254,7 +254,7 @@ ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 _BATCHED = """
 cholesky triangular_solve lu lu_solve lu_pivots_to_permutation eigh eig svd qr geqrf householder_product
-tridiagonal_solve tridiagonal fft schur
+tridiagonal_solve tridiagonal schur
 """
 BATCHED = frozenset(_BATCHED.split())
 """Linear algebra: all axes but the last two are batch axes, in the same places in the results."""
@@ -374,14 +374,16 @@ def _reshape(eqn: Any, places: Places) -> Places:
 @_rule("squeeze")
 def _squeeze(eqn: Any, places: Places) -> Places:
     place = _one(places)
+    assert place not in eqn.params["dimensions"], "a plate has more than one copy"
     return [place - sum(a < place for a in eqn.params["dimensions"])]
 
 
-@_rule("expand_dims")
-def _expand_dims(eqn: Any, places: Places) -> Places:
-    place, new = _one(places), set(eqn.params["dimensions"])
-    kept = [a for a in range(len(_shape(eqn)) + len(new)) if a not in new]
-    return [kept[place]]
+@_rule("fft")
+def _fft(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    if place >= len(_shape(eqn)) - len(eqn.params["fft_lengths"]):
+        raise _Unknown(f"transforms along their axis {place}")
+    return [place]
 
 
 @_rule("transpose")
@@ -400,6 +402,27 @@ def _rev(eqn: Any, places: Places) -> Places:
 @_rule("sort", "concatenate", "split")
 def _dimension(eqn: Any, places: Places) -> Places:
     return _along(eqn, places, eqn.params.get("dimension", eqn.params.get("axis")))
+
+
+@_rule("stack")
+def _stack(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    return [place + (eqn.params["axis"] <= place)]
+
+
+@_rule("unstack")
+def _unstack(eqn: Any, places: Places) -> Places:
+    [place, *_] = _along(eqn, places, eqn.params["axis"])
+    assert place is not None
+    return [place - (eqn.params["axis"] < place)] * len(eqn.outvars)
+
+
+@_rule("tile")
+def _tile(eqn: Any, places: Places) -> Places:
+    place = _one(places)
+    if eqn.params["reps"][place] != 1:
+        raise _Unknown(f"repeats their axis {place}")
+    return [place]
 
 
 @_rule("top_k")

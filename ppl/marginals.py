@@ -589,6 +589,8 @@ class _Slices:
         """What a variable of one lane is to the lanes together."""
         if variable in self.whole:
             return self.whole[variable][0]
+        if self.plate.size == 1:  # one copy is no plate
+            return variable
         if variable not in self.promoted:
             self.promoted[variable] = Variable(
                 variable.address,
@@ -617,7 +619,7 @@ class _Slices:
     def leave_factor(self, factor: Factor, table: Any) -> Factor:
         mine = [v for v in factor.variables if v in self.whole or v in self.promoted]
         variables = tuple(self.leave(v) if v in mine else v for v in factor.variables)
-        if factor.variables and not mine:
+        if self.plate.size == 1 or (factor.variables and not mine):
             return dataclasses.replace(factor, table=jnp.sum(table, 0))
         table = jnp.moveaxis(table, 0, len(variables))
         return dataclasses.replace(
