@@ -15,7 +15,7 @@ García-Fernández 2021, "Temporal parallelization of inference in hidden Markov
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax

@@ -474,13 +474,13 @@ class Level:
 
     def _where(self, index: Any, here: Callable[[Any], Any], factor: Factor) -> None:
         """Count a factor where a branch is taken."""
-        term = factor.lifted()
+        term = factor.lifted() if factor.variables else factor.table
 
         def chosen(i: Any, t: Any) -> Any:
             return jnp.where(here(i), t, 0)
 
         counted = apply(chosen, self.plan.limit, index, term)
-        self.factors.append(factor_of(counted, "a branch", factor.scale))
+        self.weigh(counted, ("a branch",), factor.scale)
 
     def _select(self, index: Any, values: tuple[Any, ...]) -> Any:
         lost = next((v for v in values if isinstance(v, Lost)), None)
