@@ -97,7 +97,7 @@ def recover(
                 f"recover, model {program.name!r}: draws of {address!r} have shape {value.shape[lead:]} each, the site "
                 f"{program.sites[address].shape}. Are these the arguments that the draws were made with?"
             )
-    shape = next(iter(values.values())).shape[:lead]
+    shape = (draws.num_particles,) if isinstance(draws, Particles) else draws.lead
     n = math.prod(shape)
     flat = {a: v.reshape(n, *v.shape[lead:]) for a, v in values.items()}
     keys = jax.vmap(jax.random.fold_in, (None, 0))(as_key(key), jnp.arange(n))

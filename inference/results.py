@@ -69,12 +69,12 @@ class Draws(eqx.Module):
     @property
     def num_chains(self) -> int:
         """Number of chains."""
-        return self._lead()[0]
+        return self.lead[0]
 
     @property
     def num_draws(self) -> int:
         """Number of draws kept of each chain."""
-        return self._lead()[1]
+        return self.lead[1]
 
     def __getitem__(self, address: str) -> Any:
         """Values of a choice or a derived value by dotted address, ``draws["team.skill"]``."""
@@ -179,7 +179,9 @@ class Draws(eqx.Module):
     def _repr_html_(self) -> str:
         return _printed(self, Summary._repr_html_)
 
-    def _lead(self) -> tuple[int, int]:
+    @property
+    def lead(self) -> tuple[int, int]:
+        """The shape (chain, draw)."""
         for value in (
             *jax.tree.leaves(self.stats),
             *jax.tree.leaves(self.choices),
@@ -191,7 +193,7 @@ class Draws(eqx.Module):
         return (0, 0)
 
     def _title(self) -> str:
-        chains, draws = self._lead()
+        chains, draws = self.lead
         of = f" of {name}" if (name := record.name_of(self.target)) else ""
         return f"Draws{of}: {chains} chain{'s' if chains != 1 else ''} of {draws} draws"
 
@@ -204,13 +206,13 @@ class Draws(eqx.Module):
                     "they come from a vmap. Take one of them, jax.tree.map(lambda x: x[i], draws)"
                 )
         for address, value in flatten({**self.choices, **self.derived}).items():
-            if value.ndim < 2 or value.shape[:2] != self._lead():
+            if value.ndim < 2 or value.shape[:2] != self.lead:
                 raise WeftError(
                     f"{what}: {address!r} has shape {value.shape}, which does not lead with (chain, draw) = "
-                    f"{self._lead()}"
+                    f"{self.lead}"
                 )
-            if 0 in self._lead():
-                raise WeftError(f"{what}: there are no draws, (chain, draw) = {self._lead()}")
+            if 0 in self.lead:
+                raise WeftError(f"{what}: there are no draws, (chain, draw) = {self.lead}")
 
 
 class Particles(eqx.Module):

@@ -27,7 +27,7 @@ from .interpreter import Context, Records
 from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, num_terms, variables_of
 
 if TYPE_CHECKING:
-    from .marginals import Level
+    from .marginals import Level, Place
 
 MAX_ORDER = 4
 """Steps tried before a chain is said to have no order."""
@@ -40,6 +40,7 @@ class _State:
     slots: list[Any]
     alpha: Factor | None
     born: dict[Variable, int]  # choices of the chain, by the step that made them
+    places: dict[Variable, Place] = dataclasses.field(default_factory=dict)  # of continuous ones
 
     def labels(self, step: int) -> dict[Variable, Any]:
         return {v: (v.address, v.num_values, step - t) for v, t in self.born.items()}
@@ -63,7 +64,7 @@ class _State:
             )
             for p in {p.root() for p in alpha.plates}
         )
-        return slots, (frozenset(label.get(v, v) for v in alpha.variables), plates, id(alpha.scale))
+        return slots, (frozenset(label.get(v, v) for v in alpha.variables), plates)
 
 
 @dataclasses.dataclass
@@ -103,9 +104,8 @@ def chain(
     rest: list[_Step] = []
     if step < length:
         level.plan.note(_describe(scan, state, step))
-        run = (
-            scan.parallel if level.plan.options.parallel and state.alpha is not None else scan.loop
-        )
+        parallel = level.plan.options.parallel and state.alpha is not None and not state.places
+        run = scan.parallel if parallel else scan.loop
         state, found = run(state, step)
         rest = [found]
     return scan.collect(state, first, rest, context)
@@ -133,11 +133,11 @@ class _Scan:
         self.xs = ins[num_consts + num_carry :]
         self.keys, self.given = context.only(context.names(self.body))
         arrays: list[Any] = []
-        self.axes: list[Axes | None] = []
+        self.lifted: list[Lifted | None] = []
         for x in self.xs:
             if not is_lifted(x):
                 arrays.append(x)
-                self.axes.append(None)
+                self.lifted.append(None)
                 continue
             for v, places in x.axes.items():
                 if 0 in places:
@@ -146,7 +146,8 @@ class _Scan:
                         f"them; sample {v.address!r} inside the scan's step"
                     )
             arrays.append(jnp.moveaxis(x.array, len(x.axes), 0))
-            self.axes.append({v: tuple(p - 1 for p in places) for v, places in x.axes.items()})
+            axes = {v: tuple(p - 1 for p in places) for v, places in x.axes.items()}
+            self.lifted.append(Lifted(x.array, axes, x.forms))
         inputs = (arrays, self.keys, self.given)
         self.inputs = jax.tree.map(lambda a: a[::-1], inputs) if eqn.params["reverse"] else inputs
 
@@ -161,11 +162,12 @@ class _Scan:
 
         arrays, keys, given = x
         xs = [
-            a if axes is None else Lifted(a, axes)
-            for a, axes in zip(arrays, self.axes, strict=True)
+            a if lifted is None else lifted.like(a)
+            for a, lifted in zip(arrays, self.lifted, strict=True)
         ]
         level = Level(self.level.plan)
         level.keys = dict(self.level.keys)
+        level.places = {**self.level.places, **state.places}
         level.factors = [*pending] if state.alpha is None or link else [*pending, state.alpha]
         inside = self.context.inside(keys, given, self.context.anonymous, (None,))
         # All that is read outside stays; the choices of the chain go as soon as no slot reads them.
@@ -177,12 +179,17 @@ class _Scan:
         kept = set(variables_of(slots)) | (set(state.born) if link else set())
         for i, v in enumerate(state.born):
             level.keys[v] = None if key is None else jax.random.fold_in(key, i + 1)
-        level.finish(set(born) - kept)
+        entered = frozenset(v for v, t in state.born.items() if t < 0)
+        level.finish(set(born) - kept, entered)
         born = {v: t for v, t in born.items() if v in kept}
+        places = {v: level.places[v] for v in born if v in level.places}
         mine = [f for f in level.factors if set(f.variables) & set(born)]
         others = [f for f in level.factors if f not in mine]
         alpha = multiply(mine) if mine else None
-        return _State(slots, alpha, born), _Step(ys, records, others, level.constant, key)
+        if alpha is not None and not link:
+            places = {v: _located(v, place, alpha) for v, place in places.items()}
+        after = _State(slots, alpha, born, places)
+        return after, _Step(ys, records, others, level.constant, key)
 
     def repeats(self, state: _State, step: int) -> bool:
         """Whether one more step would leave the pattern of dependences as it is."""
@@ -220,7 +227,12 @@ class _Scan:
 
         inputs = jax.tree.map(lambda a: a[start:], self.inputs)
         (arrays, shifts), (ys, records, tables, constants, keys) = _scan_without_invariants(
-            body, (_arrays(state), (zero, zero)), inputs, start, self.eqn.params["unroll"]
+            body,
+            (_arrays(state), (zero, zero)),
+            inputs,
+            self.length - start,
+            start,
+            self.eqn.params["unroll"],
         )
         step: _Step = seen["step"]
         others = _summed_over_steps(step.others, tables)
@@ -243,7 +255,7 @@ class _Scan:
         def link(arrays: Any, x: Any) -> Any:
             """The factor of one step, from the choices before it (old) to those after it (new)."""
             after, found = self.advance(
-                _with_arrays(_State(state.slots, None, state.born), (arrays, None)),
+                _with_arrays(_State(state.slots, None, state.born), (arrays, None, [])),
                 start,
                 x,
                 link=True,
@@ -315,7 +327,8 @@ class _Scan:
         others = _summed_over_steps(step.others, tables)
         ys = [y if is_lifted(y) else stacked for y, stacked in zip(step.ys, ys, strict=True)]
         last = None if keys is None else keys[-1]
-        end = _State(_with_arrays(state, (slots.after, state.alpha.table)).slots, alpha, state.born)
+        bare = _State(state.slots, None, state.born)
+        end = _State(_with_arrays(bare, (slots.after, None, [])).slots, alpha, state.born)
         return end, _Step(ys, records, [*others, *shifts], jnp.sum(constants), last)
 
     def _summed(self, factors: list[Factor], variables: list[Variable], key: Any) -> Factor:
@@ -332,7 +345,7 @@ class _Scan:
         entry = _arrays(bare)[0]
 
         def body(arrays: Any, x: Any) -> Any:
-            after, _ = self.advance(_with_arrays(bare, (arrays, None)), start, x, link=True)
+            after, _ = self.advance(_with_arrays(bare, (arrays, None, [])), start, x, link=True)
             left = set(variables_of(after.slots))
             born = {v: t for v, t in after.born.items() if v in left}
             after = _renamed(_State(after.slots, None, born), bare, start)
@@ -342,7 +355,7 @@ class _Scan:
         varying = [not settled for settled in _settled(closed, len(entry), start)]
         if not any(varying):
             return _Carries(entry, varying, entry), xs
-        after, before = jax.lax.scan(body, entry, xs)
+        after, before = jax.lax.scan(body, entry, xs, self.length - start)
         before = [b if v else e for b, v, e in zip(before, varying, entry, strict=True)]
         return _Carries(before, varying, after), xs
 
@@ -361,6 +374,8 @@ class _Scan:
         key = next((f.key for f in (*rest, *reversed(first)) if f.key is not None), None)
         for i, v in enumerate(state.born):
             level.keys[v] = None if key is None else jax.random.fold_in(key, 2**31 + i)
+            if v in state.places:
+                level.places[v] = state.places[v]
             if v not in level.created:
                 level.created.append(v)
         flip = self.eqn.params["reverse"]
@@ -416,16 +431,15 @@ def _add(total: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _arrays(state: _State) -> Any:
     slots = [x.array if is_lifted(x) else x for x in state.slots]
-    return slots, None if state.alpha is None else state.alpha.table
+    places = [state.places[v] for v in state.born if v in state.places]
+    return slots, None if state.alpha is None else state.alpha.table, places
 
 
 def _with_arrays(state: _State, arrays: Any) -> _State:
-    slots = [
-        Lifted(a, x.axes) if is_lifted(x) else a
-        for a, x in zip(arrays[0], state.slots, strict=True)
-    ]
+    slots = [x.like(a) if is_lifted(x) else a for a, x in zip(arrays[0], state.slots, strict=True)]
     alpha = None if state.alpha is None else dataclasses.replace(state.alpha, table=arrays[1])
-    return _State(slots, alpha, state.born)
+    placed = [v for v in state.born if v in state.places]
+    return _State(slots, alpha, state.born, dict(zip(placed, arrays[2], strict=True)))
 
 
 def _renamed(after: _State, before: _State, step: int) -> _State:
@@ -443,7 +457,8 @@ def _renamed(after: _State, before: _State, step: int) -> _State:
         order = [variables.index(v) for v in before.alpha.variables]
         order += [len(variables) + own.index(p.root()) for p in before.alpha.plates]
         alpha = dataclasses.replace(before.alpha, table=jnp.transpose(alpha.table, order))
-    return _State(slots, alpha, before.born)
+    places = {names[v]: place for v, place in after.places.items() if v in names}
+    return _State(slots, alpha, before.born, places)
 
 
 def _rename(x: Any, names: dict[Variable, Variable]) -> Any:
@@ -454,7 +469,26 @@ def _rename(x: Any, names: dict[Variable, Variable]) -> Any:
     new = sorted(axes, key=lambda v: v.number)
     n = len(axes)
     array = jnp.transpose(x.array, [*(back[v] for v in new), *range(n, x.array.ndim)])
-    return Lifted(array, axes)
+    forms = {names.get(v) or v: f for v, f in x.forms.items()}
+    return Lifted(array, axes, forms)
+
+
+def _located(variable: Variable, place: Place, alpha: Factor) -> Place:
+    """A place with the mode of a factor as the guess of where the choice is, other choices at their first value."""
+    if variable not in alpha.variables:
+        return place
+    table = jnp.moveaxis(alpha.table, alpha.variables.index(variable), -1)
+    for _ in range(len(alpha.variables) - 1):
+        table = table[0]
+    own = [p.root() for p in variable.plates]
+    left = [p.root() for p in alpha.plates]
+    for i in reversed(range(len(left))):
+        if left[i] not in own:
+            table = jnp.take(table, 0, i)
+    left = [p for p in left if p in own]
+    table = jnp.transpose(table, [*(left.index(p) for p in own), len(own)])
+    mode = variable.family.mode(variable.family.coefficients(table))
+    return place._replace(mean=jax.lax.stop_gradient(mode))
 
 
 def _top(alpha: Factor, mine: Iterable[Variable]) -> Factor:
@@ -497,7 +531,9 @@ def _ordered(factor: Factor, form: Factor) -> jax.Array:
     return jnp.transpose(factor.table, order)
 
 
-def _scan_without_invariants(body: Any, carry: Any, xs: Any, steps: int, unroll: Any) -> Any:
+def _scan_without_invariants(
+    body: Any, carry: Any, xs: Any, length: int, steps: int, unroll: Any
+) -> Any:
     """``lax.scan`` with what is the same in every step, tables of a constant transition above all, computed once."""
     first = jax.tree.map(lambda a: a[0], xs)
     closed, shape = jax.make_jaxpr(body, return_shape=True)(carry, first)
@@ -528,7 +564,7 @@ def _scan_without_invariants(body: Any, carry: Any, xs: Any, steps: int, unroll:
         return [a for a, done in zip(after, settled, strict=True) if not done], ys
 
     moving = [a for a, done in zip(entry, settled, strict=True) if not done]
-    after, ys = jax.lax.scan(step, moving, xs, unroll=unroll)
+    after, ys = jax.lax.scan(step, moving, xs, length, unroll=unroll)
     moved = iter(after)
     end = [a if done else next(moved) for a, done in zip(entry, settled, strict=True)]
     return jax.tree.unflatten(treedef, end), jax.tree.unflatten(jax.tree.structure(shape[1]), ys)

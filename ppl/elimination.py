@@ -19,74 +19,18 @@ terms, the gradient is an exact joint draw from the posterior.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from .compat import Tracer
+from .conjugacy import integrate
 from .errors import ModelError
 from .lifting import Entangled, Lifted, Limit, Plate, Variable, num_terms
-
-Reduce = Callable[[jax.Array, int, Any], jax.Array]
-"""From a table, an axis and a key to the table without the axis."""
-
-
-# --- three sums -------------------------------------------------------------------------------------------------------
-
-
-def log_sum(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
-    r"""$\log \sum \exp$ along an axis; its derivatives are finite where all terms are zero, too."""
-    top = jax.lax.stop_gradient(jnp.max(table, axis, keepdims=True))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    return _log(jnp.sum(jnp.exp(table - top), axis)) + jnp.squeeze(top, axis)
-
-
-@jax.custom_jvp
-def _log(x: jax.Array) -> jax.Array:
-    """The logarithm, with derivative zero at zero."""
-    return jnp.log(x)
-
-
-@_log.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    (x,), (dx,) = primals, tangents
-    return _log(x), jnp.where(x > 0, dx / jnp.where(x > 0, x, 1), 0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def best(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
-    """The largest term; the derivative is one at the first that is largest."""
-    return jnp.max(table, axis)
-
-
-def _best_forward(table: jax.Array, axis: int, key: Any) -> Any:
-    return jnp.max(table, axis), (jnp.argmax(table, axis), table.shape[axis])
-
-
-def _chosen(axis: int, residual: Any, cotangent: Any) -> Any:
-    index, size = residual
-    one_hot = jax.nn.one_hot(index, size, axis=axis, dtype=cotangent.dtype)
-    return one_hot * jnp.expand_dims(cotangent, axis), None
-
-
-best.defvjp(_best_forward, _chosen)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def drawn(table: jax.Array, axis: int, key: Any) -> jax.Array:
-    """The log of the sum; the derivative is one at one term, drawn in proportion to the terms."""
-    return log_sum(table, axis)
-
-
-def _drawn_forward(table: jax.Array, axis: int, key: Any) -> Any:
-    index = jax.random.categorical(key, table, axis)
-    return log_sum(table, axis), (index, table.shape[axis])
-
-
-drawn.defvjp(_drawn_forward, _chosen)
-
+from .sums import Reduce
 
 # --- factors ----------------------------------------------------------------------------------------------------------
 
@@ -169,14 +113,20 @@ def multiply(factors: Sequence[Factor]) -> Factor:
 
 
 def _scale(factors: Sequence[Factor]) -> Any:
-    scales = {id(f.scale): f.scale for f in factors}
-    if len(scales) > 1:
+    if not all(_same(f.scale, factors[0].scale) for f in factors):
         names = sorted({v.address for f in factors for v in f.variables})
         raise ModelError(
             f"the sites that meet in the sum over {', '.join(map(repr, names))} are scaled differently: scale all of "
             "them, the choice that is summed out among them, or none"
         )
     return factors[0].scale
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two scales are known to be the same number."""
+    if a is None or b is None or isinstance(a, Tracer) or isinstance(b, Tracer):
+        return a is b
+    return bool(np.array_equal(a, b))
 
 
 def _narrow(factor: Factor) -> Factor:
@@ -196,16 +146,20 @@ def sum_out(
     reduce: Reduce,
     limit: Limit,
     keys: Mapping[Variable, Any],
+    log_scales: Mapping[Variable, Any] | None = None,
+    may_stay: frozenset[Variable] = frozenset(),
 ) -> list[Factor]:
     """Sum out variables from a product of factors, in a greedy order.
 
     Raises:
         Entangled: if copies of two variables meet in all pairs, or a table would be too large.
     """
-    factors = list(factors)
+    factors = [_narrow(f) if f.variables else f for f in factors]
     left = {v for v in variables if any(v in f.variables for f in factors)}
     while left:
         costs = {v: cost for v in left if (cost := _cost(v, factors)) is not None}
+        if not costs and left <= may_stay:
+            break
         if not costs:
             raise _stuck(left)
         variable = min(costs, key=lambda v: (costs[v], v.number))
@@ -216,7 +170,12 @@ def sum_out(
         limit.check(joint, f"the sum over {variable.address!r}")
         product = multiply(mine)
         rest = tuple(v for v in product.variables if v is not variable)
-        table = reduce(product.table, product.variables.index(variable), keys.get(variable))
+        axis = product.variables.index(variable)
+        if variable.family is None:
+            table = reduce(product.table, axis, keys.get(variable))
+        else:
+            log_scale = (log_scales or {}).get(variable, 0.0)
+            table = _integrate(product, axis, reduce, log_scale, keys.get(variable))
         summed = Factor(table, rest, product.plates, product.scale)
         factors.append(_narrow(summed) if rest else summed)
     return factors
@@ -230,10 +189,40 @@ def _cost(variable: Variable, factors: list[Factor]) -> int | None:
         deeper = _roots(f.plates) - own
         if any(deeper & _roots(v.plates) for v in f.variables if v is not variable):
             return None
+    if not _closed(variable, mine):
+        return None
     return num_terms({v for f in mine for v in f.variables})
 
 
+def _closed(variable: Variable, mine: list[Factor]) -> bool:
+    """Whether what is left, when a variable is summed out, is of a form that the continuous ones among it have."""
+    others = {v for f in mine for v in f.variables if v is not variable and v.family is not None}
+    if variable.family is None or not variable.family.quadratic:
+        return not others  # a sum of conjugate densities is none
+    # A normal choice with a scale that is integrated out, too: all that reads it must have that scale.
+    scales = {v for v in others if not v.family.quadratic}
+    return all(scales <= set(f.variables) for f in mine)
+
+
+def _integrate(product: Factor, axis: int, reduce: Reduce, log_scale: Any, key: Any) -> jax.Array:
+    variable = product.variables[axis]
+    own = [p.root() for p in variable.plates]
+    shape = [p.size if p.root() in own else 1 for p in product.plates]
+    order = [own.index(p.root()) for p in product.plates if p.root() in own]
+    log_scale = jnp.transpose(jnp.asarray(log_scale), order).reshape(shape) if own else log_scale
+    table = jnp.moveaxis(product.table, axis, -1)
+    num_rest = len(product.variables) - 1
+    return integrate(reduce, variable.family, table, num_rest, log_scale, key)
+
+
 def _stuck(left: Iterable[Variable]) -> Entangled:
+    continuous = sorted({v.address for v in left if v.family is not None})
+    if continuous:
+        return Entangled(
+            f"{' and '.join(map(repr, continuous))} cannot be integrated out in closed form: what is summed out beside "
+            "would leave a mixture, or a scale that only some of the densities share; keep one of "
+            f"{', '.join(map(repr, sorted({v.address for v in left})))} as a choice"
+        )
     names = " and ".join(map(repr, sorted({v.address for v in left})))
     return Entangled(
         f"the copies of {names} meet in all pairs (each copy of one with each of the other), so that no order of "

@@ -58,11 +58,13 @@ class Variable:
         address: dotted address of its site.
         num_values: how many values it may take.
         plates: the axes of its copies.
+        family: of a continuous choice, which is integrated out; its table is over points (``conjugacy``).
     """
 
     address: str
     num_values: int
     plates: tuple[Plate, ...] = ()
+    family: Any = None
     number: int = dataclasses.field(default_factory=lambda: next(_numbers))
 
     def __repr__(self) -> str:
@@ -70,19 +72,28 @@ class Variable:
 
 
 Axes = dict[Variable, tuple[int, ...]]
+Forms = dict[Variable, tuple[float, bool]]
+"""Of a normal choice: (1, ...), an affine function of all normal choices together. Of another: a multiple of this power
+of it, and whether it is the choice itself."""
 
 
 class Lifted:
     """A table: ``array`` leads with one axis for each variable in ``axes``, in the order of their numbers.
 
-    ``axes`` tells for every variable which of the value's own axes are its plates.
+    ``axes`` tells for every variable which of the value's own axes are its plates; ``forms`` what kind of function it
+    is of continuous ones, where that is known.
     """
 
-    __slots__ = ("array", "axes")
+    __slots__ = ("array", "axes", "forms")
 
-    def __init__(self, array: Any, axes: Axes) -> None:
+    def __init__(self, array: Any, axes: Axes, forms: Forms | None = None) -> None:
         self.array = array
         self.axes = dict(sorted(axes.items(), key=lambda item: item[0].number))
+        self.forms = {} if forms is None else forms
+
+    def like(self, array: Any) -> Lifted:
+        """Another table of the same kind."""
+        return Lifted(array, self.axes, self.forms)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,6 +128,8 @@ def num_terms(variables: Iterable[Variable]) -> int:
 
 class Entangled(ModelError):
     """Copies of a choice meet in one equation, or a table would be too large."""
+
+    addresses: frozenset[str] = frozenset()
 
 
 class Limit:
@@ -186,7 +199,10 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
             try:
                 found = align(eqn, places)
             except _Unknown as e:
-                raise Entangled(entangled(variable, plate, eqn, str(e))) from None
+                error = Entangled(entangled(variable, plate, eqn, str(e)))
+                if variable.family is not None and variable.family.quadratic:
+                    error.addresses = frozenset({variable.address})
+                raise error from None
             for out, place in zip(aligned, found, strict=True):
                 out.append(-1 if place is None else place)
         for out, places in zip(out_axes, aligned, strict=True):
@@ -196,19 +212,20 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     for variable in reversed(variables):
         f = jax.vmap(f, [0 if variable in axes_of(x) else None for x in ins])
     outs = f(*(x.array if isinstance(x, Lifted) else x for x in ins))
-    return [_trim(out, variables, axes) for out, axes in zip(outs, out_axes, strict=True)]
+    forms = forms_of(eqn, ins, variables)
+    return [_trim(out, variables, axes, forms) for out, axes in zip(outs, out_axes, strict=True)]
 
 
 def _bind(eqn: Any, *args: Any) -> list[Any]:
     return bind(eqn, args)
 
 
-def _trim(array: Any, variables: list[Variable], axes: Axes) -> Any:
+def _trim(array: Any, variables: list[Variable], axes: Axes, forms: Forms) -> Any:
     """A result that leads with all ``variables``; those that it does not depend on are dropped."""
     for i in reversed(range(len(variables))):
         if variables[i] not in axes:
             array = jax.lax.index_in_dim(array, 0, i, keepdims=False)
-    return Lifted(array, axes) if axes else array
+    return Lifted(array, axes, {v: f for v, f in forms.items() if v in axes}) if axes else array
 
 
 def entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> str:
@@ -218,6 +235,151 @@ def entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> str:
         f"number reads one copy only; where copies do meet, marginalize(model, {variable.address!r}, joint=True) sums "
         f"over all {variable.num_values}^{plate.size} joint values"
     )
+
+
+# --- which functions of continuous choices equations compute ----------------------------------------------------------
+
+
+def forms_of(eqn: Any, ins: list[Any], variables: list[Variable]) -> Forms:
+    """What kind of function of continuous choices the results are; what is not known is left out."""
+    forms: Forms = {}
+    normal = {v for v in variables if v.family is not None and v.family.quadratic}
+    if normal:
+        read = [i for i, x in enumerate(ins) if normal & axes_of(x).keys()]
+        if all(is_affine(ins[i]) for i in read) and _is_linear(eqn, read):
+            forms.update(dict.fromkeys(normal, (1.0, False)))
+    for v in variables:
+        if v.family is not None and v not in normal:
+            power = _power(
+                eqn, [x.forms.get(v, _UNKNOWN) if v in axes_of(x) else None for x in ins]
+            )
+            if power is not _UNKNOWN:
+                forms[v] = power
+    return forms
+
+
+def is_affine(x: Any) -> bool:
+    """Whether a value is an affine function of the normal choices it depends on."""
+    return all(v in x.forms for v in axes_of(x) if v.family is not None and v.family.quadratic)
+
+
+_UNKNOWN: Any = object()
+_KEEPS = frozenset(
+    ["broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy", "copy_p"]
+)
+
+
+def _power(eqn: Any, powers: list[Any]) -> Any:
+    """The power of a choice that the result is a multiple of, and whether it is the choice itself."""
+    name = eqn.primitive.name
+    if any(p is _UNKNOWN for p in powers):
+        return _UNKNOWN
+    first, *rest = powers
+    if name in _KEEPS:
+        return first if first is not None else _UNKNOWN
+    exponent = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2, "integer_pow": eqn.params.get("y")}.get(
+        name
+    )
+    if name == "pow" and isinstance(eqn.invars[1], Literal):
+        exponent = float(eqn.invars[1].val)
+    if exponent is not None:
+        return first[0] * exponent, False
+    if name in ("mul", "div"):
+        a, b = (0 if p is None else p[0] for p in (first, rest[0]))
+        return (a + b if name == "mul" else a - b), False
+    if name in ("transpose", "gather", "slice", "dynamic_slice") and first and not any(rest):
+        return first[0], False
+    return _UNKNOWN
+
+
+def _is_linear(eqn: Any, read: list[int]) -> bool:
+    """Whether an equation is affine in some operands together: whether its derivative does not read them."""
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    real = [avals[i].dtype for i in read] + [v.aval.dtype for v in eqn.outvars]
+    if not all(jnp.issubdtype(d, jnp.inexact) for d in real):
+        return False
+
+    return is_polynomial(lambda *xs: bind(eqn, xs), avals, read, 1)
+
+
+def is_polynomial(f: Callable[..., Any], avals: list[Any], read: list[int], degree: int) -> bool:
+    """Whether ``f`` is a polynomial of at most this degree in the operands ``read`` together.
+
+    That is so if it is made of smooth equations and its derivative of that order does not read them.
+    """
+
+    def along(g: Callable[..., Any], direction: Any) -> Callable[..., Any]:
+        return lambda *xs: jax.jvp(g, xs, direction)[1]
+
+    def derivative(xs: Any, directions: Any) -> Any:
+        def g(*some: Any) -> Any:
+            full = list(xs)
+            for i, x in zip(read, some, strict=True):
+                full[i] = x
+            return f(*full)
+
+        for direction in directions:
+            g = along(g, tuple(direction))
+        return g(*(xs[i] for i in read))
+
+    flags = [i in read for i in range(len(avals))]
+    names: set[str] = set()
+    reads(jax.make_jaxpr(f)(*avals), flags, names)
+    if not names <= SMOOTH:
+        return False
+    directions = [[avals[i] for i in read]] * degree
+    closed = jax.make_jaxpr(derivative)(avals, directions)
+    return not any(reads(closed, [*flags, *[False] * (len(read) * degree)]))
+
+
+_SMOOTH = """
+add add_any broadcast_in_dim cholesky concatenate conv_general_dilated convert_element_type copy copy_p cos cumsum div
+dot_general dynamic_slice dynamic_update_slice exp expand_dims finite_cotangent gather imag integer_pow log log1p
+logistic mul neg pad real reduce_precision reduce_sum reshape rev scatter-add scatter_add select_n sin slice split
+sqrt square squeeze stack sub tanh tile transpose triangular_solve unstack
+"""
+SMOOTH = frozenset(_SMOOTH.split())
+"""Equations that are analytic where they are defined; of others (floor, say) a derivative does not tell all."""
+
+
+def reads(jaxpr: Any, flags: Sequence[bool], names: set[str] | None = None) -> list[bool]:
+    """Which results of a jaxpr depend on the operands that are flagged.
+
+    The primitives through which they do are added to ``names``.
+    """
+    opened, _ = open_jaxpr(jaxpr)
+    env: dict[Any, bool] = dict(zip(opened.invars, flags, strict=True))
+
+    def read(v: Any) -> bool:
+        return not isinstance(v, Literal) and env.get(v, False)
+
+    for eqn in opened.eqns:
+        found = _eqn_reads(eqn, [read(v) for v in eqn.invars], set() if names is None else names)
+        env.update(zip(eqn.outvars, found, strict=True))
+    return [read(v) for v in opened.outvars]
+
+
+def _eqn_reads(eqn: Any, flags: list[bool], names: set[str]) -> list[bool]:
+    inner = inner_jaxprs(eqn)
+    if not any(flags):
+        return [False] * len(eqn.outvars)
+    if eqn.primitive.name == "scan":
+        num_consts, num_carry = scan_sizes(eqn.params)
+        state = list(flags)
+        while True:
+            outs = reads(inner[0], state, names)
+            carry = state[num_consts : num_consts + num_carry]
+            grown = [a or b for a, b in zip(carry, outs[:num_carry], strict=True)]
+            if grown == carry:
+                return [*carry, *outs[num_carry:]]
+            state[num_consts : num_consts + num_carry] = grown
+    if eqn.primitive.name == "cond" and not flags[0]:
+        found = [reads(b, flags[1:], names) for b in inner]
+        return [any(outs) for outs in zip(*found, strict=True)]
+    if eqn.primitive.name in INLINED:
+        return reads(inner[0], flags, names)
+    names.add(eqn.primitive.name)
+    return [True] * len(eqn.outvars)
 
 
 # --- which equations keep copies apart --------------------------------------------------------------------------------

@@ -20,15 +20,26 @@ import numpy as np
 
 from .addresses import covers, dotted, unknown
 from .compat import CALLS, Literal, cond_p, consts_first, inner_jaxprs, open_jaxpr, scan_p, while_p
-from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p
+from .conjugacy import CONJUGATE, Family, Gaussian, base_of, family_of
+from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p, site_names
 from .cotangents import finite_cotangents
-from .elimination import Factor, Reduce, factor_of, log_sum, sum_out
+from .elimination import Factor, factor_of, sum_out
 from .errors import DensityError, ModelError
-from .handlers import Evaluate, Given, conditioned
-from .interpreter import RULES, Context, Handler, Records, step, walk
+from .handlers import Evaluate, Free, Given, conditioned
+from .interpreter import (
+    RULES,
+    Context,
+    Handler,
+    Records,
+    is_record,
+    step,
+    walk,
+    walk_names,
+)
 from .lifting import (
     Axes,
     Entangled,
+    Forms,
     Lifted,
     Limit,
     Plate,
@@ -36,12 +47,16 @@ from .lifting import (
     apply,
     axes_of,
     equation,
+    is_affine,
     is_lifted,
+    is_polynomial,
     variables_of,
 )
 from .rewriting import Rewrite, Transformed, stage_call, transform
 from .sites import Lane, Site, lane_shape, site_p
 from .structure import SiteInfo, count_anonymous, site_table
+from .sums import Reduce, log_sum
+from .transforms import name_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 Path = tuple[str, ...]
@@ -62,10 +77,30 @@ class Options:
     max_terms: int = 1_000_000
 
 
+class ReturnsChoice(ModelError):
+    """What a program returns depends on a choice that is summed out."""
+
+
 class Weights(NamedTuple):
     """Given at a choice that is summed out: numbers added to its log density, the table's axis last."""
 
     log_weights: jax.Array
+
+
+class Place(NamedTuple):
+    """Where the points of a continuous choice are, ``centre + scale * grid``; plates lead."""
+
+    centre: jax.Array
+    scale: jax.Array
+    mean: jax.Array  # a guess of where it is, in units of the grid
+
+    def points(self, family: Family) -> jax.Array:
+        grid = jnp.asarray(family.grid, self.centre.dtype)
+        plates = (1,) * (self.centre.ndim - len(family.event))
+        return self.centre + self.scale * grid.reshape(-1, *plates, *family.event)
+
+    def log_scale(self, family: Family) -> jax.Array:
+        return jnp.sum(jnp.log(self.scale), -1) if family.event else jnp.log(self.scale)
 
 
 class Lost:
@@ -86,7 +121,11 @@ class Plan:
     options: Options
     limit: Limit
     reduce: Reduce = log_sum
+    together: frozenset[str] = (
+        frozenset()
+    )  # normal choices of which the copies are integrated jointly
     notes: list[str] = dataclasses.field(default_factory=list)
+    families: dict[str, Family] = dataclasses.field(default_factory=dict)
 
     def note(self, line: str) -> None:
         if line not in self.notes:
@@ -119,6 +158,7 @@ class Level:
         self.constant: Any = 0.0
         self.known = {} if known is None else known  # choices that another branch has, too
         self.keys: dict[Variable, Any] = {}
+        self.places: dict[Variable, Place] = {}
         self.created: list[Variable] = []
 
     # --- walking ---
@@ -185,9 +225,10 @@ class Level:
             inner = self if primitive is not marginal_p else self._also(eqn, context)
             return inner.walk(inner_jaxprs(eqn)[0], ins, context, live)
         what = "a while_loop" if primitive is while_p else f"{primitive.name!r}"
+        names = ", ".join(repr(n) for j in inner_jaxprs(eqn) for n in site_names(j))
         raise ModelError(
-            f"sites in {what} depend on {_addresses(variables_of(ins)) or 'choices that are summed out'}, or are "
-            "themselves to be summed out there: that is possible in vmap, scan, cond, switch, jit and nested programs"
+            f"the sites {names} in {what} depend on choices that are summed out, or are themselves to be summed out "
+            "there: that is possible in vmap, scan, cond, switch, jit and nested programs"
         )
 
     def _holds(self, eqn: Any, context: Context) -> bool:
@@ -211,6 +252,7 @@ class Level:
         if kind == "deterministic" and any(map(is_lifted, ins)):
             return [self._payload(eqn, ins, context, "value")], {}  # recover() knows it
         scale, ins = self._unscaled(eqn, ins)
+        self._certify(eqn, ins, context, address)
         value, record, terms = self._handle(eqn, ins, context, context.given.get(name))
         if kind == "sample" and is_lifted(value):
             raise ModelError(
@@ -264,6 +306,8 @@ class Level:
 
     def variable(self, eqn: Any, ins: list[Any], context: Context, address: Path) -> Any:
         """A choice that is summed out: the table of its values, and its own density as a factor."""
+        if not eqn.params["spec"].discrete:
+            return self.continuous(eqn, ins, context, address)
         spec, name = eqn.params["spec"], ".".join(address)
         listed = None if spec.values is None else np.asarray(spec.values.value)
         site = Site(eqn.params, ins, address, context.axes)
@@ -320,18 +364,178 @@ class Level:
         self, eqn: Any, ins: list[Any], context: Context, value: Lifted, address: Path
     ) -> None:
         scale, ins = self._unscaled(eqn, ins)
+        self._certify(eqn, ins, context, address, value)
 
         def log_prob(operands: Any, value: Any) -> Any:
             site = Site(eqn.params, operands, address, context.axes)
-            own = site.guarded().log_prob(
-                value
-            )  # also where a mask is False: idle copies sum to one
+            # Also where a mask is False: idle copies sum to one.
+            own = site.guarded().log_prob(value)
             if "observed" in site.parts:
                 fixed = site.part("value") == value
                 own = jnp.where(site.part("observed") & ~fixed, -jnp.inf, own)
             return own
 
-        self.weigh(apply(log_prob, self.plan.limit, ins, value), address, scale)
+        own = apply(log_prob, self.plan.limit, ins, value)
+        self.weigh(own, address, scale)
+        if (
+            not value.axes.keys() <= axes_of(own).keys()
+        ):  # a uniform one says nothing, yet is summed
+            nothing = jnp.zeros(value.array.shape, jnp.result_type(float))
+            self.weigh(Lifted(nothing, value.axes), address, scale)
+
+    # --- continuous choices ---
+
+    def continuous(self, eqn: Any, ins: list[Any], context: Context, address: Path) -> Any:
+        """A choice that is integrated out: the table of its points, and its own density as a factor."""
+        spec, name = eqn.params["spec"], ".".join(address)
+        site = Site(eqn.params, ins, address, context.axes)
+        d = site.skeleton.unpack(range(site.skeleton.num_arrays))["d"]
+        family = family_of(d, spec.event_shape)
+        if family is None:
+            raise DensityError(
+                f"the choice {name!r} ({spec.label}) cannot be integrated out: priors of which a closed form is known "
+                "are Normal, MultivariateNormal, Beta, Gamma, Exponential, InverseGamma and Dirichlet"
+            )
+        if "value" in site.parts:
+            raise ModelError(
+                f"the choice {name!r} is given, in part at least; it cannot be integrated out"
+            )
+        shape = site.shape
+        copies = shape[: len(shape) - len(family.event)]
+        if name in self.plan.together or (self.plan.options.joint and math.prod(copies) > 1):
+            if not family.quadratic:
+                raise Entangled(
+                    f"copies of {name!r} ({spec.label}) meet; only normal choices can be integrated jointly"
+                )
+            family, copies = Gaussian(math.prod(shape)), ()
+        axes = tuple(i for i, size in enumerate(copies) if size > 1)
+        found = self.known.get(address)
+        if found is None or found.family != family:
+            plates = tuple(Plate(shape[i], f"axis {i} of {name!r}") for i in axes)
+            found = self.known[address] = Variable(name, family.num_points, plates, family)
+            self.created.append(found)
+        self.plan.limit.check([found], f"the choice {name!r}")
+        self.plan.families[name] = family
+        self.keys[found] = context.keys.get(address[-1])
+        self.places[found] = place = self._place(eqn, ins, context, shape, family)
+        points = place.points(family).reshape(-1, *shape).astype(spec.dtype)
+        value = Lifted(points, {found: axes}, {found: (1.0, True)})
+        self.plan.note(
+            f"{name}: integrated, {type(family).__name__}, {family.num_points} points"
+            + (f" x {' x '.join(str(shape[i]) for i in axes)} copies" if axes else "")
+        )
+        self._prior(eqn, ins, context, value, address)
+        weights = context.given.get(address[-1])
+        if isinstance(weights, Weights):
+            extra = weights.log_weights * family.statistic(points)
+            own = extra.reshape(len(points), *copies, -1) if family.event else extra
+            self.weigh(Lifted(jnp.sum(own, -1) if family.event else own, {found: axes}), address)
+        return value
+
+    def _place(
+        self, eqn: Any, ins: list[Any], context: Context, shape: tuple[int, ...], family: Family
+    ) -> Place:
+        """Points about the prior's mean, taken where the choices that it depends on are likely."""
+
+        def moments(operands: Any) -> Any:
+            site = Site(eqn.params, operands, context.prefix, context.axes)
+            return site.over_lanes(lambda p: (p["d"].mean, p["d"].variance))
+
+        mean, variance = apply(moments, self.plan.limit, ins)
+        centre, scale = family.placement(self._likely(mean, shape), self._likely(variance, shape))
+        copies = (
+            shape[: len(shape) - len(family.event)]
+            if math.prod(shape) != math.prod(family.event)
+            else ()
+        )
+        form = (*(n for n in copies if n > 1), *family.event)
+        centre, scale = (jax.lax.stop_gradient(x.reshape(form)) for x in (centre, scale))
+        start = jnp.asarray(family.start, centre.dtype)
+        return Place(centre, scale, jnp.broadcast_to(start, centre.shape))
+
+    def _likely(self, x: Any, shape: tuple[int, ...]) -> jax.Array:
+        """A table at likely values of its choices."""
+        array = x.array if is_lifted(x) else jnp.asarray(x)
+        left = list(axes_of(x).items())
+        while left:
+            (variable, places), *left = left
+            if variable.family is None or variable not in self.places:
+                array = array[0]
+                continue
+            weights = jnp.moveaxis(variable.family.weights(self.places[variable].mean), -1, 0)
+            sizes = [1] * (array.ndim - 1 - len(left))
+            for place, plate in zip(places, variable.plates, strict=True):
+                sizes[place] = plate.size
+            order = sorted(range(len(places)), key=lambda i: places[i])
+            weights = jnp.transpose(weights, [0, *(i + 1 for i in order)])
+            weights = weights.reshape(len(weights), *(1,) * len(left), *sizes)
+            array = jnp.sum(array * weights, 0)
+        array = array.astype(jnp.result_type(float))
+        return jnp.broadcast_to(array, shape)
+
+    def _certify(
+        self, eqn: Any, ins: list[Any], context: Context, address: Path, value: Any = None
+    ) -> None:
+        """Make sure that a density is of a form that the continuous choices it reads can be integrated over.
+
+        Raises:
+            ModelError: if it is not, with what is possible.
+        """
+        leaves = [*ins, value] if value is not None else ins
+        continuous = [v for v in variables_of(leaves) if v.family is not None]
+        if not continuous or eqn.params["spec"].kind == "deterministic":
+            return
+        site, name = Site(eqn.params, ins, address, context.axes), ".".join(address)
+        parts = site.skeleton.unpack(range(site.skeleton.num_arrays))
+        for part in ("where", "observed", "value"):
+            if part in parts and set(continuous) & axes_of(ins[parts[part]]).keys():
+                raise ModelError(f"site {name!r}: its {part} depends on {_addresses(continuous)}")
+        normal = {v for v in continuous if v.family.quadratic}
+        read = [i for i, x in enumerate(leaves) if normal & axes_of(x).keys()]
+        if read:
+            curved = [i for i in read if not is_affine(leaves[i])]
+            if curved or not self._quadratic(eqn, leaves, read, context, value is not None):
+                raise ModelError(
+                    f"site {name!r} ({site.spec.label}) is not quadratic in {_addresses(normal)}, so that cannot be "
+                    "integrated out: a parameter has to be an affine function of it, with a density that is normal "
+                    "in that parameter"
+                )
+        for v in continuous:
+            if not v.family.quadratic:
+                self._certify_conjugate(v, leaves, base_of(parts.get("d")), site)
+
+    def _quadratic(
+        self, eqn: Any, leaves: list[Any], read: list[int], context: Context, own: bool
+    ) -> bool:
+        spec = eqn.params["spec"]
+
+        def log_density(*leaves: Any) -> Any:
+            operands = list(leaves[:-1]) if own else list(leaves)
+            site = Site(eqn.params, operands, context.prefix, context.axes)
+            if spec.kind == "factor":
+                return site.part("weight")
+            return site.log_prob(leaves[-1] if own else jnp.ones(site.shape, spec.dtype))
+
+        avals = [
+            jax.ShapeDtypeStruct(x.shape if is_lifted(x) else jnp.shape(x), x.dtype) for x in leaves
+        ]
+        return is_polynomial(log_density, avals, read, 2)
+
+    def _certify_conjugate(self, v: Variable, leaves: list[Any], d: Any, site: Site) -> None:
+        read = [i for i, x in enumerate(leaves) if v in axes_of(x)]
+        if read == [len(site.operands)]:  # its own prior
+            return
+        known = CONJUGATE[type(v.family)]
+        for (label, parameter), (power, itself) in known.items():
+            if type(d).__name__ == label and read == [getattr(d, parameter, None)]:
+                form = leaves[read[0]].forms.get(v)
+                if form is not None and form[0] == power and (form[1] or not itself):
+                    return
+        ways = ", ".join(f"{label}({parameter})" for label, parameter in known)
+        raise ModelError(
+            f"site {'.'.join(site.address)!r} ({type(d).__name__}) is not conjugate to {v.address!r} "
+            f"({type(v.family).__name__}) as it reads it: possible are {ways}, where nothing else there depends on it"
+        )
 
     # --- control flow ---
 
@@ -369,13 +573,17 @@ class Level:
         taken = [f for f in self.factors if dying & set(f.variables)]
         self.factors = [f for f in self.factors if f not in taken]
         pending = [slices.enter_factor(f) for f in taken]
-        if any(v in slices.inside for _, axes, _ in inputs for v in axes or ()):
+        if any(v in slices.inside for _, x, _ in inputs for v in axes_of(x)):
             raise Entangled(
                 f"lanes of {plate.name} read both their own copy of {_addresses(slices.inside)} and all of them"
             )
         seen: dict[str, Any] = {}
 
-        def one(arrays: Any, tables: Any, keys: Any, given: Any, index: Any) -> Any:
+        sliced = [part for whole, part in slices.inside.items() if whole in self.places]
+        whole_places = [self.places[slices.whole[part][0]] for part in sliced]
+        place_axes = [slices.whole[part][1] for part in sliced]
+
+        def one(arrays: Any, tables: Any, places: Any, keys: Any, given: Any, index: Any) -> Any:
             level = Level(self.plan)
             level.factors = [
                 dataclasses.replace(f, table=t) for (f, _), t in zip(pending, tables, strict=True)
@@ -383,10 +591,11 @@ class Level:
             for whole, part in slices.inside.items():
                 key = self.keys.get(whole)
                 level.keys[part] = None if key is None else jax.random.fold_in(key, index)
+            level.places = {**self.places, **dict(zip(sliced, places, strict=True))}
             values = []
-            for new, (old, axes, at) in zip(arrays, inputs, strict=True):
+            for new, (old, lifted, at) in zip(arrays, inputs, strict=True):
                 array = old if at is None else new
-                values.append(array if axes is None else Lifted(array, axes))
+                values.append(array if lifted is None else lifted.like(array))
             alive = frozenset(slices.inside.get(v, v) for v in live)
             outs, records = level._lane(lanes[:-1], body, values, keys, given, context, alive)
             here = {*level.created, *(slices.inside[v] for v in dying)}
@@ -402,15 +611,20 @@ class Level:
                 [f.table for f in level.factors],
                 level.constant,
                 [escaped[v] for v in seen["escaped"]],
+                [level.places[v] for v in created if v in level.places],
             )
 
         arrays = [a for a, _, _ in inputs]
-        outs, records, tables, constant, found = jax.vmap(
+        outs, records, tables, constant, found, places = jax.vmap(
             one,
-            ([i for _, _, i in inputs], [i for _, i in pending], 0, 0, 0),
+            ([i for _, _, i in inputs], [i for _, i in pending], place_axes, 0, 0, 0),
             axis_size=lane.size,
             axis_name=lane.name,
-        )(arrays, [f.table for f in taken], keys, given, jnp.arange(lane.size))
+        )(arrays, [f.table for f in taken], whole_places, keys, given, jnp.arange(lane.size))
+        placed = [v for v in seen["created"] if v.family is not None]
+        for v, place in zip(placed, places, strict=True):
+            one_copy = jax.tree.map(lambda x: x[0], place)
+            self.places[slices.leave(v)] = one_copy if lane.size == 1 else place
         self.constant = self.constant + jnp.sum(constant)
         for v, k in zip(seen["escaped"], found, strict=True):
             self.keys[slices.leave(v)] = k[0]
@@ -431,7 +645,7 @@ class Level:
             lambda i: jnp.clip(i, 0, len(eqn.params["branches"]) - 1), self.plan.limit, index
         )
         operands = [
-            Lifted(finite_cotangents(x.array), x.axes) if is_lifted(x) else finite_cotangents(x)
+            x.like(finite_cotangents(x.array)) if is_lifted(x) else finite_cotangents(x)
             for x in operands
         ]
         found: list[tuple[list[Any], Records, Level]] = []
@@ -439,11 +653,12 @@ class Level:
         anonymous = context.anonymous
         for branch in eqn.params["branches"]:
             level = Level(self.plan, known)
-            level.keys = self.keys
+            level.keys, level.places = self.keys, self.places
             inside = dataclasses.replace(context, anonymous=anonymous)
             outs, records = level.walk(branch, operands, inside, live)
             anonymous += count_anonymous(branch)
             found.append((outs, records, level))
+        self._check_idle(eqn, context)
         created = [v for _, _, level in found for v in level.created]
         for number, (_, _, level) in enumerate(found):
             here = lambda i, n=number: i == n  # noqa: E731
@@ -471,6 +686,19 @@ class Level:
             for values in zip(*(outs for outs, _, _ in found), strict=True)
         ]
         return outs, self._records(index, [records for _, records, _ in found], context)
+
+    def _check_idle(self, eqn: Any, context: Context) -> None:
+        """Refuse latent choices that only some branches have: where they are idle they would have no density."""
+        if not context.handler.every_branch:
+            return
+        names = [_paths(walk_names(b)) for b in eqn.params["branches"]]
+        for path in {p for found in names for p in found}:
+            given = _look_up(context.given, path)
+            if isinstance(given, Free) and not all(path in found for found in names):
+                raise ModelError(
+                    f"{'.'.join((*context.prefix, *path))!r} is a choice in some branches only of a cond that is "
+                    "summed over: let it stand in every branch, or before the cond"
+                )
 
     def _where(self, index: Any, here: Callable[[Any], Any], factor: Factor) -> None:
         """Count a factor where a branch is taken."""
@@ -522,12 +750,19 @@ class Level:
 
     # --- the end ---
 
-    def finish(self, variables: Iterable[Variable] | None = None) -> None:
-        """Sum out variables (all, if None)."""
+    def finish(
+        self,
+        variables: Iterable[Variable] | None = None,
+        may_stay: frozenset[Variable] = frozenset(),
+    ) -> None:
+        """Sum out variables (all, if None); of those that ``may_stay``, what others have to go before does."""
         gone = (
             {v for f in self.factors for v in f.variables} if variables is None else set(variables)
         )
-        self.factors = sum_out(self.factors, gone, self.plan.reduce, self.plan.limit, self.keys)
+        scales = {v: place.log_scale(v.family) for v, place in self.places.items()}
+        self.factors = sum_out(
+            self.factors, gone, self.plan.reduce, self.plan.limit, self.keys, scales, may_stay
+        )
 
     def log_density(self) -> jax.Array:
         """The log density, when everything is summed out."""
@@ -549,7 +784,7 @@ class _Slices:
         part = self.inside.get(variable)
         if part is None:
             plates = tuple(p for j, p in enumerate(variable.plates) if j != i)
-            part = Variable(variable.address, variable.num_values, plates, variable.number)
+            part = dataclasses.replace(variable, plates=plates)
             self.inside[variable], self.whole[part] = part, (variable, i)
             variable.plates[i].merge(self.plate)
         elif self.whole[part][1] != i:
@@ -558,19 +793,22 @@ class _Slices:
             )
         return part
 
-    def enter(self, x: Any, mapped: bool) -> tuple[Any, Axes | None, int | None]:
-        """``(array, axes inside, axis to map)`` of an input."""
+    def enter(self, x: Any, mapped: bool) -> tuple[Any, Lifted | None, int | None]:
+        """``(array, how it is lifted inside, axis to map)`` of an input."""
         if not is_lifted(x):
             return x, None, 0 if mapped else None
         axes: Axes = {}
+        forms: Forms = {}
         for v, places in x.axes.items():
+            inside, rest = v, tuple(p - mapped for p in places)
             if mapped and 0 in places:
                 i = places.index(0)
+                inside = self.slice(v, i)
                 rest = tuple(p - 1 for j, p in enumerate(places) if j != i)
-                axes[self.slice(v, i)] = rest
-            else:
-                axes[v] = tuple(p - mapped for p in places)
-        return x.array, axes, len(x.axes) if mapped else None
+            axes[inside] = rest
+            if v in x.forms:
+                forms[inside] = x.forms[v]
+        return x.array, Lifted(x.array, axes, forms), len(x.axes) if mapped else None
 
     def enter_factor(self, factor: Factor) -> tuple[Factor, int]:
         """A factor over copies along the lane, and the axis of its table to map."""
@@ -592,29 +830,27 @@ class _Slices:
         if self.plate.size == 1:  # one copy is no plate
             return variable
         if variable not in self.promoted:
-            self.promoted[variable] = Variable(
-                variable.address,
-                variable.num_values,
-                (self.plate, *variable.plates),
-                variable.number,
-            )
+            plates = (self.plate, *variable.plates)
+            self.promoted[variable] = dataclasses.replace(variable, plates=plates)
         return self.promoted[variable]
 
     def leave_value(self, old: Any, new: Any) -> Any:
         if not is_lifted(old):
             return new
         axes: Axes = {}
+        forms: Forms = {}
         for v, places in old.axes.items():
-            shifted = [p + 1 for p in places]
+            outside, shifted = v, [p + 1 for p in places]
             if v in self.whole:
-                whole, i = self.whole[v]
+                outside, i = self.whole[v]
                 shifted.insert(i, 0)
-                axes[whole] = tuple(shifted)
             elif v in self.promoted:
-                axes[self.promoted[v]] = (0, *shifted)
-            else:
-                axes[v] = tuple(shifted)
-        return Lifted(jnp.moveaxis(new, 0, len(old.axes)), axes)
+                outside = self.promoted[v]
+                shifted.insert(0, 0)
+            axes[outside] = tuple(shifted)
+            if v in old.forms:
+                forms[outside] = old.forms[v]
+        return Lifted(jnp.moveaxis(new, 0, len(old.axes)), axes, forms)
 
     def leave_factor(self, factor: Factor, table: Any) -> Factor:
         mine = [v for v in factor.variables if v in self.whole or v in self.promoted]
@@ -632,8 +868,17 @@ def _cast(x: Any, aval: Any) -> Any:
     if isinstance(x, Lost) or dtype is None or x.dtype == dtype:
         return x
     if is_lifted(x):
-        return Lifted(jax.lax.convert_element_type(x.array, dtype), x.axes)
+        return x.like(jax.lax.convert_element_type(x.array, dtype))
     return jax.lax.convert_element_type(x, dtype)
+
+
+def _paths(names: Mapping[str, Any], prefix: Path = ()) -> list[Path]:
+    """The paths of sites in a nested listing of names."""
+    return [
+        path
+        for name, node in names.items()
+        for path in ([(*prefix, name)] if is_record(node) else _paths(node, (*prefix, name)))
+    ]
 
 
 def _addresses(variables: Iterable[Variable]) -> str:
@@ -673,6 +918,8 @@ class Score(Handler):
                 else Given(given.value, checked=True)
             )
         value, _, terms = Evaluate(None).site(site, None, given)
+        if site.spec.kind == "deterministic":
+            return value, {"value": value}, {}
         if not self.drawn:
             return value, None, {k: v for k, v in terms.items() if k == "log_density"}
         if site.spec.kind != "sample":
@@ -690,20 +937,33 @@ def score(
     ins: list[Any],
     context: Context,
     reduce: Reduce = log_sum,
+    families: dict[str, Family] | None = None,
     notes: list[str] | None = None,
 ) -> tuple[list[Any], Records, jax.Array]:
     """Outputs, records and log density of a program with choices summed out."""
     options: Options = eqn.params["options"]
     targets = frozenset((*context.prefix, *a) for a in eqn.params["addresses"])
-    plan = Plan(targets, options, Limit(options.max_terms), reduce, [] if notes is None else notes)
-    level = Level(plan)
-    outs, records = level.walk(eqn.params["jaxpr"], ins, context)
-    density = level.log_density()
+    together: frozenset[str] = frozenset()
+    while True:
+        limit = Limit(options.max_terms)
+        found: list[str] = []
+        seen = {} if families is None else families
+        level = Level(Plan(targets, options, limit, reduce, together, found, seen))
+        try:
+            outs, records = level.walk(eqn.params["jaxpr"], ins, context)
+            density = level.log_density()
+            break
+        except Entangled as e:  # copies that meet: normal ones can be integrated jointly
+            if not e.addresses or e.addresses <= together:
+                raise
+            together |= e.addresses
+    if notes is not None:
+        notes += found
     for out in outs:
         if isinstance(out, Lost):
             raise ModelError(out.why)
         if is_lifted(out):
-            raise ModelError(
+            raise ReturnsChoice(
                 f"the return value depends on {_addresses(out.axes)}, which is summed out and has no value: return "
                 "something else, and get it back with recover"
             )
@@ -715,6 +975,7 @@ class Posterior(Handler):
     """The density of choices that are all given, by another sum over the rest: its gradient recovers those."""
 
     reduce: Reduce = log_sum
+    families: dict[str, Family] = dataclasses.field(default_factory=dict, compare=False)
     records = False
 
     def terms(self) -> dict[str, jax.Array]:
@@ -736,14 +997,27 @@ def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     if isinstance(handler, Whole):
         return walk(eqn.params["jaxpr"], ins, context)
     if isinstance(handler, Posterior):
-        outs, records, density = score(eqn, ins, context, handler.reduce)
+        outs, records, density = score(eqn, ins, context, handler.reduce, handler.families)
         return outs, records, {"log_density": density}
     if isinstance(handler, Rewrite):
         run = lambda *xs: walk(eqn.params["jaxpr"], list(xs), context)[0]  # noqa: E731
         return bind_marginal(run, ins, addresses, eqn.params["options"]), {}, {}
-    if not _has_key(context.keys, addresses[0]):
-        outs, records, density = score(eqn, ins, context)
-        return outs, records, dict.fromkeys(handler.terms(), density)
+    inner = site_table(eqn.params["jaxpr"])
+    kept = [
+        tuple(a.split("."))
+        for a, s in inner.items()
+        if s.kind == "sample" and not s.observed and tuple(a.split(".")) not in addresses
+    ]
+    given = [_look_up(context.given, a) for a in kept]
+    complete = all(isinstance(g, Given) and (g.where is None or g.drop is not None) for g in given)
+    drawing = _look_up(context.keys, addresses[0]) is not None
+    if complete or not drawing:
+        try:
+            outs, records, density = score(eqn, ins, context)
+            return outs, records, dict.fromkeys(handler.terms(), density)
+        except ReturnsChoice:
+            if not drawing:
+                raise
     recording = (
         dataclasses.replace(handler, record="value") if isinstance(handler, Evaluate) else handler
     )
@@ -755,8 +1029,15 @@ def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     if not isinstance(handler, Evaluate):
         return outs, records, terms
     known = dataclasses.replace(context, given=_fill(records, context.given))
-    density = score(eqn, ins, dataclasses.replace(known, handler=Score()))[2]
+    _, derived, density = score(eqn, ins, dataclasses.replace(known, handler=Score()))
     rest = score(eqn, ins, dataclasses.replace(known, handler=Score(drawn=True)))[2]
+    if any(
+        g is not None for g in given
+    ):  # what was drawn for the choices summed out does not know the data
+        for address, info in inner.items():
+            path = tuple(address.split("."))
+            if info.kind == "deterministic" and _look_up(derived, path) is None:
+                records = _without(records, path)
     terms = {"log_density": density, "log_weight": density - rest}
     return outs, records if handler.records else {}, terms
 
@@ -764,13 +1045,11 @@ def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
 RULES[marginal_p] = _rule
 
 
-def _has_key(keys: dict[str, Any], address: Path) -> bool:
-    node: Any = keys
+def _look_up(tree: Mapping[str, Any], address: Path) -> Any:
+    node: Any = tree
     for name in address:
-        if not isinstance(node, dict) or name not in node:
-            return False
-        node = node[name]
-    return True
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def _without(records: Records, address: Path) -> Records:
@@ -826,7 +1105,7 @@ class _Marginalized(Transformed):
 def _chosen(
     addresses: tuple[str, ...], table: Mapping[str, SiteInfo], model: Any
 ) -> tuple[Path, ...]:
-    name = getattr(model, "__name__", type(model).__name__)
+    name = name_of(model)
     chosen: list[Path] = []
     for address in addresses:
         found = [a for a in table if covers(address, a)]
@@ -841,10 +1120,6 @@ def _chosen(
             if info.observed:
                 raise ModelError(
                     f"the choice {a!r} is given already, so there is nothing to sum out"
-                )
-            if not info.is_discrete:
-                raise DensityError(
-                    f"the choice {a!r} ({info.distribution}) is continuous: marginalize sums out discrete choices"
                 )
             chosen.append(tuple(a.split(".")))
     return tuple(dict.fromkeys(chosen))

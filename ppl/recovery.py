@@ -14,15 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .addresses import unflatten
-from .elimination import best, drawn, log_sum
+from .conjugacy import Family
+from .errors import ModelError
 from .handlers import Given
 from .interpreter import interpret
 from .marginals import Posterior, Weights, Whole
 from .programs import Program
 from .structure import SiteInfo, summed_out
+from .sums import best, drawn, log_sum
 from .traces import flat_records
 
 SUMS = {"sample": drawn, "marginals": log_sum, "viterbi": best}
@@ -38,25 +39,39 @@ def posterior(
         key: random key, for draws.
         given: every other choice, by dotted address.
         sites: ``"sample"`` (one joint draw), ``"viterbi"`` (the most probable values) or ``"marginals"``
-            (probabilities, an axis of values last).
+            (probabilities, an axis of values last; of continuous choices the mean).
     """
     code, args = program.code()
     table = summed_out(code.jaxpr)
-    dtype = jnp.result_type(float)
-    start = {a: jnp.zeros((*s.shape, len(_values(s))), dtype) for a, s in table.items()}
+    start = {a: jnp.zeros(_form(s), jnp.result_type(float)) for a, s in table.items()}
+    handler = Posterior(SUMS[sites])
 
     def log_density(log_weights: dict[str, Any]) -> jax.Array:
         entries = {**given, **{a: Weights(w) for a, w in log_weights.items()}}
-        handler = Posterior(SUMS[sites])
         return interpret(code.jaxpr, args, handler, key, unflatten(entries))[2]["log_density"]
 
     found = jax.grad(log_density)(start)
-    if sites == "marginals":
-        return found
-    return {
-        a: jnp.asarray(_values(table[a]), table[a].dtype)[jnp.argmax(one_hot, -1)]
-        for a, one_hot in found.items()
-    }
+    return {a: _value(table[a], found[a], handler.families.get(a), sites) for a in found}
+
+
+def _form(info: SiteInfo) -> tuple[int, ...]:
+    """Shape of the numbers that are added: one a value of a discrete choice, one a number of a continuous one."""
+    return (*info.shape, len(info.values)) if info.values is not None else info.shape
+
+
+def _value(info: SiteInfo, found: jax.Array, family: Family | None, sites: str) -> jax.Array:
+    if info.values is not None:
+        if sites == "marginals":
+            return found
+        return jnp.asarray(info.values, info.dtype)[jnp.argmax(found, -1)]
+    assert family is not None
+    if sites != "marginals":
+        return family.from_statistic(found).astype(info.dtype)
+    if not family.linear:
+        raise ModelError(
+            f"recover: the mean of {info.address!r} ({info.distribution}) is not at hand; take sites='sample'"
+        )
+    return found
 
 
 def restored(
@@ -72,8 +87,3 @@ def restored(
         for a, r in flat_records(records)
         if a in table and table[a].kind == "deterministic"
     }
-
-
-def _values(info: SiteInfo) -> np.ndarray:
-    assert info.values is not None
-    return info.values

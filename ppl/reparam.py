@@ -22,7 +22,7 @@ from .language import deterministic, sample
 from .rewriting import Rewrite, Transformed, transform
 from .sites import Site
 from .structure import SiteInfo
-from .transforms import _covered, _name
+from .transforms import _covered, name_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -175,7 +175,7 @@ class _Reparametrised(Transformed):
     strategies: dict[str, Any]
 
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
-        _covered(tuple(self.strategies), table, _name(self.inner))
+        _covered(tuple(self.strategies), table, name_of(self.inner))
         return _Reparametrise(tuple(self.strategies.items())), {}
 
 

@@ -83,7 +83,7 @@ class _Condition(Transformed):
     choices: dict[str, Any]
 
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
-        return _Fix(), unflatten(entries(table, self.choices, _name(self.inner), data=True))
+        return _Fix(), unflatten(entries(table, self.choices, name_of(self.inner), data=True))
 
 
 def condition(model: F, choices: Mapping[str, Any]) -> F:
@@ -120,7 +120,7 @@ class _Do(Transformed):
     choices: dict[str, Any]
 
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
-        return _Set(), unflatten(entries(table, self.choices, _name(self.inner), data=True))
+        return _Set(), unflatten(entries(table, self.choices, name_of(self.inner), data=True))
 
 
 def do(model: F, choices: Mapping[str, Any]) -> F:
@@ -161,7 +161,7 @@ class _Replay(Transformed):
 
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
         here = {a: v for a, v in self.choices.items() if a in table}
-        return _Set(), unflatten(entries(table, here, _name(self.inner)))
+        return _Set(), unflatten(entries(table, here, name_of(self.inner)))
 
 
 # --- block, scope -----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class _Block(Transformed):
     patterns: tuple[str, ...] = eqx.field(static=True)
 
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
-        return _Hide(frozenset(_covered(self.patterns, table, _name(self.inner)))), {}
+        return _Hide(frozenset(_covered(self.patterns, table, name_of(self.inner)))), {}
 
 
 def block(model: F, *addresses: Address) -> F:
@@ -256,7 +256,8 @@ class _Multiply(Rewrite):
             return payload
         for key, value in self.factors:
             if key in site.axis_names or covers(key, ".".join(site.address)):
-                payload["scale"] = payload.get("scale", 1.0) * value
+                # One value for all sites, not a product each: marginalize must see that they share it.
+                payload["scale"] = payload["scale"] * value if "scale" in payload else value
         return payload
 
 
@@ -271,7 +272,7 @@ class _Scale(Transformed):
                     unknown(
                         key,
                         [*sorted(known), *table],
-                        f" (axis or site) in model {_name(self.inner)!r}",
+                        f" (axis or site) in model {name_of(self.inner)!r}",
                     )
                 )
         return _Multiply(tuple(self.factors.items())), {}
@@ -323,7 +324,7 @@ class _Masked(Transformed):
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
         found: dict[str, Any] = {}
         for pattern, where in self.where.items():
-            for address in _covered((pattern,), table, _name(self.inner)):
+            for address in _covered((pattern,), table, name_of(self.inner)):
                 info = table[address]
                 if info.kind == "deterministic":
                     continue
@@ -382,7 +383,7 @@ class _WithGradients(Transformed):
     strategies: dict[str, Any]
 
     def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
-        _covered(tuple(self.strategies), table, _name(self.inner))
+        _covered(tuple(self.strategies), table, name_of(self.inner))
         return _Strategy(tuple(self.strategies.items())), {}
 
 
@@ -400,7 +401,7 @@ def _covered(patterns: Iterable[str], table: dict[str, SiteInfo], name: str) -> 
     return [a for a in table if any(covers(p, a) for p in patterns)]
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     while isinstance(function, Transformed):
         function = function.inner
     return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,65 @@
+"""Three sums over a table of logarithms: the logarithm of the sum, the largest term, one drawn in proportion."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Reduce = Callable[[jax.Array, int, Any], jax.Array]
+"""From a table, an axis and a key to the table without the axis."""
+
+
+def log_sum(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
+    r"""$\log \sum \exp$ along an axis; its derivatives are finite where all terms are zero, too."""
+    top = jax.lax.stop_gradient(jnp.max(table, axis, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    return _log(jnp.sum(jnp.exp(table - top), axis)) + jnp.squeeze(top, axis)
+
+
+@jax.custom_jvp
+def _log(x: jax.Array) -> jax.Array:
+    """The logarithm, with derivative zero at zero."""
+    return jnp.log(x)
+
+
+@_log.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return _log(x), jnp.where(x > 0, dx / jnp.where(x > 0, x, 1), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def best(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
+    """The largest term; the derivative is one at the first that is largest."""
+    return jnp.max(table, axis)
+
+
+def _best_forward(table: jax.Array, axis: int, key: Any) -> Any:
+    return jnp.max(table, axis), (jnp.argmax(table, axis), table.shape[axis])
+
+
+def _chosen(axis: int, residual: Any, cotangent: Any) -> Any:
+    index, size = residual
+    one_hot = jax.nn.one_hot(index, size, axis=axis, dtype=cotangent.dtype)
+    return one_hot * jnp.expand_dims(cotangent, axis), None
+
+
+best.defvjp(_best_forward, _chosen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def drawn(table: jax.Array, axis: int, key: Any) -> jax.Array:
+    """The log of the sum; the derivative is one at one term, drawn in proportion to the terms."""
+    return log_sum(table, axis)
+
+
+def _drawn_forward(table: jax.Array, axis: int, key: Any) -> Any:
+    index = jax.random.categorical(key, table, axis)
+    return log_sum(table, axis), (index, table.shape[axis])
+
+
+drawn.defvjp(_drawn_forward, _chosen)
