@@ -10,3 +10,6 @@ Example:
 """
 
 from numpyro.distributions import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
+
+from .hidden_markov import HiddenMarkov as HiddenMarkov
+from .linear_gaussian import LinearGaussian as LinearGaussian

@@ -77,6 +77,10 @@ class Options:
     max_terms: int = 1_000_000
 
 
+IMPOSSIBLE = -1e30
+"""As good as minus infinity: its exponential is zero, and derivatives stay finite."""
+
+
 class ReturnsChoice(ModelError):
     """What a program returns depends on a choice that is summed out."""
 
@@ -365,6 +369,7 @@ class Level:
     ) -> None:
         scale, ins = self._unscaled(eqn, ins)
         self._certify(eqn, ins, context, address, value)
+        drawn = isinstance(context.handler, Score) and context.handler.drawn
 
         def log_prob(operands: Any, value: Any) -> Any:
             site = Site(eqn.params, operands, address, context.axes)
@@ -372,10 +377,14 @@ class Level:
             own = site.guarded().log_prob(value)
             if "observed" in site.parts:
                 fixed = site.part("value") == value
-                own = jnp.where(site.part("observed") & ~fixed, -jnp.inf, own)
+                known = jnp.where(fixed, 0.0 if drawn else own, IMPOSSIBLE)
+                own = jnp.where(site.part("observed"), known, own)
             return own
 
         own = apply(log_prob, self.plan.limit, ins, value)
+        if is_lifted(own) and eqn.params["spec"].discrete:
+            # Sums of the least float, which some distributions give to what is impossible, would overflow.
+            own = own.like(jnp.maximum(own.array, IMPOSSIBLE))
         self.weigh(own, address, scale)
         if (
             not value.axes.keys() <= axes_of(own).keys()
@@ -674,7 +683,7 @@ class Level:
             mine = {v for f in level.factors for v in f.variables}
             for variable in created:  # idle in this branch: at its first value
                 if variable not in mine:
-                    rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, -jnp.inf)
+                    rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, IMPOSSIBLE)
                     rest = rest.reshape(-1, *(1,) * len(variable.plates))
                     rest = jnp.broadcast_to(
                         rest, (variable.num_values, *(p.size for p in variable.plates))
@@ -693,10 +702,12 @@ class Level:
             return
         names = [_paths(walk_names(b)) for b in eqn.params["branches"]]
         for path in {p for found in names for p in found}:
-            given = _look_up(context.given, path)
-            if isinstance(given, Free) and not all(path in found for found in names):
+            address = ".".join((*context.prefix, *path))
+            latent = isinstance(_look_up(context.given, path), Free)
+            latent = latent or address in getattr(context.handler, "latents", ())
+            if latent and not all(path in found for found in names):
                 raise ModelError(
-                    f"{'.'.join((*context.prefix, *path))!r} is a choice in some branches only of a cond that is "
+                    f"{address!r} is a choice in some branches only of a cond that is "
                     "summed over: let it stand in every branch, or before the cond"
                 )
 
@@ -1109,6 +1120,8 @@ def _chosen(
     chosen: list[Path] = []
     for address in addresses:
         found = [a for a in table if covers(address, a)]
+        if found != [address]:  # a wildcard or a scope: what can be summed out of it
+            found = [a for a in found if table[a].values is not None and not table[a].observed]
         if not found:
             raise unknown_choice(address, table, name)
         for a in found:
