@@ -12,7 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/language.md", "docs/inference.md"]
+    "page",
+    [
+        "README.md",
+        "docs/index.md",
+        "docs/language.md",
+        "docs/inference.md",
+        "docs/marginalisation.md",
+    ],
 )
 def test_code_on_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(
