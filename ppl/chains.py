@@ -158,7 +158,7 @@ class _Scan:
         self, state: _State, step: int, x: Any, pending: Sequence[Factor] = (), link: bool = False
     ) -> tuple[_State, _Step]:
         """One step of the recursion; with ``link``, the factor of the step alone, nothing of the past summed out."""
-        from .marginals import Level
+        from .marginals import Level, _only_here
 
         arrays, keys, given = x
         xs = [
@@ -173,6 +173,7 @@ class _Scan:
         # All that is read outside stays; the choices of the chain go as soon as no slot reads them.
         live = frozenset(variables_of([*self.consts, *self.xs]))
         outs, records = level.walk(self.body, [*self.consts, *state.slots, *xs], inside, live)
+        _only_here(level, "a scan")
         slots, ys = outs[: self.num_carry], outs[self.num_carry :]
         born = {**state.born, **dict.fromkeys(level.created, step)}
         key = next((k for v in level.created if (k := level.keys.get(v)) is not None), None)

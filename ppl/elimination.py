@@ -39,13 +39,14 @@ from .sums import Reduce
 class Factor:
     """A table of log density: one axis for each variable, then one for each plate.
 
-    With ``scale``, the log of the sum over its variables counts that many times.
+    With ``scale``, the log of the sum over its variables counts that many times. ``sites`` are those it comes from.
     """
 
     table: jax.Array
     variables: tuple[Variable, ...]
     plates: tuple[Plate, ...] = ()
     scale: Any = None
+    sites: tuple[str, ...] = ()
 
     def lifted(self) -> Lifted:
         """The factor as a lifted value whose own axes are the plates."""
@@ -61,12 +62,8 @@ class Factor:
         return log_density if self.scale is None else log_density * self.scale
 
 
-def factor_of(term: Lifted, name: str, scale: Any = None) -> Factor:
-    """A density term as a factor: axes that no variable has copies along are summed.
-
-    Raises:
-        Entangled: if one axis of copies meets itself, so that every copy meets every other.
-    """
+def labels_of(term: Lifted) -> list[Plate | None]:
+    """For every axis of a value the plate that runs along it; plates that share one are merged."""
     labels: list[Plate | None] = [None] * len(term.shape)
     for variable, places in term.axes.items():
         for place, plate in zip(places, variable.plates, strict=True):
@@ -74,9 +71,20 @@ def factor_of(term: Lifted, name: str, scale: Any = None) -> Factor:
             if known is not None:
                 known.merge(plate)
             labels[place] = plate
+    return labels
+
+
+def factor_of(term: Lifted, name: str, scale: Any = None) -> Factor:
+    """A density term as a factor: axes that no variable has copies along are summed.
+
+    Raises:
+        Entangled: if one axis of copies meets itself, so that every copy meets every other.
+    """
+    labels = labels_of(term)
     n = len(term.axes)
     table = jnp.sum(term.array, tuple(n + i for i, p in enumerate(labels) if p is None))
-    factor = Factor(table, tuple(term.axes), tuple(p for p in labels if p is not None), scale)
+    plates = tuple(p for p in labels if p is not None)
+    factor = Factor(table, tuple(term.axes), plates, scale, (name,))
     _check_apart(factor, f"at site {name!r}")
     return factor
 
@@ -109,7 +117,9 @@ def multiply(factors: Sequence[Factor]) -> Factor:
         table = jnp.transpose(f.table, order).reshape(shape)
         product = table if product is None else product + table
     full = (*(v.num_values for v in variables), *(p.size for p in plates))
-    return Factor(jnp.broadcast_to(product, full), tuple(variables), tuple(plates), _scale(factors))
+    sites = tuple(dict.fromkeys(s for f in factors for s in f.sites))
+    table = jnp.broadcast_to(product, full)
+    return Factor(table, tuple(variables), tuple(plates), _scale(factors), sites)
 
 
 def _scale(factors: Sequence[Factor]) -> Any:
@@ -176,7 +186,7 @@ def sum_out(
         else:
             log_scale = (log_scales or {}).get(variable, 0.0)
             table = _integrate(product, axis, reduce, log_scale, keys.get(variable))
-        summed = Factor(table, rest, product.plates, product.scale)
+        summed = dataclasses.replace(product, table=table, variables=rest)
         factors.append(_narrow(summed) if rest else summed)
     return factors
 

@@ -23,7 +23,7 @@ from .compat import CALLS, Literal, cond_p, consts_first, inner_jaxprs, open_jax
 from .conjugacy import CONJUGATE, Family, Gaussian, base_of, family_of
 from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p, site_names
 from .cotangents import finite_cotangents
-from .elimination import Factor, factor_of, sum_out
+from .elimination import Factor, factor_of, labels_of, sum_out
 from .errors import DensityError, ModelError
 from .handlers import Evaluate, Free, Given, conditioned
 from .interpreter import (
@@ -164,6 +164,9 @@ class Level:
         self.keys: dict[Variable, Any] = {}
         self.places: dict[Variable, Place] = {}
         self.created: list[Variable] = []
+        self.shared: dict[
+            Path, list[Plate | None]
+        ] = {}  # sites whose density is known with others' only
 
     # --- walking ---
 
@@ -265,6 +268,10 @@ class Level:
             )
         if "log_density" in terms:
             self.weigh(terms["log_density"], address, scale)
+        if record is not None and is_lifted(record["value"]):
+            density = record["value"]
+            self.shared[address] = labels_of(density)
+            record = {"value": jnp.zeros(density.shape, density.dtype)}
         if record is not None and any(map(is_lifted, record.values())):
             record = (
                 {k: v for k, v in record.items() if not is_lifted(v)} if "value" in record else None
@@ -607,6 +614,7 @@ class Level:
                 values.append(array if lifted is None else lifted.like(array))
             alive = frozenset(slices.inside.get(v, v) for v in live)
             outs, records = level._lane(lanes[:-1], body, values, keys, given, context, alive)
+            _only_here(level, "a vmap")
             here = {*level.created, *(slices.inside[v] for v in dying)}
             level.finish(here - set(variables_of(outs)))
             left = {*variables_of(outs), *(v for f in level.factors for v in f.variables)}
@@ -665,6 +673,7 @@ class Level:
             level.keys, level.places = self.keys, self.places
             inside = dataclasses.replace(context, anonymous=anonymous)
             outs, records = level.walk(branch, operands, inside, live)
+            _only_here(level, "a branch")
             anonymous += count_anonymous(branch)
             found.append((outs, records, level))
         self._check_idle(eqn, context)
@@ -775,6 +784,21 @@ class Level:
             self.factors, gone, self.plan.reduce, self.plan.limit, self.keys, scales, may_stay
         )
 
+    def distribute(self, records: Records) -> Records:
+        """The densities of sites that share a choice, at the last of them; all choices are summed out."""
+        for factor in self.factors:
+            sites = [p for p in self.shared if ".".join(p) in factor.sites]
+            if not sites:
+                continue
+            labels = [None if p is None else p.root() for p in self.shared[sites[-1]]]
+            own = [p.root() for p in factor.plates]
+            order = [own.index(p) for p in labels if p in own]
+            table = jnp.transpose(factor.table, order)
+            table = table if factor.scale is None else table * factor.scale
+            at = tuple(slice(None) if p in own else 0 for p in labels)
+            records = _added(records, sites[-1], at, table)
+        return records
+
     def log_density(self) -> jax.Array:
         """The log density, when everything is summed out."""
         self.finish()
@@ -874,6 +898,24 @@ class _Slices:
         )
 
 
+def _added(records: Records, path: Path, at: Any, table: Any) -> Records:
+    name, *rest = path
+    if rest:
+        return {**records, name: _added(records[name], tuple(rest), at, table)}
+    value = records[name]["value"].at[at].add(table)
+    return {**records, name: {**records[name], "value": value}}
+
+
+def _only_here(level: Level, where: str) -> None:
+    """Refuse densities by site where they are not known by themselves."""
+    if level.shared:
+        names = ", ".join(repr(".".join(p)) for p in level.shared)
+        raise DensityError(
+            f"the log densities of {names} are not known site by site: in {where} they share choices that are summed "
+            "out; log_density has their total"
+        )
+
+
 def _cast(x: Any, aval: Any) -> Any:
     dtype = getattr(aval, "dtype", None)
     if isinstance(x, Lost) or dtype is None or x.dtype == dtype:
@@ -963,6 +1005,9 @@ def score(
         try:
             outs, records = level.walk(eqn.params["jaxpr"], ins, context)
             density = level.log_density()
+            prefix = len(context.prefix)
+            level.shared = {p[prefix:]: labels for p, labels in level.shared.items()}
+            records = level.distribute(records) if level.shared else records
             break
         except Entangled as e:  # copies that meet: normal ones can be integrated jointly
             if not e.addresses or e.addresses <= together:
