@@ -52,6 +52,7 @@ wheel: $(VENV)/.test  ## build a wheel into dist/ and check what it holds
 bench: $(VENV)/.test  ## accuracy against references; cost against hand-written JAX and NumPyro
 	$(BIN)/python benchmarks/costs.py --times 9
 	$(BIN)/python benchmarks/nuts.py
+	$(BIN)/python benchmarks/marginals.py --times 5
 	$(BIN)/python benchmarks/posteriors.py
 
 lanes:  ## the tests on every supported line of Python and JAX found on this machine
