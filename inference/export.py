@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.addresses import flatten, unflatten, unknown
-from weft.ppl.errors import AddressError, WeftError
+from weft.ppl.errors import AddressError, DensityError, WeftError
 
 _SAMPLE = ("chain", "draw")
 _LARGE = 10**8  # numbers of pointwise log likelihood that nobody asked for
@@ -151,7 +151,13 @@ def _groups(
         groups[name] = values
     if _wants_likelihood(draws, log_likelihood):
         by = log_likelihood if isinstance(log_likelihood, str) else None
-        groups["log_likelihood"] = pointwise_log_likelihood(target, draws.choices, by, batch_size)
+        try:
+            groups["log_likelihood"] = pointwise_log_likelihood(
+                target, draws.choices, by, batch_size
+            )
+        except DensityError:  # not known site by site, where a chain of choices is summed out
+            if log_likelihood is not None:
+                raise
     if target is not None and target.observed:
         groups["observed_data"] = flatten(plain_observed(target))
     return groups

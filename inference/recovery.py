@@ -117,7 +117,15 @@ def _data(draws: Any, program: Program) -> dict[str, Given]:
         raise WeftError(
             "recover: these draws were read from a file without their target: load(path, target=...)"
         )
-    return {a: g for a, g in target.data.items() if a in program.sites}
+    data = {a: g for a, g in target.data.items() if a in program.sites}
+    for address, given in data.items():
+        shape = program.sites[address].shape
+        if jnp.shape(given.value) != shape:
+            raise AddressError(
+                f"recover, model {program.name!r}: the data of {address!r} have shape {jnp.shape(given.value)}, the site "
+                f"{shape}. Are these the arguments that the draws were made with?"
+            )
+    return data
 
 
 @functools.partial(eqx.filter_jit)

@@ -187,10 +187,12 @@ class Level:
         records: Records = {}
         for i, eqn in enumerate(opened.eqns):
             ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-            for x in ins:
-                if isinstance(x, Lost):
-                    raise ModelError(x.why)
-            if eqn_holds_sites(eqn):
+            lost = next((x for x in ins if isinstance(x, Lost)), None)
+            if lost is not None:  # what follows from it is lost, too; only a record may be
+                if eqn_holds_sites(eqn) and not _is_record_site(eqn):
+                    raise ModelError(lost.why)
+                outs = [lost] * len(eqn.outvars)
+            elif eqn_holds_sites(eqn):
                 later = {u for v, x in env.items() if last_use.get(v, -1) > i for u in axes_of(x)}
                 outs, found = self.sited(eqn, ins, context, live | later)
                 records.update(found)
@@ -262,13 +264,12 @@ class Level:
         self._certify(eqn, ins, context, address)
         value, record, terms = self._handle(eqn, ins, context, context.given.get(name))
         if kind == "sample" and is_lifted(value):
-            raise ModelError(
-                f"the value of {'.'.join(address)!r} is not known without {_addresses(value.axes)}: its support, or "
-                "whether it is drawn at all, depends on that. Give it a support that does not, or keep the choice"
-            )
+            raise ModelError(_unknown_value(address, value.axes))
         if "log_density" in terms:
             self.weigh(terms["log_density"], address, scale)
         if record is not None and is_lifted(record["value"]):
+            if getattr(context.handler, "record", None) != "log_density":
+                raise ModelError(_unknown_value(address, record["value"].axes))
             density = record["value"]
             self.shared[address] = labels_of(density)
             record = {"value": jnp.zeros(density.shape, density.dtype)}
@@ -904,6 +905,17 @@ def _added(records: Records, path: Path, at: Any, table: Any) -> Records:
         return {**records, name: _added(records[name], tuple(rest), at, table)}
     value = records[name]["value"].at[at].add(table)
     return {**records, name: {**records[name], "value": value}}
+
+
+def _is_record_site(eqn: Any) -> bool:
+    return eqn.primitive is site_p and eqn.params["spec"].kind == "deterministic"
+
+
+def _unknown_value(address: Path, axes: Axes) -> str:
+    return (
+        f"the value of {'.'.join(address)!r} is not known without {_addresses(axes)}: its support, or whether it is drawn "
+        "at all, depends on that. Give it a support that does not, or keep the choice"
+    )
 
 
 def _only_here(level: Level, where: str) -> None:
