@@ -122,8 +122,8 @@ def _data(draws: Any, program: Program) -> dict[str, Given]:
         shape = program.sites[address].shape
         if jnp.shape(given.value) != shape:
             raise AddressError(
-                f"recover, model {program.name!r}: the data of {address!r} have shape {jnp.shape(given.value)}, the site "
-                f"{shape}. Are these the arguments that the draws were made with?"
+                f"recover, model {program.name!r}: the data of {address!r} have shape {jnp.shape(given.value)}, the "
+                f"site {shape}. Are these the arguments that the draws were made with?"
             )
     return data
 

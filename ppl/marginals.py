@@ -913,8 +913,8 @@ def _is_record_site(eqn: Any) -> bool:
 
 def _unknown_value(address: Path, axes: Axes) -> str:
     return (
-        f"the value of {'.'.join(address)!r} is not known without {_addresses(axes)}: its support, or whether it is drawn "
-        "at all, depends on that. Give it a support that does not, or keep the choice"
+        f"the value of {'.'.join(address)!r} is not known without {_addresses(axes)}: its support, or whether it is "
+        "drawn at all, depends on that. Give it a support that does not, or keep the choice"
     )
 
 
