@@ -62,6 +62,10 @@ class Factor:
         return log_density if self.scale is None else log_density * self.scale
 
 
+PROBE = "~probe"
+"""The site of a factor that is zero, and there for its derivative only."""
+
+
 def labels_of(term: Lifted) -> list[Plate | None]:
     """For every axis of a value the plate that runs along it; plates that share one are merged."""
     labels: list[Plate | None] = [None] * len(term.shape)
@@ -211,7 +215,7 @@ def _closed(variable: Variable, mine: list[Factor]) -> bool:
         return not others  # a sum of conjugate densities is none
     # A normal choice with a scale that is integrated out, too: all that reads it must have that scale.
     scales = {v for v in others if not v.family.quadratic}
-    return all(scales <= set(f.variables) for f in mine)
+    return all(scales <= set(f.variables) for f in mine if f.sites != (PROBE,))
 
 
 def _integrate(product: Factor, axis: int, reduce: Reduce, log_scale: Any, key: Any) -> jax.Array:

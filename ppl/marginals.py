@@ -23,7 +23,7 @@ from .compat import CALLS, Literal, cond_p, consts_first, inner_jaxprs, open_jax
 from .conjugacy import CONJUGATE, Family, Gaussian, base_of, family_of
 from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p, site_names
 from .cotangents import finite_cotangents
-from .elimination import Factor, factor_of, labels_of, sum_out
+from .elimination import PROBE, Factor, factor_of, labels_of, sum_out
 from .errors import DensityError, ModelError
 from .handlers import Evaluate, Free, Given, conditioned
 from .interpreter import (
@@ -446,7 +446,8 @@ class Level:
         if isinstance(weights, Weights):
             extra = weights.log_weights * family.statistic(points)
             own = extra.reshape(len(points), *copies, -1) if family.event else extra
-            self.weigh(Lifted(jnp.sum(own, -1) if family.event else own, {found: axes}), address)
+            own = jnp.sum(own, -1) if family.event else own
+            self.weigh(Lifted(own, {found: axes}), (PROBE,))
         return value
 
     def _place(
