@@ -1036,7 +1036,7 @@ def score(
                 f"the return value depends on {_addresses(out.axes)}, which is summed out and has no value: return "
                 "something else, and get it back with recover"
             )
-    return outs, records, density
+    return outs, records, jnp.where(density > IMPOSSIBLE / 2, density, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
