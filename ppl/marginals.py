@@ -1036,7 +1036,7 @@ def score(
                 f"the return value depends on {_addresses(out.axes)}, which is summed out and has no value: return "
                 "something else, and get it back with recover"
             )
-    return outs, records, jnp.where(density > IMPOSSIBLE / 2, density, -jnp.inf)
+    return outs, records, jnp.where(density < IMPOSSIBLE / 2, -jnp.inf, density)
 
 
 @dataclasses.dataclass(frozen=True)
