@@ -40,8 +40,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks are no p
 from weft.inference import Draws
 
 from benchmarks.costs import count_equations, measure
-from benchmarks.nuts import SETTINGS, numpyro_runner, weft_runner
-from benchmarks.nuts import measure as measure_nuts
+from benchmarks.nuts import SETTINGS, numpyro_runner, smallest_ess, weft_runner
 from benchmarks.workloads import Operation, normal
 from weft import factor, gen, marginalize, recover, repeat, sample
 
@@ -473,8 +472,12 @@ def recover_states(rounds: int, num_steps: int = 10_000, num_draws: int = 100) -
 # ---- effective samples a second --------------------------------------------------------------------------------------
 
 
-def sampling(rounds: int) -> None:
-    """NUTS on hmm_example, its states summed out by Weft and by hand."""
+def sampling(rounds: int, lengths: tuple[int, int] = (1000, 4000)) -> None:
+    """NUTS on hmm_example, its states summed out by Weft and by hand.
+
+    "Second run" is a whole run at the first length, nothing left to compile but by NumPyro, which compiles at every run;
+    "sampling" the slope between both lengths.
+    """
     y = example_data()[1]
     program = marginalize(emit_first, "first", "z")(example_prior, len(y))
     runners = {
@@ -484,26 +487,29 @@ def sampling(rounds: int) -> None:
     if FUNSOR:
         model = functools.partial(numpyro_chain, example_prior, move=False)
         runners["numpyro, funsor"] = numpyro_runner(model, (y,))
-    print(f"{SETTINGS}\n")
-    print("| version | second run s | min ESS | ESS/s, second run | ESS/s, sampling |")
-    print("| --- | --- | --- | --- | --- |")
-    for run in runners.values():
-        measure_nuts(run, 0)  # compiles both lengths
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
-    for seed in range(1, rounds + 1):
-        for name, run in runners.items():
-            found[name].append(measure_nuts(run, seed))
-    median = {
-        name: {k: statistics.median(f[k] for f in values) for k in values[0]}
-        for name, values in found.items()
-    }
-    for name, m in median.items():
-        whole, slope = (m[k] / median[BASE][k] for k in ("whole", "sampling"))
-        print(
-            f"| {name} | {m['seconds']:.2f} | {m['ess']:,.0f} | {m['whole']:,.0f} ({whole:.2f}x) |"
-            f" {m['sampling']:,.0f} ({slope:.2f}x) |",
-            flush=True,
+    seconds: dict[Any, list[float]] = {(name, n): [] for name in runners for n in lengths}
+    ess: dict[Any, list[float]] = {key: [] for key in seconds}
+    for seed in range(rounds + 1):
+        for name, n in seconds:
+            start = time.perf_counter()
+            draws = runners[name](seed, n)
+            if seed:  # the first round compiles
+                seconds[name, n].append(time.perf_counter() - start)
+                ess[name, n].append(smallest_ess(draws))
+    print(f"{SETTINGS}, draws a chain {lengths}\n")
+    print(
+        "| version | second run s | min ESS | ESS/s, second run | of hand | ESS/s, sampling | of hand |"
+    )
+    print(f"|{' --- |' * 7}")
+    short, long = lengths
+    speeds: dict[str, list[float]] = {}
+    for name in runners:
+        s, e = ({n: statistics.median(a[name, n]) for n in lengths} for a in (seconds, ess))
+        speeds[name] = [e[short] / s[short], (e[long] - e[short]) / (s[long] - s[short])]
+        whole, slope = (
+            f"{v:,.0f} | {v / b:.2f}" for v, b in zip(speeds[name], speeds[BASE], strict=True)
         )
+        print(f"| {name} | {s[short]:.2f} | {e[short]:,.0f} | {whole} | {slope} |", flush=True)
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------

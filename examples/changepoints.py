@@ -46,8 +46,7 @@ from weft import deterministic, factor, gen, marginalize, recover, sample
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out"
 FAST = os.environ.get("WEFT_FAST", "") not in ("", "0")
-NUM_DRAWS, NUM_PARTICLES = (200, 4_000) if FAST else (500, 20_000)
-MAX_STATES = 4
+NUM_DRAWS, NUM_PARTICLES, MAX_STATES = (200, 4_000, 2) if FAST else (500, 20_000, 4)
 
 # ---- the models ------------------------------------------------------------------------------------------------------
 
@@ -184,7 +183,7 @@ def find_change(key: Any, flow: np.ndarray, exact: np.ndarray) -> OneChange:
     keys = jax.random.split(key, 3)
     model, args = marginalize(one_change, "change"), (len(flow),)
     target = model(*args).given({"flow": flow})
-    draws = by_nuts(keys[0], target, "one change")
+    draws = by_nuts(keys[0], target, flow, "one change")
     found = recovered(keys[1], model, draws, *args)
     mean, probability = found["sample"]["mean"], found["marginals"]["change"]
     evidence = by_importance(keys[2], target, one_change_guide(*moments(draws)), "one change")
@@ -194,7 +193,7 @@ def find_change(key: Any, flow: np.ndarray, exact: np.ndarray) -> OneChange:
 def find_states(key: Any, flow: np.ndarray, exact: float) -> States:
     keys = jax.random.split(key, 3)
     model, args = marginalize(states, "z"), (2, len(flow))
-    draws = by_nuts(keys[0], model(*args).given({"flow": flow}), "two states")
+    draws = by_nuts(keys[0], model(*args).given({"flow": flow}), flow, "two states")
     found = recovered(keys[1], model, draws, *args)
     mean, probability = found["sample"]["mean"], found["marginals"]["z"]
     path = found["viterbi"]["z"]
@@ -214,9 +213,12 @@ def find_states(key: Any, flow: np.ndarray, exact: float) -> States:
     return States(draws, *arrays, evidence, exact, np.asarray(numbers), np.array(visits))
 
 
-def by_nuts(key: Any, target: Any, what: str) -> Draws:
+def by_nuts(key: Any, target: Any, flow: np.ndarray, what: str) -> Draws:
+    """Four chains; each begins with the flows of two years as its levels."""
     print(f"\n{what}: posterior", flush=True)
-    draws = nuts(NUM_DRAWS, NUM_DRAWS, target_acceptance=0.9).run(key, target)
+    first, second = jax.random.split(key)
+    init = {"level": jnp.sort(jax.random.choice(first, flow, (4, 2)), axis=-1)}
+    draws = nuts(NUM_DRAWS, NUM_DRAWS, target_acceptance=0.9).run(second, target, init=init)
     print(f"  {draws.summary().verdict}")
     return draws
 
@@ -234,6 +236,8 @@ def recovered(key: Any, model: Any, draws: Draws, *args: int) -> dict[str, Draws
 
 def visited(key: Any, model: Any, particles: Particles, *args: int) -> np.ndarray:
     """The probability that the series visits 1, 2, ... different states."""
+    if args[0] == 1:
+        return np.eye(MAX_STATES)[0]
     draws = particles.resample(key, 1000)
     z = np.asarray(recover(key, model, draws, *args)["z"])
     count = (z[:, :, None] == np.arange(MAX_STATES)).any(axis=1).sum(axis=1)
@@ -334,7 +338,7 @@ def draw_picture(
 
         axis = right.subplots()
         numbers, base = np.arange(1, MAX_STATES + 1), np.zeros(MAX_STATES)
-        for i, shade in enumerate(SHADES):
+        for i, shade in enumerate(SHADES[:MAX_STATES]):
             share = hidden.numbers * hidden.visits[:, i]
             axis.bar(numbers, share, 0.7, base, color=shade, label=f"{i + 1} visited")
             base += share

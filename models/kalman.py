@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -114,11 +115,11 @@ def update(law: Gaussian, observed: tuple[Observation, Array, Array | None]) -> 
     (C, d, R), y, where = _without_missing(observed)
     mean, P = law
     residual = y - C @ mean - d
-    factor = jnp.linalg.cholesky(C @ P @ C.T + R)
-    gain = cho_solve((factor, True), C @ P).T
-    z = solve_triangular(factor, residual, lower=True)
+    solve, log_determinant = _positive_definite(C @ P @ C.T + R)
+    gain = solve(C @ P).T
     count = y.size if where is None else jnp.sum(where, dtype=y.dtype)
-    log_density = -0.5 * (z @ z + count * math.log(2 * math.pi)) - jnp.log(jnp.diag(factor)).sum()
+    quadratic = residual @ solve(residual[:, None])[:, 0]
+    log_density = -0.5 * (quadratic + log_determinant + count * math.log(2 * math.pi))
     return FilteredGaussian(mean + gain @ residual, _joseph(P, gain, C, R), mean, P, log_density)
 
 
@@ -136,6 +137,17 @@ def _joseph(P: Array, gain: Array, C: Array, R: Array) -> Array:
     """The covariance of x - gain (C x + N(0, R)) for x of covariance P."""
     F = jnp.eye(P.shape[0], dtype=P.dtype) - gain @ C
     return _symmetric(F @ P @ F.T + gain @ R @ gain.T)
+
+
+def _positive_definite(S: Array) -> tuple[Callable[[Array], Array], Array]:
+    """The inverse of S, as a function, and the logarithm of its determinant.
+
+    For one number at a time without LAPACK, whose calls would cost more than all the rest of a sequential filter.
+    """
+    if S.shape == (1, 1):
+        return lambda B: B / S, jnp.log(S[0, 0])
+    factor = jnp.linalg.cholesky(S)
+    return lambda B: cho_solve((factor, True), B), 2 * jnp.log(jnp.diag(factor)).sum()
 
 
 def _symmetric(P: Array) -> Array:
@@ -178,6 +190,8 @@ def kalman_filter(
         laws = Gaussian(scanned.b[:-1], scanned.C[:-1])
         _, rest = jax.vmap(step, in_axes=(0, axes), axis_size=length)(laws, inputs)
     else:
+        # The derivative keeps the laws and computes each step anew: a tenth of the memory, and on CPUs no slower.
+        step = jax.checkpoint(step, prevent_cse=False)
         _, rest = timewise.scan(step, law, inputs, axes, length=length)
     return timewise.join(start, rest)
 
@@ -200,9 +214,9 @@ def _first_element(law: Gaussian) -> _Element:
 def _element(transition: Transition, observed: tuple[Observation, Array, Array | None]) -> _Element:
     (A, b, Q), ((C, d, R), y, _) = transition, _without_missing(observed)
     residual = y - C @ b - d
-    factor = (jnp.linalg.cholesky(C @ Q @ C.T + R), True)
-    gain = cho_solve(factor, C @ Q).T
-    information = cho_solve(factor, C @ A).T
+    solve, _ = _positive_definite(C @ Q @ C.T + R)
+    gain = solve(C @ Q).T
+    information = solve(C @ A).T
     return _Element(
         A - gain @ C @ A,
         b + gain @ residual,

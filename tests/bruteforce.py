@@ -97,5 +97,8 @@ def anything(target: Target, seed: int = 0) -> dict[str, jax.Array]:
             value = np.exp(value) / np.exp(value).sum(-1, keepdims=True)
         elif info.is_discrete:
             value = rng.choice(info.values, size=info.shape)
-        found[address] = jnp.asarray(value).astype(info.dtype)
+        known = target.data.get(address)  # in part: as in draws, the data are among the values
+        found[address] = jnp.asarray(
+            value if known is None else np.where(known.where, known.value, value), info.dtype
+        )
     return found

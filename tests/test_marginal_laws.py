@@ -48,7 +48,7 @@ law = settings(
     suppress_health_check=[],
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]  # once is enough: not in every lane
 
 
 @pytest.fixture(autouse=True, scope="module")

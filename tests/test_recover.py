@@ -36,7 +36,7 @@ Normal = dist.Normal
 HMM5 = json.loads((Path(__file__).parent / "refcases" / "ssm" / "hmm5.json").read_text())
 KEY = jax.random.key(11)
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]  # once is enough: not in every lane
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,6 +72,8 @@ def chi_square(found: np.ndarray, known: np.ndarray, probabilities: np.ndarray) 
         count = np.append(count[~small], count[small].sum())
         expected = np.append(expected[~small], expected[small].sum())
         count, expected = count[expected > 0], expected[expected > 0]
+    if len(count) == 1:
+        return 1.0
     return float(stats.chisquare(count, expected * count.sum() / expected.sum()).pvalue)
 
 
@@ -103,8 +105,10 @@ def test_against_the_exact_posterior(name: str, options: dict[str, Any]) -> None
 
     found = flatten(recover(KEY, marginal, copies(target, latents, 2, 2000)).derived)
     assert set(found) == set(case.addresses)
-    drawn = {a: found[a].reshape(4000, *values[a].shape[1:]) for a in values}
+    drawn = {a: np.array(found[a]).reshape(4000, *values[a].shape[1:]) for a in values}
     assert {a: v.dtype for a, v in drawn.items()} == {a: whole.sites[a].dtype for a in values}
+    for a in values:  # what is idle, whatever the choices, may have any value
+        drawn[a][:, ~active[a].any(0)] = whole.sites[a].values[0]
     assert chi_square(codes(drawn, 4000), codes(values, len(p)), p) > 1e-7
 
     one = copies(target, latents, 1, 1)
@@ -112,7 +116,9 @@ def test_against_the_exact_posterior(name: str, options: dict[str, Any]) -> None
         seen = values[a][..., None] == whole.sites[a].values
         same(found[0, 0], np.einsum("n,n...->...", p, seen & active[a][..., None]))
     best = recover(KEY, marginal, one, sites="viterbi").derived
-    best = {a: np.asarray(v)[0] for a, v in flatten(best).items()}
+    best = {a: np.array(v)[0] for a, v in flatten(best).items()}
+    for a in values:
+        best[a][:, ~active[a].any(0)] = whole.sites[a].values[0]
     at = np.flatnonzero(codes(values, len(p)) == codes({a: best[a] for a in values}, 1))
     same(log_terms[at], [log_terms.max()])
 
@@ -223,7 +229,6 @@ def test_shapes_and_computed_values() -> None:
     same(p["z"][..., 1], jax.nn.sigmoid(logit))
 
 
-@pytest.mark.xfail(strict=True, reason="records of what a scan stacks from its states")
 def test_records_of_stacked_states() -> None:
     """What is computed of all states after the scan, and recorded, is known once they are."""
 
@@ -441,7 +446,6 @@ def test_what_does_not_fit_is_refused() -> None:
         recover(KEY, marginal, draws, x, batch_size=0)
 
 
-@pytest.mark.xfail(strict=True, reason="data of another shape than the program's")
 def test_other_arguments_than_the_data_had() -> None:
     marginal = marginalize(groups, "z", "state")
     target = marginal(jnp.array(X)).given(DATA)

@@ -24,6 +24,7 @@ from weft.ppl import ModelError, ObservationError
 from programs import quick_compilation
 from weft import factor, gen, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
 SSM = Path(__file__).parent / "refcases" / "ssm"
 NAN, INF = np.nan, np.inf
 
@@ -57,9 +58,10 @@ def load(name):
 def test_linear_gaussian_reference(name, parallel):
     p, case = load(name)
     d = LinearGaussian(**p, num_steps=case["T"], parallel=parallel)
-    filtered, smoothed = d.filter(case["y"]), d.smoother(case["y"])
+    y = np.asarray(case["y"])
+    filtered, smoothed = d.filter(y), d.smoother(y)
     close(filtered.log_increments, case["log_likelihood_increments"])
-    close(d.log_prob(case["y"]), case["log_likelihood"])
+    close(d.log_prob(y), case["log_likelihood"])
     close(filtered.means, case["filter_mean"])
     close(filtered.covariances, case["filter_cov"])
     close(filtered.predicted_means, case["predict_mean"])
@@ -75,7 +77,8 @@ def test_linear_gaussian_reference_derivatives(name):
     def log_density(log_scales):
         q, r = jnp.exp(log_scales)
         scaled = {**p, "Q": q * p["Q"], "R": r * p["R"]}
-        return LinearGaussian(**scaled, num_steps=case["T"]).log_prob(case["y"])
+        d = LinearGaussian(**scaled, num_steps=case["T"])
+        return d.log_prob(np.asarray(case["y"]))
 
     gradient = jax.jit(jax.grad(log_density))(np.zeros(2))
     close(gradient, [case["dlogp_dlogscale_Q"], case["dlogp_dlogscale_R"]])
