@@ -475,8 +475,8 @@ def recover_states(rounds: int, num_steps: int = 10_000, num_draws: int = 100) -
 def sampling(rounds: int, lengths: tuple[int, int] = (1000, 4000)) -> None:
     """NUTS on hmm_example, its states summed out by Weft and by hand.
 
-    "Second run" is a whole run at the first length, with nothing left to compile (but by NumPyro, which compiles at every
-    run); "sampling" the slope between both lengths.
+    "Second run" is a whole run at the first length, with nothing left to compile (but NumPyro compiles at every run);
+    "sampling" is the slope between both lengths.
     """
     y = example_data()[1]
     program = marginalize(emit_first, "first", "z")(example_prior, len(y))
