@@ -497,10 +497,8 @@ def sampling(rounds: int, lengths: tuple[int, int] = (1000, 4000)) -> None:
                 seconds[name, n].append(time.perf_counter() - start)
                 ess[name, n].append(smallest_ess(draws))
     print(f"{SETTINGS}, draws a chain {lengths}\n")
-    print(
-        "| version | second run s | min ESS | ESS/s, second run | of hand | ESS/s, sampling | of hand |"
-    )
-    print(f"|{' --- |' * 7}")
+    speed = "ESS/s, second run | of hand | ESS/s, sampling | of hand"
+    print(f"| version | second run s | min ESS | {speed} |\n|{' --- |' * 7}")
     short, long = lengths
     speeds: dict[str, list[float]] = {}
     for name in runners:
