@@ -15,7 +15,7 @@ from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.compat import as_key
 from weft.ppl.errors import AddressError, ModelError, WeftError
 from weft.ppl.handlers import Given
-from weft.ppl.recovery import SUMS, posterior, restored
+from weft.ppl.recovery import MOMENTS, SUMS, posterior, restored
 from weft.ppl.structure import summed_out
 
 from .results import Draws, Particles
@@ -28,7 +28,7 @@ def recover(
     model: Model,
     draws: R,
     *args: Any,
-    sites: Literal["sample", "marginals", "viterbi"] = "sample",
+    sites: Literal["sample", "marginals", "filtered", "viterbi"] = "sample",
     batch_size: int | None = None,
 ) -> R:
     r"""The choices that were summed out, for every draw of the others: from :math:`p(z \mid x, y)`.
@@ -41,13 +41,15 @@ def recover(
         sites: `"sample"`, a joint draw of all of them for every draw of the others, so that both
             together are draws of the whole model's posterior (forward filtering, backward sampling
             for a chain); `"marginals"`, the probability of every value, an axis of values last (for
-            a chain the smoothing probabilities); `"viterbi"`, the most probable joint values.
+            a chain the smoothing probabilities); `"filtered"`, the same, but of choices in a scan
+            given no more of its data than the steps up to the one that draws them; `"viterbi"`, the
+            most probable joint values.
         batch_size: how many draws at once; bounds memory. All, if left out.
 
     Returns:
         The same draws with the choices in `derived`, under their addresses, leading with (chain,
         draw) or (particle,); values recorded by `deterministic` that depend on them are there, too
-        (not for marginals).
+        (not with probabilities).
 
     Raises:
         ModelError: if nothing is summed out of the model.
@@ -71,7 +73,9 @@ def recover(
         ((1, 20, 2), True)
     """
     if sites not in SUMS:
-        raise ValueError(f"recover: sites is 'sample', 'marginals' or 'viterbi', got {sites!r}")
+        raise ValueError(
+            f"recover: sites is 'sample', 'marginals', 'filtered' or 'viterbi', got {sites!r}"
+        )
     if not isinstance(draws, (Draws, Particles)):
         raise TypeError(f"recover takes Draws or Particles, got {type(draws).__name__}")
     if batch_size is not None and batch_size < 1:
@@ -141,7 +145,7 @@ def _recover(
         key, values = x
         given = {**data, **{a: _given(v, data.get(a)) for a, v in values.items()}}
         found = posterior(program, key, given, sites)
-        return found if sites == "marginals" else {**found, **restored(program, given, found)}
+        return found if sites in MOMENTS else {**found, **restored(program, given, found)}
 
     if batch_size is None:
         return jax.vmap(one)((keys, flat))

@@ -8,6 +8,8 @@ from .errors import ObservationError as ObservationError
 from .errors import WeftError as WeftError
 from .expectations import Expectation as Expectation
 from .expectations import expect as expect
+from .explanations import Explanation as Explanation
+from .explanations import explain as explain
 from .language import deterministic as deterministic
 from .language import draw as draw
 from .language import factor as factor

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from .compat import Literal, bind, open_jaxpr, scan_sizes
 from .elimination import Factor, multiply, sum_out
 from .interpreter import Context, Records
-from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, num_terms, variables_of
+from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, variables_of
 
 if TYPE_CHECKING:
     from .marginals import Level, Place
@@ -82,6 +82,7 @@ def chain(
     level: Level, eqn: Any, ins: list[Any], context: Context, live: frozenset[Variable]
 ) -> tuple[list[Any], Records]:
     """Outputs and records of a scan whose sites depend on choices that are summed out."""
+    plan, known = level.plan, set(level.plan.rules)
     scan = _Scan(level, eqn, ins, context)
     length = eqn.params["length"]
     outside = {v for x in (*scan.consts, *scan.xs) for v in axes_of(x)} | live
@@ -89,6 +90,9 @@ def chain(
     state = _State(list(scan.carry), None, dict.fromkeys(entering, -1))
     pending = [f for f in level.factors if entering & set(f.variables)]
     level.factors = [f for f in level.factors if f not in pending]
+    if plan.filtering and pending:
+        born = dict.fromkeys(entering, -1)
+        pending = [scan.filtered(multiply(pending), born, level)]
     first: list[_Step] = []
     step = 0
     while step < length:
@@ -102,12 +106,17 @@ def chain(
         step += 1
     level.factors += pending
     rest: list[_Step] = []
+    parallel = plan.options.parallel and state.alpha is not None and not state.places
+    parallel = parallel and not plan.filtering
+    order = {v.address: step - born for v, born in state.born.items() if born >= 0}
     if step < length:
-        level.plan.note(_describe(scan, state, step))
-        parallel = level.plan.options.parallel and state.alpha is not None and not state.places
         run = scan.parallel if parallel else scan.loop
         state, found = run(state, step)
         rest = [found]
+    for address in plan.rules.keys() - known:
+        rule = plan.rules[address]
+        if rule.chain is None:
+            rule.chain = order.get(address, 0), length, parallel and address in order
     return scan.collect(state, first, rest, context)
 
 
@@ -189,8 +198,49 @@ class _Scan:
         alpha = multiply(mine) if mine else None
         if alpha is not None and not link:
             places = {v: _located(v, place, alpha) for v, place in places.items()}
+        if self.level.plan.filtering and alpha is not None:
+            alpha = self.filtered(alpha, born, level)
         after = _State(slots, alpha, born, places)
         return after, _Step(ys, records, others, level.constant, key)
+
+    def filtered(self, alpha: Factor, born: dict[Variable, int], level: Level) -> Factor:
+        """The same, but that its derivative is the posterior given the steps so far, whatever comes later.
+
+        Of choices outside of the chain that it depends on it is the posterior given everything.
+        """
+        axes = tuple(i for i, v in enumerate(alpha.variables) if v in born)
+        rest = [v for v in alpha.variables if v not in born]
+        plan, places = level.plan, level.places
+        scales = {v: places[v].log_scale(v.family) for v in places}
+        seen: list[Factor] = []
+
+        def total(table: Any) -> Any:
+            whole = dataclasses.replace(alpha, table=table)
+            with plan.limit.repeated(0):
+                left = sum_out([whole], born, plan.reduce, plan.limit, {}, scales)
+            seen.append(multiply(left))
+            return seen[-1].table
+
+        @jax.custom_vjp
+        def stop(table: Any) -> Any:
+            return table
+
+        def backward(table: Any, cotangent: Any) -> Any:
+            _, pull = jax.vjp(total, table)
+            # Along plates that were multiplied up, what others weigh is the same everywhere.
+            own = [p.root() for p in seen[-1].plates]
+            labels = [*rest, *(p.root() for p in alpha.plates)]
+            weight = jnp.sum(cotangent, axes)
+            for i in reversed(range(len(rest), len(labels))):
+                if labels[i] not in own:
+                    weight = jnp.take(weight, 0, i)
+                    del labels[i]
+            return pull(
+                jnp.transpose(weight, [labels.index(a) for a in [*seen[-1].variables, *own]])
+            )
+
+        stop.defvjp(lambda table: (table, table), backward)
+        return dataclasses.replace(alpha, table=stop(alpha.table))
 
     def repeats(self, state: _State, step: int) -> bool:
         """Whether one more step would leave the pattern of dependences as it is."""
@@ -201,7 +251,8 @@ class _Scan:
             found.append(after.pattern(step + 1))
             return 0
 
-        jax.eval_shape(probe, _arrays(state), self.at(0))
+        with self.level.plan.limit.repeated(0):
+            jax.eval_shape(probe, _arrays(state), self.at(0))
         return found[0] == state.pattern(step)
 
     def loop(self, state: _State, start: int) -> tuple[_State, _Step]:
@@ -227,14 +278,15 @@ class _Scan:
             return (_arrays(after), shifts), (ys, found.records, tables, constant, found.key)
 
         inputs = jax.tree.map(lambda a: a[start:], self.inputs)
-        (arrays, shifts), (ys, records, tables, constants, keys) = _scan_without_invariants(
-            body,
-            (_arrays(state), (zero, zero)),
-            inputs,
-            self.length - start,
-            start,
-            self.eqn.params["unroll"],
-        )
+        with self.level.plan.limit.repeated(self.length - start):
+            (arrays, shifts), (ys, records, tables, constants, keys) = _scan_without_invariants(
+                body,
+                (_arrays(state), (zero, zero)),
+                inputs,
+                self.length - start,
+                start,
+                self.eqn.params["unroll"],
+            )
         step: _Step = seen["step"]
         others = _summed_over_steps(step.others, tables)
         if shift is not None:
@@ -284,9 +336,11 @@ class _Scan:
             return seen["link"].table, (ys, found.records, tables, found.constant, found.key)
 
         in_axes = [0 if varying else None for varying in slots.varying]
-        links, (ys, records, tables, constants, keys) = jax.vmap(link, (in_axes, 0))(
-            slots.before, xs
-        )
+        limit = self.level.plan.limit
+        with limit.repeated(self.length - start):
+            links, (ys, records, tables, constants, keys) = jax.vmap(link, (in_axes, 0))(
+                slots.before, xs
+            )
         form: Factor = seen["link"]
         middle = [Variable(v.address, v.num_values, v.plates) for v in old]
         own_key = None if keys is None else keys[0]
@@ -315,7 +369,8 @@ class _Scan:
             half, key = n // 2, None
             if own_key is not None:
                 key = jax.random.split(jax.random.fold_in(own_key, 2**30 + depth), half)
-            pairs, top = jax.vmap(compose)(links[: 2 * half : 2], links[1 : 2 * half : 2], key)
+            with limit.repeated(half):
+                pairs, top = jax.vmap(compose)(links[: 2 * half : 2], links[1 : 2 * half : 2], key)
             shifts.append(dataclasses.replace(seen["shift"], table=jnp.sum(top, 0)))
             links = jnp.concatenate([pairs, links[2 * half :]])
             n, depth = n - half, depth + 1
@@ -341,6 +396,10 @@ class _Scan:
 
     def carries(self, state: _State, start: int) -> tuple[_Carries, Any]:
         """The slots of the carry before every remaining step; no choice of theirs is summed out on the way."""
+        with self.level.plan.limit.repeated(0):
+            return self._carries(state, start)
+
+    def _carries(self, state: _State, start: int) -> tuple[_Carries, Any]:
         xs = jax.tree.map(lambda a: a[start:], self.inputs)
         bare = _State(state.slots, None, state.born)
         entry = _arrays(bare)[0]
@@ -597,14 +656,6 @@ def _settled(closed: Any, num_slots: int, steps: int) -> list[bool]:
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
-
-
-def _describe(scan: _Scan, state: _State, step: int) -> str:
-    ages = {v.address: step - t for v, t in sorted(state.born.items(), key=lambda i: -i[1])}
-    names = ", ".join(f"{a} (order {n})" for a, n in ages.items())
-    joint = num_terms(state.born)
-    how = "in a tree" if scan.level.plan.options.parallel else "forward"
-    return f"scan of {scan.length} steps, {how}: {names or 'steps are independent'}; {joint} joint states carried"
 
 
 def _no_order(scan: _Scan, state: _State, step: int) -> str:

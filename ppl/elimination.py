@@ -183,6 +183,7 @@ def sum_out(
         joint = sorted({v for f in mine for v in f.variables}, key=lambda v: v.number)
         limit.check(joint, f"the sum over {variable.address!r}")
         product = multiply(mine)
+        limit.count(variable.address, joint, product.table.size)
         rest = tuple(v for v in product.variables if v is not variable)
         axis = product.variables.index(variable)
         if variable.family is None:

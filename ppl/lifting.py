@@ -12,11 +12,12 @@ rules below; for every other equation the copies are *entangled*, which is an er
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -133,15 +134,40 @@ class Entangled(ModelError):
 
 
 class Limit:
-    """How large a table may become, and how large the largest was."""
+    """How large a table may become, and an account of those that were summed.
+
+    Attributes:
+        max_terms: the limit.
+        terms: for every choice the entries of all tables that were summed over it.
+        largest: entries of the largest of them, copies counted once.
+        lanes: sizes of the vmaps that the walk is in.
+    """
 
     def __init__(self, max_terms: int) -> None:
         self.max_terms = max_terms
+        self.terms: dict[str, int] = {}
         self.largest = 1
+        self.lanes: tuple[int, ...] = ()
+        self._times = 1
+
+    @contextlib.contextmanager
+    def repeated(self, times: int, lanes: tuple[int, ...] = ()) -> Iterator[None]:
+        """What is counted inside happens so many times; zero, if it is done only to see what would happen."""
+        before = self._times, self.lanes
+        self._times, self.lanes = self._times * times, (*self.lanes, *lanes)
+        try:
+            yield
+        finally:
+            self._times, self.lanes = before
+
+    def count(self, address: str, joint: Sequence[Variable], entries: int) -> None:
+        """Enter a sum over a choice in the account."""
+        if self._times:
+            self.terms[address] = self.terms.get(address, 0) + entries * self._times
+            self.largest = max(self.largest, num_terms(joint))
 
     def check(self, variables: Sequence[Variable], what: str) -> None:
         terms = num_terms(variables)
-        self.largest = max(self.largest, terms)
         if terms > self.max_terms:
             names = ", ".join(f"{v.address} ({v.num_values})" for v in variables)
             raise Entangled(
@@ -250,9 +276,8 @@ def forms_of(eqn: Any, ins: list[Any], variables: list[Variable]) -> Forms:
             forms.update(dict.fromkeys(normal, (1.0, False)))
     for v in variables:
         if v.family is not None and v not in normal:
-            power = _power(
-                eqn, [x.forms.get(v, _UNKNOWN) if v in axes_of(x) else None for x in ins]
-            )
+            powers = [x.forms.get(v, _UNKNOWN) if v in axes_of(x) else None for x in ins]
+            power = (_multiple if v.family.matrix else _power)(eqn, powers)
             if power is not _UNKNOWN:
                 forms[v] = power
     return forms
@@ -289,6 +314,27 @@ def _power(eqn: Any, powers: list[Any]) -> Any:
         return (a + b if name == "mul" else a - b), False
     if name in ("transpose", "gather", "slice", "dynamic_slice") and first and not any(rest):
         return first[0], False
+    return _UNKNOWN
+
+
+def _multiple(eqn: Any, powers: list[Any]) -> Any:
+    """The same for a positive definite matrix, in the last two axes: a multiple of it by a number."""
+    name, shapes = eqn.primitive.name, [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+    first, rest = powers[0], powers[1:]
+    if name in _KEEPS and first is not _UNKNOWN:
+        kept = shapes[0][-2:] == shapes[-1][-2:]
+        if name == "broadcast_in_dim":
+            n = len(shapes[-1])
+            kept = kept and tuple(eqn.params["broadcast_dimensions"][-2:]) == (n - 2, n - 1)
+        return first if kept else _UNKNOWN
+    if (
+        name in ("mul", "div")
+        and sum(p is not None for p in powers) == 1
+        and _UNKNOWN not in powers
+    ):
+        other = shapes[1 if first is not None else 0]
+        if other[-2:] in ((), (1, 1)) and not (name == "div" and rest[0] is not None):
+            return 1, False
     return _UNKNOWN
 
 

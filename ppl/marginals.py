@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 
 from .addresses import covers, dotted, unknown
 from .compat import CALLS, Literal, cond_p, consts_first, inner_jaxprs, open_jaxpr, scan_p, while_p
-from .conjugacy import CONJUGATE, Family, Gaussian, base_of, family_of
+from .conjugacy import CONJUGATE, FACTORS, Family, Gaussian, base_of, family_of
 from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p, site_names
 from .cotangents import finite_cotangents
 from .elimination import PROBE, Factor, factor_of, labels_of, sum_out
@@ -53,6 +54,7 @@ from .lifting import (
     variables_of,
 )
 from .rewriting import Rewrite, Transformed, stage_call, transform
+from .sameness import computes
 from .sites import Lane, Site, lane_shape, site_p
 from .structure import SiteInfo, count_anonymous, site_table
 from .sums import Reduce, log_sum
@@ -104,7 +106,7 @@ class Place(NamedTuple):
         return self.centre + self.scale * grid.reshape(-1, *plates, *family.event)
 
     def log_scale(self, family: Family) -> jax.Array:
-        return jnp.sum(jnp.log(self.scale), -1) if family.event else jnp.log(self.scale)
+        return family.log_volume(self.scale)
 
 
 class Lost:
@@ -117,23 +119,49 @@ class Lost:
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Rule:
+    """How one choice is summed out.
+
+    Attributes:
+        distribution: its law.
+        num_values: how many values, or points, its table has.
+        copies: sizes of the axes along which copies are summed one by one.
+        family: of a continuous choice.
+        joint: copies that are summed over all their joint values, or integrated jointly.
+        chain: of a choice that a scan hands on: the order, the number of steps, whether they are composed in a tree;
+            order zero, if no step hands it on.
+    """
+
+    distribution: str
+    num_values: int
+    copies: tuple[int, ...] = ()
+    family: Family | None = None
+    joint: int = 1
+    chain: tuple[int, int, bool] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one marginalisation sums out, and how."""
+    """What one marginalisation sums out, and how.
+
+    Attributes:
+        targets: paths of the choices.
+        options: as asked for.
+        limit: of tables, and an account of them.
+        reduce: what a sum is.
+        filtering: whether derivatives are those of filtering (``chains``).
+        together: normal choices of which the copies are integrated jointly.
+        rules: what was found, by address.
+    """
 
     targets: frozenset[Path]
     options: Options
     limit: Limit
     reduce: Reduce = log_sum
-    together: frozenset[str] = (
-        frozenset()
-    )  # normal choices of which the copies are integrated jointly
-    notes: list[str] = dataclasses.field(default_factory=list)
-    families: dict[str, Family] = dataclasses.field(default_factory=dict)
-
-    def note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes.append(line)
+    filtering: bool = False
+    together: frozenset[str] = frozenset()
+    rules: dict[str, Rule] = dataclasses.field(default_factory=dict)
 
     def holds(self, jaxpr: Any, prefix: Path) -> bool:
         """Whether a choice that is summed out stands in a jaxpr."""
@@ -164,6 +192,7 @@ class Level:
         self.keys: dict[Variable, Any] = {}
         self.places: dict[Variable, Place] = {}
         self.created: list[Variable] = []
+        self.so_far: tuple[Any, Any] = ((), {})  # equations, and values
         self.shared: dict[
             Path, list[Plate | None]
         ] = {}  # sites whose density is known with others' only
@@ -194,6 +223,7 @@ class Level:
                 outs = [lost] * len(eqn.outvars)
             elif eqn_holds_sites(eqn):
                 later = {u for v, x in env.items() if last_use.get(v, -1) > i for u in axes_of(x)}
+                self.so_far = opened.eqns[:i], env
                 outs, found = self.sited(eqn, ins, context, live | later)
                 records.update(found)
                 outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
@@ -356,10 +386,7 @@ class Level:
             self.created.append(found)
         self.keys[found] = context.keys.get(address[-1])
         value = Lifted(jnp.asarray(values, spec.dtype), {found: axes})
-        self.plan.note(
-            f"{name}: {'all joint values' if joint else 'copy by copy' if axes else 'its values'}, {len(values)}"
-            + (f" x {' x '.join(str(shape[i]) for i in axes)} copies" if axes else "")
-        )
+        self._explain(spec, found, joint=copies if joint else 1)
         self._prior(eqn, ins, context, value, address)
         weights = context.given.get(address[-1])
         if isinstance(weights, Weights):
@@ -400,6 +427,16 @@ class Level:
             nothing = jnp.zeros(value.array.shape, jnp.result_type(float))
             self.weigh(Lifted(nothing, value.axes), address, scale)
 
+    def _explain(self, spec: Any, variable: Variable, joint: int) -> None:
+        plan, sizes = self.plan, tuple(p.size for p in variable.plates)
+        plan.rules[variable.address] = Rule(
+            spec.label,
+            variable.num_values,
+            (*plan.limit.lanes, *sizes),
+            variable.family,
+            joint,
+        )
+
     # --- continuous choices ---
 
     def continuous(self, eqn: Any, ins: list[Any], context: Context, address: Path) -> Any:
@@ -411,20 +448,21 @@ class Level:
         if family is None:
             raise DensityError(
                 f"the choice {name!r} ({spec.label}) cannot be integrated out: priors of which a closed form is known "
-                "are Normal, MultivariateNormal, Beta, Gamma, Exponential, InverseGamma and Dirichlet"
+                "are Normal, MultivariateNormal, Beta, Gamma, Exponential, InverseGamma, Dirichlet, Wishart and "
+                "InverseWishart"
             )
         if "value" in site.parts:
             raise ModelError(
                 f"the choice {name!r} is given, in part at least; it cannot be integrated out"
             )
         shape = site.shape
-        copies = shape[: len(shape) - len(family.event)]
+        copies, joint = shape[: len(shape) - len(family.event)], 1
         if name in self.plan.together or (self.plan.options.joint and math.prod(copies) > 1):
             if not family.quadratic:
                 raise Entangled(
                     f"copies of {name!r} ({spec.label}) meet; only normal choices can be integrated jointly"
                 )
-            family, copies = Gaussian(math.prod(shape)), ()
+            joint, family, copies = math.prod(copies), Gaussian(math.prod(shape)), ()
         axes = tuple(i for i, size in enumerate(copies) if size > 1)
         found = self.known.get(address)
         if found is None or found.family != family:
@@ -432,15 +470,11 @@ class Level:
             found = self.known[address] = Variable(name, family.num_points, plates, family)
             self.created.append(found)
         self.plan.limit.check([found], f"the choice {name!r}")
-        self.plan.families[name] = family
         self.keys[found] = context.keys.get(address[-1])
         self.places[found] = place = self._place(eqn, ins, context, shape, family)
         points = place.points(family).reshape(-1, *shape).astype(spec.dtype)
         value = Lifted(points, {found: axes}, {found: (1.0, True)})
-        self.plan.note(
-            f"{name}: integrated, {type(family).__name__}, {family.num_points} points"
-            + (f" x {' x '.join(str(shape[i]) for i in axes)} copies" if axes else "")
-        )
+        self._explain(spec, found, joint)
         self._prior(eqn, ins, context, value, address)
         weights = context.given.get(address[-1])
         if isinstance(weights, Weights):
@@ -457,7 +491,7 @@ class Level:
 
         def moments(operands: Any) -> Any:
             site = Site(eqn.params, operands, context.prefix, context.axes)
-            return site.over_lanes(lambda p: (p["d"].mean, p["d"].variance))
+            return site.over_lanes(lambda p: family.moments(p["d"]))
 
         mean, variance = apply(moments, self.plan.limit, ins)
         centre, scale = family.placement(self._likely(mean, shape), self._likely(variance, shape))
@@ -519,7 +553,9 @@ class Level:
                     "in that parameter"
                 )
         for v in continuous:
-            if not v.family.quadratic:
+            if v.family.matrix:
+                self._certify_matrix(v, eqn, leaves, base_of(parts.get("d")), site)
+            elif not v.family.quadratic:
                 self._certify_conjugate(v, leaves, base_of(parts.get("d")), site)
 
     def _quadratic(
@@ -549,11 +585,21 @@ class Level:
                 form = leaves[read[0]].forms.get(v)
                 if form is not None and form[0] == power and (form[1] or not itself):
                     return
-        ways = ", ".join(f"{label}({parameter})" for label, parameter in known)
-        raise ModelError(
-            f"site {'.'.join(site.address)!r} ({type(d).__name__}) is not conjugate to {v.address!r} "
-            f"({type(v.family).__name__}) as it reads it: possible are {ways}, where nothing else there depends on it"
-        )
+        raise _not_conjugate(v, d, site, [f"{label}({parameter})" for label, parameter in known])
+
+    def _certify_matrix(self, v: Variable, eqn: Any, leaves: list[Any], d: Any, site: Site) -> None:
+        """A multivariate normal with a multiple of the matrix as covariance, or precision: by its Cholesky factor."""
+        read = [i for i, x in enumerate(leaves) if v in axes_of(x)]
+        if read == [len(site.operands)]:  # its own prior
+            return
+        known = FACTORS[type(v.family)]
+        if isinstance(d, dist.MultivariateNormal) and read == [d.scale_tril]:
+            eqns, env = self.so_far
+            multiples = [u for u, x in env.items() if v in axes_of(x) and v in x.forms]
+            leaf = eqn.invars[read[0]]
+            if any(computes(f, eqns, leaf, u) for f in known.values() for u in multiples):
+                return
+        raise _not_conjugate(v, d, site, [f"MultivariateNormal({p})" for p in known])
 
     # --- control flow ---
 
@@ -634,12 +680,13 @@ class Level:
             )
 
         arrays = [a for a, _, _ in inputs]
-        outs, records, tables, constant, found, places = jax.vmap(
-            one,
-            ([i for _, _, i in inputs], [i for _, i in pending], place_axes, 0, 0, 0),
-            axis_size=lane.size,
-            axis_name=lane.name,
-        )(arrays, [f.table for f in taken], whole_places, keys, given, jnp.arange(lane.size))
+        with self.plan.limit.repeated(lane.size, (lane.size,)):
+            outs, records, tables, constant, found, places = jax.vmap(
+                one,
+                ([i for _, _, i in inputs], [i for _, i in pending], place_axes, 0, 0, 0),
+                axis_size=lane.size,
+                axis_name=lane.name,
+            )(arrays, [f.table for f in taken], whole_places, keys, given, jnp.arange(lane.size))
         placed = [v for v in seen["created"] if v.family is not None]
         for v, place in zip(placed, places, strict=True):
             one_copy = jax.tree.map(lambda x: x[0], place)
@@ -947,6 +994,14 @@ def _paths(names: Mapping[str, Any], prefix: Path = ()) -> list[Path]:
     ]
 
 
+def _not_conjugate(v: Variable, d: Any, site: Site, ways: list[str]) -> ModelError:
+    return ModelError(
+        f"site {'.'.join(site.address)!r} ({type(d).__name__}) is not conjugate to {v.address!r} "
+        f"({type(v.family).__name__}) as it reads it: possible are {', '.join(ways)}, where nothing else there depends "
+        "on it"
+    )
+
+
 def _addresses(variables: Iterable[Variable]) -> str:
     return " and ".join(repr(a) for a in dict.fromkeys(v.address for v in variables))
 
@@ -1003,8 +1058,8 @@ def score(
     ins: list[Any],
     context: Context,
     reduce: Reduce = log_sum,
-    families: dict[str, Family] | None = None,
-    notes: list[str] | None = None,
+    filtering: bool = False,
+    plans: list[Plan] | None = None,
 ) -> tuple[list[Any], Records, jax.Array]:
     """Outputs, records and log density of a program with choices summed out."""
     options: Options = eqn.params["options"]
@@ -1012,9 +1067,8 @@ def score(
     together: frozenset[str] = frozenset()
     while True:
         limit = Limit(options.max_terms)
-        found: list[str] = []
-        seen = {} if families is None else families
-        level = Level(Plan(targets, options, limit, reduce, together, found, seen))
+        plan = Plan(targets, options, limit, reduce, filtering, together)
+        level = Level(plan)
         try:
             outs, records = level.walk(eqn.params["jaxpr"], ins, context)
             density = level.log_density()
@@ -1026,8 +1080,8 @@ def score(
             if not e.addresses or e.addresses <= together:
                 raise
             together |= e.addresses
-    if notes is not None:
-        notes += found
+    if plans is not None:
+        plans.append(plan)
     for out in outs:
         if isinstance(out, Lost):
             raise ModelError(out.why)
@@ -1044,7 +1098,8 @@ class Posterior(Handler):
     """The density of choices that are all given, by another sum over the rest: its gradient recovers those."""
 
     reduce: Reduce = log_sum
-    families: dict[str, Family] = dataclasses.field(default_factory=dict, compare=False)
+    filtering: bool = False
+    plans: list[Plan] = dataclasses.field(default_factory=list, compare=False)
     records = False
 
     def terms(self) -> dict[str, jax.Array]:
@@ -1066,7 +1121,9 @@ def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     if isinstance(handler, Whole):
         return walk(eqn.params["jaxpr"], ins, context)
     if isinstance(handler, Posterior):
-        outs, records, density = score(eqn, ins, context, handler.reduce, handler.families)
+        outs, records, density = score(
+            eqn, ins, context, handler.reduce, handler.filtering, handler.plans
+        )
         return outs, records, {"log_density": density}
     if isinstance(handler, Rewrite):
         run = lambda *xs: walk(eqn.params["jaxpr"], list(xs), context)[0]  # noqa: E731

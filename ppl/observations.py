@@ -219,7 +219,7 @@ def _seen(info: SiteInfo, where: np.ndarray | None) -> np.ndarray:
 def _check_nan(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, site: str) -> None:
     seen = _seen(info, where)
     if np.issubdtype(value.dtype, np.inexact):
-        bad = np.isnan(value).reshape(*info.batch_shape, -1).any(-1) & seen
+        bad = _over_events(np.any, np.isnan(value), info) & seen
         if bad.any():
             raise ObservationError(
                 f"{site}: {int(bad.sum())} of {bad.size} observations are NaN, the first at {_first(bad)}. If they are "
@@ -233,7 +233,7 @@ def _check_cast(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, sit
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore")  # the cast is compared with what it should keep
         cast = value.astype(info.dtype)
-    bad = (cast != value).reshape(*info.batch_shape, -1).any(-1) & _seen(info, where)
+    bad = _over_events(np.any, cast != value, info) & _seen(info, where)
     if bad.any():
         first = value[tuple(np.argwhere(bad)[0])] if bad.ndim else value
         raise ObservationError(
@@ -249,12 +249,8 @@ def _check_support(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, 
                 inside = np.asarray(info.support(jnp.asarray(value)))
         except Exception:  # a support that cannot be checked is no reason to refuse data
             return
-        if inside.shape != info.batch_shape:
-            inside = (
-                inside.reshape(*info.batch_shape, -1).all(-1)
-                if inside.size >= seen.size
-                else inside
-            )
+        if inside.ndim > len(info.batch_shape):
+            inside = _over_events(np.all, inside, info)
         bad = ~inside & seen
         if bad.any():
             first = value[tuple(np.argwhere(bad)[0])] if bad.ndim else value
@@ -263,6 +259,10 @@ def _check_support(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, 
                 f"{_support(info)}, the first, "
                 f"{first}, at {_first(bad)}"
             )
+
+
+def _over_events(reduce: Any, flags: np.ndarray, info: SiteInfo) -> np.ndarray:
+    return reduce(flags, axis=tuple(range(len(info.batch_shape), flags.ndim)))
 
 
 def expand_np(where: np.ndarray, value: np.ndarray) -> np.ndarray:

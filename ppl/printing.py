@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 MAX_ROWS = 24
 
 
-def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS) -> str:
-    """Columns of text, at most ``limit`` rows."""
+def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS, width: int = 36) -> str:
+    """Columns of text, each at most ``width`` wide, at most ``limit`` rows."""
     left = len(rows) - limit
-    rows = [[_cut(cell) for cell in row] for row in rows[:limit]]
+    rows = [[_cut(cell, width) for cell in row] for row in rows[:limit]]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = [
         "  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()
@@ -32,7 +32,7 @@ def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS) -> st
     return "\n".join([*lines, *([f"  ... {left} more"] if left > 0 else [])])
 
 
-def _cut(text: str, width: int = 36) -> str:
+def _cut(text: str, width: int) -> str:
     """The text with its middle left out, if it is long."""
     half = (width - 3) // 2
     return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"

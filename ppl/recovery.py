@@ -26,7 +26,10 @@ from .structure import SiteInfo, summed_out
 from .sums import best, drawn, log_sum
 from .traces import flat_records
 
-SUMS = {"sample": drawn, "marginals": log_sum, "viterbi": best}
+SUMS = {"sample": drawn, "marginals": log_sum, "filtered": log_sum, "viterbi": best}
+
+MOMENTS = ("marginals", "filtered")
+"""Those that give probabilities and means, not values."""
 
 
 def posterior(
@@ -38,20 +41,22 @@ def posterior(
         program: a program with choices summed out.
         key: random key, for draws.
         given: every other choice, by dotted address.
-        sites: ``"sample"`` (one joint draw), ``"viterbi"`` (the most probable values) or ``"marginals"``
-            (probabilities, an axis of values last; of continuous choices the mean).
+        sites: ``"sample"`` (one joint draw), ``"viterbi"`` (the most probable values), ``"marginals"``
+            (probabilities, an axis of values last; of continuous choices the mean) or ``"filtered"`` (the same of
+            the choices in a scan, given the steps up to their own).
     """
     code, args = program.code()
     table = summed_out(code.jaxpr)
     start = {a: jnp.zeros(_form(s), jnp.result_type(float)) for a, s in table.items()}
-    handler = Posterior(SUMS[sites])
+    handler = Posterior(SUMS[sites], sites == "filtered")
 
     def log_density(log_weights: dict[str, Any]) -> jax.Array:
         entries = {**given, **{a: Weights(w) for a, w in log_weights.items()}}
         return interpret(code.jaxpr, args, handler, key, unflatten(entries))[2]["log_density"]
 
     found = jax.grad(log_density)(start)
-    return {a: _value(table[a], found[a], handler.families.get(a), sites) for a in found}
+    families = {a: rule.family for plan in handler.plans for a, rule in plan.rules.items()}
+    return {a: _value(table[a], found[a], families.get(a), sites) for a in found}
 
 
 def _form(info: SiteInfo) -> tuple[int, ...]:
@@ -61,11 +66,11 @@ def _form(info: SiteInfo) -> tuple[int, ...]:
 
 def _value(info: SiteInfo, found: jax.Array, family: Family | None, sites: str) -> jax.Array:
     if info.values is not None:
-        if sites == "marginals":
+        if sites in MOMENTS:
             return found
         return jnp.asarray(info.values, info.dtype)[jnp.argmax(found, -1)]
     assert family is not None
-    if sites != "marginals":
+    if sites not in MOMENTS:
         return family.from_statistic(found).astype(info.dtype)
     if not family.linear:
         raise ModelError(

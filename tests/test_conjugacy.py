@@ -90,6 +90,48 @@ def normal_gamma():
     sample("y", dist.Normal(mu, precision**-0.5).expand([4]))
 
 
+A = np.array([[1.5, 0.3], [0.3, 0.8]])
+PAIRS = np.random.default_rng(1).normal(size=(2, 6, 2))
+
+
+@gen
+def normal_inverse_wishart(kappa):
+    cov = sample("cov", dist.InverseWishart(5.0, scale_matrix=A))
+    mu = sample("mu", dist.MultivariateNormal(jnp.array([0.3, -0.2]), cov / kappa))
+    sample("y", dist.MultivariateNormal(mu, cov).expand([6]))
+
+
+@gen
+def normal_wishart(kappa):
+    precision = sample("precision", dist.Wishart(5.0, rate_matrix=A))
+    normal = dist.MultivariateNormal
+    mu = sample("mu", normal(jnp.array([0.3, -0.2]), precision_matrix=kappa * precision))
+    jax.vmap(lambda _: sample("y", normal(mu, precision_matrix=precision)))(jnp.zeros(6))
+
+
+@gen
+def tasks(kappa):
+    jax.vmap(lambda k: sample("task", normal_inverse_wishart(k)))(kappa)
+
+
+def _niw(kappa, y):
+    """Log evidence, degrees of freedom, scale matrix and mean of the posterior (Murphy 2007, eqs. 250-266)."""
+    n, centre = len(y), y.mean(0)
+    scatter = (y - centre).T @ (y - centre)
+    away = centre - np.array([0.3, -0.2])
+    scale = A + scatter + kappa * n / (kappa + n) * np.outer(away, away)
+    log_det = lambda m: np.linalg.slogdet(m)[1]  # noqa: E731
+    log_evidence = (
+        -n * np.log(np.pi)
+        + special.multigammaln((5 + n) / 2, 2)
+        - special.multigammaln(5 / 2, 2)
+        + 5 / 2 * log_det(A)
+        - (5 + n) / 2 * log_det(scale)
+        + np.log(kappa / (kappa + n))
+    )
+    return log_evidence, 5 + n, scale, np.array([0.3, -0.2]) + n / (kappa + n) * away
+
+
 def _normal(mean, cov):
     return stats.multivariate_normal(np.full(4, mean), cov).logpdf(Y)
 
@@ -153,6 +195,27 @@ CASES = {
     ),
     "normal-inverse-gamma": (normal_inverse_gamma, ("mu", "variance"), (), {"y": Y}, STUDENT),
     "normal-gamma": (normal_gamma, ("mu", "precision"), (), {"y": Y}, STUDENT),
+    "normal-inverse-wishart": (
+        normal_inverse_wishart,
+        ("mu", "cov"),
+        (1.7,),
+        {"y": PAIRS[0]},
+        _niw(1.7, PAIRS[0])[0],
+    ),
+    "normal-wishart": (
+        normal_wishart,
+        ("mu", "precision"),
+        (1.7,),
+        {"y": PAIRS[0]},
+        _niw(1.7, PAIRS[0])[0],
+    ),
+    "normal-inverse-wishart in lanes": (
+        tasks,
+        ("task.mu", "task.cov"),
+        (np.array([0.5, 1.7]),),
+        {"task.y": PAIRS},
+        _niw(0.5, PAIRS[0])[0] + _niw(1.7, PAIRS[1])[0],
+    ),
 }
 
 
@@ -201,6 +264,9 @@ def test_a_linear_gaussian_chain_is_kalmans(name):
         found = recover(jax.random.key(0), marginal, draws, p, len(y) - 1, sites=sites).derived
         path = np.concatenate([found["x0"][0], found["x"][0, 0]])
         np.testing.assert_allclose(path, case["smoother_mean"], atol=1e-8)
+    found = recover(jax.random.key(0), marginal, draws, p, len(y) - 1, sites="filtered").derived
+    path = np.concatenate([found["x0"][0], found["x"][0, 0]])
+    np.testing.assert_allclose(path, case["filter_mean"], atol=1e-8)
 
 
 def test_draws_have_the_posteriors_moments():
@@ -235,6 +301,43 @@ def test_draws_of_a_scale_and_a_mean():
     precision = 1 / found["variance"][0]
     assert abs(precision.mean() - a / b) < 4.9 * np.sqrt(a / b**2 / n)
     assert abs(found["mu"][0].mean() - m) < 4.9 * np.sqrt(b / (a - 1) / k / n)
+
+
+@pytest.mark.parametrize("model", [normal_inverse_wishart, normal_wishart])
+def test_draws_of_a_covariance_and_a_mean(model):
+    """Means of the precision matrix and of mu; five z-scores below 4.9."""
+    (matrix,) = {"cov", "precision"} & set(model(1.7).latents)
+    marginal, n = marginalize(model, "mu", matrix), 4000
+    target = marginal(1.7).given({"y": PAIRS[0]})
+    draws = Draws(choices={}, stats={"lp": jnp.zeros((1, n))}, target=target)
+    found = recover(jax.random.key(0), marginal, draws, 1.7).derived
+    _, dof, scale, mean = _niw(1.7, PAIRS[0])
+    precision = found[matrix][0]
+    precision = jnp.linalg.inv(precision) if matrix == "cov" else precision
+    inverse = np.linalg.inv(scale)
+    diagonal = np.diag(inverse)
+    se = np.sqrt(dof * (inverse**2 + np.outer(diagonal, diagonal)) / n)
+    assert (np.abs(precision.mean(0) - dof * inverse) < 4.9 * se).all()
+    se = np.sqrt(np.diag(scale) / (dof - 3) / 7.7 / n)
+    assert (np.abs(found["mu"][0].mean(0) - mean) < 4.9 * se).all()
+
+
+@gen
+def _jitter():
+    cov = sample("cov", dist.InverseWishart(5.0, scale_matrix=A))
+    sample("y", dist.MultivariateNormal(jnp.zeros(2), cov + 1e-6 * jnp.eye(2)))
+
+
+@gen
+def _shrunk():
+    cov = sample("cov", dist.InverseWishart(5.0, scale_matrix=A))
+    sample("y", dist.MultivariateNormal(jnp.zeros(2), cov * jnp.array([[1.0, 0.5], [0.5, 1.0]])))
+
+
+@gen
+def _as_precision():
+    cov = sample("cov", dist.InverseWishart(5.0, scale_matrix=A))
+    sample("y", dist.MultivariateNormal(jnp.zeros(2), precision_matrix=cov))
 
 
 @gen
@@ -293,6 +396,14 @@ REFUSED = {
     ),
     "a prior without a family": (_student, ("x",), 0.3, "'x'.*StudentT.*cannot be integrated out"),
     "a mixture of many": (_mixture, ("mu", "z"), np.zeros(3), "'mu' cannot be integrated out"),
+    "a covariance with jitter": (_jitter, ("cov",), np.zeros(2), "'y'.*not conjugate to 'cov'"),
+    "a covariance that shrinks": (_shrunk, ("cov",), np.zeros(2), "'y'.*not conjugate to 'cov'"),
+    "a covariance as precision": (
+        _as_precision,
+        ("cov",),
+        np.zeros(2),
+        r"'y'.*not conjugate to 'cov'.*MultivariateNormal\(covariance_matrix\)",
+    ),
 }
 
 

@@ -134,6 +134,13 @@ def test_given_under_tracing() -> None:
     close(jax.grad(density)(y, 0.5), 0.5 - y)
 
 
+def test_no_rows() -> None:
+    for n, model in ((0, groups), (0, walk)):
+        target = model(n).given({"y": np.zeros(n)})
+        assert "y" not in target.latents
+    close(groups(0).given({"y": np.zeros(0)}).log_density({"mu": 0.3}), logn(0.3, 0.0, 2.0))
+
+
 def test_given_nothing() -> None:
     target = groups().given()
     assert target.latents == ("mu", "y")

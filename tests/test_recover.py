@@ -124,7 +124,7 @@ def test_against_the_exact_posterior(name: str, options: dict[str, Any]) -> None
 
 
 def test_hidden_markov_model_of_reference() -> None:
-    """Smoothing probabilities, expected transition counts, best path and its score of `ssm/hmm5.json` to 1e-8.
+    """Filtering and smoothing, expected transition counts, best path and its score of `ssm/hmm5.json` to 1e-8.
 
     The counts of 500 joint draws have the expected counts as mean: |z| < 5.5 on their own standard
     error, where it is estimated from at least 20 transitions.
@@ -150,6 +150,8 @@ def test_hidden_markov_model_of_reference() -> None:
         one = copies(target, mu, 1, 1)
         smooth = recover(KEY, marginal, one, sites="marginals").derived["z"][0, 0]
         same(smooth, HMM5["smoother_prob"], rtol=1e-8, atol=1e-8)
+        filtered = recover(KEY, marginal, one, sites="filtered").derived["z"][0, 0]
+        same(filtered, HMM5["filter_prob"], rtol=1e-8, atol=1e-8)
         path = recover(KEY, marginal, one, sites="viterbi").derived["z"][0, 0]
         np.testing.assert_array_equal(path, HMM5["viterbi_path"])
         score = model().log_density({**mu, "y": y, "z": path})
@@ -161,6 +163,52 @@ def test_hidden_markov_model_of_reference() -> None:
     often = counts.sum(0) >= 20
     away = counts.mean(0) - HMM5["expected_transition_counts"]
     assert np.all(np.abs(away[often]) < 5.5 * (counts.std(0) / np.sqrt(500))[often])
+
+
+@gen
+def second_order(num_steps):
+    """A first state before the scan, a chain of second order, a choice for each step, one for all."""
+    table = jnp.array([[0.8, 0.2, 0.0], [0.1, 0.7, 0.2], [0.3, 0.3, 0.4]])
+    group = sample("group", dist.Bernoulli(0.3))
+    first = sample("first", dist.Categorical(jnp.array([0.2, 0.3, 0.5])))
+    sample("y0", Normal(first + group, 1.0))
+
+    def step(carry, _):
+        last, before = carry
+        own = sample("own", dist.Bernoulli(0.2 + 0.1 * last))
+        state = sample("state", dist.Categorical(table[(last + before) % 3]))
+        sample("y", Normal(state + 0.7 * group + own, 0.8))
+        return (state, last), None
+
+    lax.scan(step, (first, first), length=num_steps)
+
+
+def test_filtering_against_enumeration_of_every_beginning() -> None:
+    """Given the data so far; what is no part of the chain has its posterior given all data."""
+    y = np.array([0.3, -1.0, 2.0, 1.7])
+    marginal = marginalize(second_order, "group", "first", "own", "state")
+    whole = copies(marginal(4).given({"y0": 0.4, "y": y}), {}, 1, 1)
+    found = {
+        sites: recover(KEY, marginal, whole, 4, sites=sites).derived
+        for sites in ("filtered", "marginals")
+    }
+    group = np.asarray(found["marginals"]["group"][0, 0])
+    same(found["filtered"]["group"][0, 0], group)
+    for t in range(5):
+        data = {"y0": 0.4, "y": y[:t]}
+        exact = {"first": np.zeros(3), "own": np.zeros(2), "state": np.zeros(3)}
+        for g in (0, 1):
+            target = condition(second_order, {"group": g})(t).given(data)
+            values, log_terms, _ = posterior(target, {}, exact)
+            p = np.exp(log_terms - log_terms.max())
+            for a in exact if t else ["first"]:
+                at = values[a] if a == "first" else values[a][:, -1]
+                np.add.at(exact[a], at, group[g] * p / p.sum())
+        if t == 0:
+            same(found["filtered"]["first"][0, 0], exact["first"])
+        else:
+            same(found["filtered"]["own"][0, 0, t - 1], exact["own"])
+            same(found["filtered"]["state"][0, 0, t - 1], exact["state"])
 
 
 # --- what comes with them -------------------------------------------------------------------------
@@ -438,7 +486,7 @@ def test_what_does_not_fit_is_refused() -> None:
         recover(KEY, marginal, Draws(choices={"loc": jnp.zeros((1, 3))}), x)
     with refused(AddressError, "'loc'", "(2,)", "()", "arguments"):
         recover(KEY, marginal, Draws(choices={"loc": jnp.zeros((1, 3, 2))}, target=target), x)
-    with refused(ValueError, "'sample', 'marginals' or 'viterbi'", "'mode'"):
+    with refused(ValueError, "'sample', 'marginals', 'filtered' or 'viterbi'", "'mode'"):
         recover(KEY, marginal, draws, x, sites="mode")
     with refused(TypeError, "Draws or Particles", "dict"):
         recover(KEY, marginal, {"loc": 0.0}, x)

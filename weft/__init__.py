@@ -19,6 +19,7 @@ from weft.ppl import deterministic as deterministic
 from weft.ppl import do as do
 from weft.ppl import draw as draw
 from weft.ppl import expect as expect
+from weft.ppl import explain as explain
 from weft.ppl import factor as factor
 from weft.ppl import gen as gen
 from weft.ppl import loop as loop
