@@ -15,7 +15,8 @@ from examples import exact
 from examples.posteriors import CASES
 
 QUICK = {"num_warmup": 500, "num_samples": 500, "num_chains": 4}
-SLOW = {"lotka_volterra", "arK", "hmm", "gauss_mix", "earnings", "eight_schools_centered"}
+SLOW = {"lotka_volterra", "arK", "hmm", "hmm_by_hand", "gauss_mix", "gauss_mix_labelled"}
+SLOW |= {"earnings", "eight_schools_centered"}
 
 
 def check(rows):

@@ -5,8 +5,8 @@ become a target and what is reported; `benchmarks/posteriors.py` runs them again
 
 - `schools`: a hierarchical model, centred and non-centred.
 - `regression`: six linear regressions from one model, priors as arguments.
-- `series`: an autoregression, a hidden Markov model and Brownian motion, as scans.
-- `mixture`: a mixture of two normals.
+- `series`: an autoregression, a hidden Markov model (its states summed out, and by hand) and Brownian motion, as scans.
+- `mixture`: a mixture of two normals, with and without labels.
 - `gaussian_process`: counts with a latent Gaussian process.
 - `lotka_volterra`: an ordinary differential equation.
 """
@@ -83,9 +83,20 @@ CASES: dict[str, Case] = {
         ("theta1", "theta2", "mu"),
         settings={"dense_mass": True},
     ),
+    "hmm_by_hand": Case(
+        "posteriordb/hmm_example-hmm_example",
+        series.hidden_markov_by_hand_target,
+        ("theta1", "theta2", "mu"),
+        settings={"dense_mass": True},
+    ),
     "gauss_mix": Case(
         "posteriordb/low_dim_gauss_mix-low_dim_gauss_mix",
         mixture.target,
+        ("mu", "sigma", "theta"),
+    ),
+    "gauss_mix_labelled": Case(
+        "posteriordb/low_dim_gauss_mix-low_dim_gauss_mix",
+        mixture.labelled_target,
         ("mu", "sigma", "theta"),
     ),
     "gp_pois_regr": Case(

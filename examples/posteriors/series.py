@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from jax import lax
 from numpyro.distributions import constraints
 
-from weft import Target, deterministic, factor, gen, observed, repeat, sample
+from weft import Target, deterministic, factor, gen, marginalize, observed, repeat, sample
 
 
 @gen
@@ -37,13 +37,8 @@ def autoregression_target(data: dict[str, Any]) -> Target:
     return autoregression(jnp.asarray(y[:order]), y.size - order).given({"y": y[order:]})
 
 
-@gen
-def hidden_markov(num_steps: int) -> jax.Array:
-    """A two-state hidden Markov model with its states summed out.
-
-    The carry is the law of the present state given the past. The law of y_t is then a mixture over it, and Bayes'
-    rule and the transition matrix give the law of the next state: the forward recursion, one step a line.
-    """
+def _states() -> tuple[jax.Array, jax.Array]:
+    """The transition matrix of two states, and the mean of what is seen in each."""
     theta = jnp.stack(
         [
             sample("theta1", dist.Dirichlet(jnp.ones(2))),
@@ -52,6 +47,35 @@ def hidden_markov(num_steps: int) -> jax.Array:
     )
     mu = sample("mu", dist.ImproperUniform(constraints.positive_ordered_vector, (), (2,)))
     factor("mu_prior", dist.Normal(jnp.array([3.0, 10.0]), 1.0).log_prob(mu).sum())
+    return theta, mu
+
+
+@gen
+def hidden_markov(num_steps: int) -> jax.Array:
+    """A hidden Markov model as its states are drawn; `marginalize` sums them out."""
+    theta, mu = _states()
+
+    def step(law: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        state = sample("state", dist.Categorical(probs=law))
+        y = sample("y", dist.Normal(mu[state], 1.0))
+        return theta[state], y
+
+    return lax.scan(step, jnp.full(2, 0.5), length=num_steps)[1]
+
+
+def hidden_markov_target(data: dict[str, Any]) -> Target:
+    """The posterior on transition probabilities and means."""
+    return marginalize(hidden_markov, "state")(len(data["y"])).given({"y": data["y"]})
+
+
+@gen
+def hidden_markov_by_hand(num_steps: int) -> jax.Array:
+    """The same with its states summed out by hand.
+
+    The carry is the law of the present state given the past. The law of y_t is then a mixture over it, and Bayes'
+    rule and the transition matrix give the law of the next state: the forward recursion, one step a line.
+    """
+    theta, mu = _states()
     emission = dist.Normal(mu, 1.0)
 
     def step(state: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -62,9 +86,9 @@ def hidden_markov(num_steps: int) -> jax.Array:
     return lax.scan(step, jnp.full(2, 0.5), length=num_steps)[1]
 
 
-def hidden_markov_target(data: dict[str, Any]) -> Target:
-    """The posterior on transition probabilities and means."""
-    return hidden_markov(len(data["y"])).given({"y": data["y"]})
+def hidden_markov_by_hand_target(data: dict[str, Any]) -> Target:
+    """The same posterior."""
+    return hidden_markov_by_hand(len(data["y"])).given({"y": data["y"]})
 
 
 @gen
