@@ -11,6 +11,15 @@ from .hmc import nuts as nuts
 from .importance import importance as importance
 from .initial import InitStrategy as InitStrategy
 from .objectives import elbo as elbo
+from .objectives import eubo as eubo
+from .objectives import forward_kl as forward_kl
+from .objectives import iwelbo as iwelbo
+from .objectives import log_variance as log_variance
+from .objectives import renyi as renyi
+from .objectives import rws as rws
+from .objectives import sleep_phi as sleep_phi
+from .objectives import wake_phi as wake_phi
+from .objectives import wake_theta as wake_theta
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
 from .recovery import recover as recover

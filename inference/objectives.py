@@ -1,4 +1,8 @@
-"""Objectives of variational inference: estimators `f(key, params, *batch)` of a bound, to be maximised by `fit`."""
+"""Objectives of variational inference: estimators `f(key, params, *batch)` of a bound, to be maximised by `fit`.
+
+Each is a few lines around `expect` and `draw`: copy one to write your own. Their gradients are those of the strategies
+of the guide's sites (`weft.gradients`).
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, PRNGKeyArray
 from weft.ppl import Program, Target, draw, expect
-from weft.ppl.addresses import flatten
+from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.compat import as_key
-from weft.ppl.errors import WeftError
+from weft.ppl.errors import GradientError, WeftError
+from weft.ppl.gradients import with_baselines
 
 from .weights import check_proposal, log_ratio
 
+stop = jax.lax.stop_gradient
 
-class elbo(eqx.Module):
-    r"""The evidence lower bound.
 
-    For a guide `q` with parameters `phi` and a target `p`, both programs,
-
-        ELBO(phi) = E_q [ log p(x, y) - log q(x) ]  <=  log p(y).
-
-    Called with a key it gives an unbiased estimate, whose gradient with respect to the parameters
-    is an unbiased estimate of the ELBO's, by the strategy of each site of the guide
-    (reparametrisation).
+class Objective(eqx.Module):
+    """What objectives of a target and a guide share.
 
     Attributes:
         target: a target, or a function `(params, *batch) -> Target`: for a model with parameters of
@@ -35,68 +35,48 @@ class elbo(eqx.Module):
             B})`.
         guide: a function `(params, *batch) -> Program` that draws exactly the target's latent
             choices.
-        num_samples: draws of the guide that are averaged.
-
-    References:
-        Jordan et al. (1999); Kingma and Welling (2014), equation 3, for the reparametrised
-        estimator.
-
-    Example:
-        >>> import jax, numpyro.distributions as dist
-        >>> from weft import gen, sample
-        >>> from weft.inference import elbo
-        >>> @gen
-        ... def model():
-        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
-        ...     sample("y", dist.Normal(mu, 1.0))
-        >>> @gen
-        ... def guide(params):
-        ...     sample("mu", dist.Normal(params["loc"], params["scale"]))
-        >>> bound = elbo(model().given({"y": 2.0}), guide)
-        >>> exact = {"loc": 1.0, "scale": 0.5**0.5}  # the posterior: every draw gives the log evidence
-        >>> print(f"{bound(jax.random.key(0), exact):.4f}")
-        -2.2655
     """
 
     target: Target | Callable[..., Target]
     guide: Callable[..., Program]
-    num_samples: int = eqx.field(default=1, static=True)
 
     def __check_init__(self) -> None:
+        name = type(self).__name__
         if not isinstance(self.target, Target) and not callable(self.target):
             raise TypeError(
-                "elbo: expected a Target or a function (params, *batch) -> Target, got "
+                f"{name}: expected a Target or a function (params, *batch) -> Target, got "
                 f"{type(self.target).__name__}; condition the program first: model(*args).given(data)"
             )
         if isinstance(self.guide, Program) or not callable(self.guide):
             raise TypeError(
-                "elbo: expected a guide that is a function (params, *batch) -> Program, got "
+                f"{name}: expected a guide that is a function (params, *batch) -> Program, got "
                 f"{type(self.guide).__name__}"
             )
-        if not isinstance(self.num_samples, (int, np.integer)) or self.num_samples < 1:
-            raise WeftError(
-                f"elbo: num_samples must be a positive integer, got {self.num_samples!r}"
-            )
+        for field, least in (("num_samples", 1), ("num_particles", self.least_particles)):
+            n = getattr(self, field, least)
+            if not isinstance(n, (int, np.integer)) or n < least:
+                what = "a positive integer" if least == 1 else f"an integer, {least} at least"
+                raise WeftError(f"{name}: {field} must be {what}, got {n!r}")
+
+    @property
+    def least_particles(self) -> int:
+        """The smallest number of particles that makes sense."""
+        return 1
 
     def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
-        """An unbiased estimate of the bound."""
-
-        @expect
-        def bound(params: Any) -> Array:
-            target, guide = self.at(params, *batch)
-            check_proposal(guide, target, "guide")
-            trace = draw(guide)
-            return log_ratio(target, guide, trace)
-
-        if self.num_samples == 1:
-            return bound(key, params)
-        keys = jax.random.split(as_key(key), self.num_samples)
-        return jnp.mean(jax.vmap(lambda k: bound(k, params))(keys))
+        """An estimate."""
+        raise NotImplementedError
 
     def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
         """The target and the guide at some parameters."""
         target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
         return target, self.guide(params, *batch)
+
+    def pair(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        """The same, once it is known that they fit."""
+        target, guide = self.at(params, *batch)
+        check_proposal(guide, target, "guide")
+        return target, guide
 
     def check(self, params: Any, *batch: Any) -> None:
         """Refuse a pair that gives no bound.
@@ -108,7 +88,7 @@ class elbo(eqx.Module):
         target, guide = self.at(params, *batch)
         if not isinstance(target, Target):
             raise TypeError(
-                f"elbo: the target function returned a {type(target).__name__}, expected a Target: "
+                f"{type(self).__name__}: the target function returned a {type(target).__name__}, expected a Target: "
                 "model(...).given(data)"
             )
         check_proposal(guide, target, "guide")
@@ -134,3 +114,299 @@ class elbo(eqx.Module):
             for a, v in flatten(trace.choices).items()
         )
         return "; ".join([*found, f"at the guide's draw {values}"])
+
+
+class elbo(Objective):
+    r"""The evidence lower bound.
+
+    For a guide `q` with parameters `phi` and a target `p`, both programs,
+
+        ELBO(phi) = E_q [ log p(x, y) - log q(x) ]  <=  log p(y).
+
+    Called with a key it gives an unbiased estimate, whose gradient with respect to the parameters
+    is an unbiased estimate of the ELBO's, by the strategy of each site of the guide.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_samples: draws of the guide that are averaged; from two on, score terms have
+            leave-one-out baselines.
+        sticking_the_landing: leave the explicit dependence of `log q` on the parameters out of the
+            gradient (Roeder et al. 2017): its mean is zero, and without it the variance vanishes
+            where the guide is the posterior.
+
+    References:
+        Jordan et al. (1999); Kingma and Welling (2014), equation 3, for the reparametrised
+        estimator.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import elbo
+        >>> @gen
+        ... def model():
+        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
+        ...     sample("y", dist.Normal(mu, 1.0))
+        >>> @gen
+        ... def guide(params):
+        ...     sample("mu", dist.Normal(params["loc"], params["scale"]))
+        >>> bound = elbo(model().given({"y": 2.0}), guide)
+        >>> exact = {"loc": 1.0, "scale": 0.5**0.5}  # the posterior: every draw gives the log evidence
+        >>> print(f"{bound(jax.random.key(0), exact):.4f}")
+        -2.2655
+    """
+
+    num_samples: int = eqx.field(default=1, static=True)
+    sticking_the_landing: bool = eqx.field(default=False, static=True)
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate of the bound."""
+
+        def bound(params: Any) -> Array:
+            target, guide = self.pair(params, *batch)
+            trace = draw(guide)
+            if not self.sticking_the_landing:
+                return log_ratio(target, guide, trace)
+            still = self.guide(stop(params), *batch)
+            return log_ratio(target, still, trace, trace.choices)
+
+        return expect(bound, num_samples=self.num_samples)(key, params)
+
+
+def log_weights(objective: Objective, num_particles: int, params: Any, *batch: Any) -> Array:
+    """`log p(x_i, y) - log q(x_i)` of draws of the guide, inside an expectation: `(num_particles,)`."""
+    target, guide = objective.pair(params, *batch)
+    return jax.vmap(lambda _: log_ratio(target, guide, draw(guide)))(jnp.arange(num_particles))
+
+
+class iwelbo(Objective):
+    r"""The importance-weighted bound.
+
+        IWELBO_K(phi) = E [ log 1/K sum_i w_i ],   w_i = p(x_i, y) / q(x_i),   x_i ~ q,
+
+    at least the ELBO, and rising to `log p(y)` with `K`.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: `K`.
+        vimco: baselines for score terms: of each draw, the bound with its weight replaced by the
+            geometric mean of the others (Mnih and Rezende 2016).
+        dreg: doubly reparametrised gradients of the guide (Tucker et al. 2019), of which the
+            relative noise does not grow with `K`; all of its sites must be reparametrised.
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), equation 8.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import iwelbo
+        >>> @gen
+        ... def model():
+        ...     sample("y", dist.Normal(sample("mu", dist.Normal(0.0, 1.0)), 1.0))
+        >>> guide = gen(lambda params: sample("mu", dist.Normal(params, 1.0)))
+        >>> bound = iwelbo(model().given({"y": 2.0}), guide, num_particles=5000)
+        >>> print(f"{bound(jax.random.key(0), 1.0):.2f}")  # the log evidence is -2.2655
+        -2.27
+    """
+
+    num_particles: int = eqx.field(default=10, static=True)
+    vimco: bool = eqx.field(default=False, static=True)
+    dreg: bool = eqx.field(default=False, static=True)
+
+    @property
+    def least_particles(self) -> int:
+        return 2 if self.vimco else 1
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate of the bound."""
+        k = self.num_particles
+
+        def bound(params: Any) -> Array:
+            if self.dreg:
+                return self.doubly_reparametrised(params, *batch)
+            log_w = log_weights(self, k, params, *batch)
+            value = logsumexp(log_w) - jnp.log(k)
+            if not self.vimco:
+                return value
+            mean_of_others = (jnp.sum(log_w) - log_w) / (k - 1)
+            without = jnp.where(jnp.eye(k, dtype=bool), mean_of_others[:, None], log_w)
+            return with_baselines(value, log_w, logsumexp(without, 1) - jnp.log(k))
+
+        return expect(bound)(key, params)
+
+    def doubly_reparametrised(self, params: Any, *batch: Any) -> Array:
+        """The bound; the path through each draw is weighed once more, the explicit part of `log q` left out."""
+        target, guide = self.pair(params, *batch)
+        fixed = [a for a in guide.latents if not guide.sites[a].reparametrised]
+        if fixed:
+            raise GradientError(
+                f"iwelbo: dreg needs every site of the guide reparametrised; {', '.join(map(repr, fixed))} cannot be. "
+                "Take vimco=True in its place"
+            )
+        still = self.guide(stop(params), *batch)
+        traces = jax.vmap(lambda _: draw(guide))(jnp.arange(self.num_particles))
+
+        def ratio(trace: Any, choices: Any) -> Array:
+            return log_ratio(target, still, trace, choices)
+
+        weights = jax.nn.softmax(stop(jax.vmap(ratio)(traces, traces.choices)))
+
+        def weighed(x: Array) -> Array:
+            w = weights.reshape(-1, *(1,) * (x.ndim - 1))
+            return stop(x) + w * (x - stop(x))
+
+        log_w = jax.vmap(ratio)(traces, jax.tree.map(weighed, traces.choices))
+        return logsumexp(log_w) - jnp.log(self.num_particles)
+
+
+class renyi(Objective):
+    r"""The variational Rényi bound, `1 / (1 - alpha) log E_q [w^(1 - alpha)]`, from `K` draws.
+
+    At `alpha` in (0, 1) between the log evidence (`alpha = 0`) and the ELBO (`alpha` near 1); with
+    finitely many draws biased towards the ELBO. Negative values of `alpha` are allowed.
+
+    References:
+        Li and Turner (2016), equation 14.
+    """
+
+    alpha: float = eqx.field(default=0.5, static=True)
+    num_particles: int = eqx.field(default=10, static=True)
+
+    def __check_init__(self) -> None:
+        if self.alpha == 1:
+            raise WeftError("renyi: at alpha = 1 the bound is the ELBO: take elbo")
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate of the bound for this many draws."""
+
+        def bound(params: Any) -> Array:
+            log_w = (1 - self.alpha) * log_weights(self, self.num_particles, params, *batch)
+            return (logsumexp(log_w) - jnp.log(self.num_particles)) / (1 - self.alpha)
+
+        return expect(bound)(key, params)
+
+
+class _Weighted(Objective):
+    """Objectives that are means over draws of the guide by their normalised weights, none of which moves."""
+
+    num_particles: int = eqx.field(default=10, static=True)
+
+    def draws(
+        self, key: PRNGKeyArray, params: Any, *batch: Any
+    ) -> tuple[Target, Program, Any, Array]:
+        """Target and guide, draws of the guide at fixed parameters, and their normalised weights."""
+        fixed_target, fixed_guide = self.at(stop(params), *batch)
+
+        def one(key: PRNGKeyArray) -> tuple[Any, Array]:
+            trace = fixed_guide.simulate(key)
+            return trace.choices, log_ratio(fixed_target, fixed_guide, trace)
+
+        choices, log_w = stop(jax.vmap(one)(jax.random.split(as_key(key), self.num_particles)))
+        return *self.pair(params, *batch), choices, jax.nn.softmax(log_w)
+
+
+class wake_theta(_Weighted):
+    r"""The model's part of reweighted wake-sleep: `sum_i w_i log p_theta(x_i, y)`, draws and weights fixed.
+
+    Its gradient is that of the log evidence, with a bias of order 1 / `num_particles`; discrete
+    choices of the guide need no strategy.
+
+    References:
+        Bornschein and Bengio (2015), equation 5.
+    """
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        target, _, choices, weights = self.draws(key, params, *batch)
+        return jnp.sum(weights * jax.vmap(target.log_density)(choices))
+
+
+class wake_phi(_Weighted):
+    r"""The guide's part of reweighted wake-sleep: `sum_i w_i log q_phi(x_i)`, draws and weights fixed.
+
+    Maximising it minimises KL(p(x | y) || q), the forward divergence, with a bias of order 1 /
+    `num_particles`: the guide covers the posterior.
+
+    References:
+        Bornschein and Bengio (2015), equation 7.
+    """
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        _, guide, choices, weights = self.draws(key, params, *batch)
+        return jnp.sum(weights * jax.vmap(guide.log_density)(choices))
+
+
+forward_kl = wake_phi
+"""The forward divergence, up to its sign and a constant: what `wake_phi` maximises."""
+
+
+class rws(_Weighted):
+    r"""Reweighted wake-sleep: `wake_theta + wake_phi` from the same draws."""
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        target, guide, choices, weights = self.draws(key, params, *batch)
+        both = jax.vmap(lambda x: target.log_density(x) + guide.log_density(x))(choices)
+        return jnp.sum(weights * both)
+
+
+class sleep_phi(Objective):
+    r"""The sleep phase: `E_{x, y ~ p} [log q_phi(x | y)]`, data dreamt by the model.
+
+    Its guide is amortised: a function `(params, data, *batch) -> Program` of the data as well, a
+    nested dict like the target's `observed`.
+
+    References:
+        Hinton et al. (1995); Bornschein and Bengio (2015), equation 9.
+    """
+
+    def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
+        return target, self.guide(params, target.observed, *batch)
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate."""
+
+        target, _ = self.pair(params, *batch)
+        dream = flatten(stop(target.program.simulate(key).choices))
+        data = unflatten({a: x for a, x in dream.items() if a in target.data})
+        latent = unflatten({a: x for a, x in dream.items() if a not in target.data})
+        return self.guide(params, data, *batch).log_density(latent)
+
+
+class eubo(_Weighted):
+    r"""An estimate of the evidence upper bound `E_{p(x | y)} [log p(x, y) - log q(x)]`, to be minimised.
+
+    The mean over the posterior is one by normalised weights, biased downwards: no bound in itself.
+    Beside the ELBO it says how far apart guide and posterior are.
+    """
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        target, guide, choices, weights = self.draws(key, params, *batch)
+        gaps = jax.vmap(lambda x: target.log_density(x) - guide.log_density(x))(choices)
+        return jnp.sum(weights * gaps)
+
+
+class log_variance(_Weighted):
+    r"""Minus half the variance of `log w` over draws of the guide, which do not move.
+
+    At its maximum, zero, all weights are equal. Its gradient is that of the ELBO with the best constant
+    baseline; it needs no strategy.
+
+    References:
+        Richter et al. (2020), "VarGrad", proposition 1.
+    """
+
+    @property
+    def least_particles(self) -> int:
+        return 2
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        target, guide, choices, _ = self.draws(key, params, *batch)
+        log_w = jax.vmap(lambda x: target.log_density(x) - guide.log_density(x))(choices)
+        return -0.5 * jnp.var(log_w, ddof=1)

@@ -75,9 +75,13 @@ def live(target: Target, active: Any, address: str, ndim: int) -> Array:
     return flag
 
 
-def log_ratio(target: Target, program: Program, trace: Any) -> Float[Array, ""]:
+def log_ratio(
+    target: Target, program: Program, trace: Any, choices: Any = None
+) -> Float[Array, ""]:
     """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the
     program's.
+
+    With `choices` both densities are computed anew, at these in place of the trace's.
 
     Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The
     program's own conditional density then stands on both sides and cancels: the ratio has `q` of
@@ -85,10 +89,13 @@ def log_ratio(target: Target, program: Program, trace: Any) -> Float[Array, ""]:
     same holds for the elements that are given of a site observed in part.
     """
     if not may_idle(target):
-        return target.log_density(trace.choices) - trace.log_density
-    against, log_p = target.generate(jax.random.key(0), trace.choices)  # nothing is left to draw
+        if choices is None:
+            return target.log_density(trace.choices) - trace.log_density
+        return target.log_density(choices) - program.log_density(choices)
+    choices = trace.choices if choices is None else choices
+    against, log_p = target.generate(jax.random.key(0), choices)  # nothing is left to draw
     log_q = jnp.zeros(())
-    for address, term in flatten(program.log_densities(trace.choices)).items():
+    for address, term in flatten(program.log_densities(choices)).items():
         counts = live(target, against.active, address, term.ndim)
         log_q = log_q + jnp.sum(jnp.where(counts, term, 0.0))
     return log_p - log_q

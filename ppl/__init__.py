@@ -1,5 +1,6 @@
 """The language: sites, staging, the interpreter, models, transforms, expectations."""
 
+from . import gradients as gradients
 from .errors import AddressError as AddressError
 from .errors import DensityError as DensityError
 from .errors import GradientError as GradientError

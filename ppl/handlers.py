@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from numpyro.distributions import biject_to
 
 from .cotangents import finite_cotangents
-from .errors import AddressError, DensityError, GradientError
+from .errors import AddressError, DensityError
+from .gradients import chosen
 from .interpreter import Context, Handler, Records, walk_while
 from .sites import Site
 from .specs import is_discrete
@@ -70,7 +69,7 @@ class Evaluate(Handler):
 
     Attributes:
         record: ``"value"``, ``"log_density"`` or None.
-        gradients: refuse derivatives through draws that are not reparametrised.
+        gradients: mark draws by their gradient strategies, for an expectation.
     """
 
     record: str | None = "value"
@@ -142,10 +141,7 @@ class Evaluate(Handler):
                 f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled ({site.spec.unsampled}); it can "
                 "stand in a target, where its choice is given or inferred"
             )
-        value = site.draw(key)
-        if self.gradients and not site.spec.reparametrised:
-            return no_gradient(site, value)
-        return value
+        return chosen(site).draw(site, key) if self.gradients else site.draw(key)
 
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
         if key is None:
@@ -164,34 +160,6 @@ class Evaluate(Handler):
             eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients))
         )
         return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}
-
-
-def no_gradient(site: Site, value: jax.Array) -> jax.Array:
-    """``value``, with an error when a derivative is asked with respect to the parameters it was drawn with."""
-    address, label = ".".join(site.address), site.spec.label
-    n = site.spec.num_distribution_arrays
-    parameters = [x for x in site.operands[:n] if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-
-    @jax.custom_jvp
-    def drawn(value: Any, parameters: Any) -> Any:
-        return value
-
-    def rule(primals: Any, tangents: Any) -> Any:
-        if not all(isinstance(t, SymbolicZero) for t in tangents[1]):
-            raise GradientError(
-                f"a gradient is needed through the choice {address!r}, but a draw of {label} is not "
-                f"reparametrised, so the "
-                "gradient would be silently wrong. Use a reparametrised distribution there, sum the choice out "
-                "(marginalize), or stop the gradient of its parameters"
-            )
-        inexact = jnp.issubdtype(primals[0].dtype, jnp.inexact)
-        zero = (
-            jnp.zeros_like(primals[0]) if inexact else np.zeros(primals[0].shape, jax.dtypes.float0)
-        )
-        return primals[0], zero
-
-    drawn.defjvp(rule, symbolic_zeros=True)
-    return drawn(jax.lax.stop_gradient(value), parameters)
 
 
 # --- unconstrained space ----------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
             places = [axes_of(x)[variable][i] if variable in axes_of(x) else None for x in ins]
             try:
                 found = align(eqn, places)
-            except _Unknown as e:
+            except Unaligned as e:
                 error = Entangled(entangled(variable, plate, eqn, str(e)))
                 if variable.family is not None and variable.family.quadratic:
                     error.addresses = frozenset({variable.address})
@@ -431,7 +431,7 @@ def _eqn_reads(eqn: Any, flags: list[bool], names: set[str]) -> list[bool]:
 # --- which equations keep copies apart --------------------------------------------------------------------------------
 
 
-class _Unknown(Exception):
+class Unaligned(Exception):
     """An equation may mix the copies of a choice; says how."""
 
 
@@ -475,7 +475,7 @@ def align(eqn: Any, places: Places) -> Places:
     """Where the results of an equation carry the axis that some operands carry at ``places`` (None: not at all).
 
     Raises:
-        _Unknown: if the equation may mix indices of that axis.
+        Unaligned: if the equation may mix indices of that axis.
     """
     name = eqn.primitive.name
     if all(p is None for p in places):
@@ -493,7 +493,7 @@ def align(eqn: Any, places: Places) -> Places:
     inner = inner_jaxprs(eqn)
     if len(inner) == 1 and len(open_jaxpr(inner[0])[0].invars) == len(places):
         return align_jaxpr(inner[0], places)
-    raise _Unknown("is not known to keep them apart")
+    raise Unaligned("is not known to keep them apart")
 
 
 def align_jaxpr(jaxpr: Any, places: Places) -> Places:
@@ -513,7 +513,7 @@ def _one(places: Places) -> int:
     """The place that all operands agree on."""
     found = {p for p in places if p is not None}
     if len(found) != 1:
-        raise _Unknown(f"combines them along different axes {sorted(found)}")
+        raise Unaligned(f"combines them along different axes {sorted(found)}")
     return found.pop()
 
 
@@ -527,28 +527,28 @@ def _same(eqn: Any, places: Places) -> Places:
     if eqn.primitive.name == "optimization_barrier":
         return list(places)
     if any(len(out.aval.shape) not in ranks for out in eqn.outvars):
-        raise _Unknown("changes the number of axes")
+        raise Unaligned("changes the number of axes")
     return [place] * len(eqn.outvars)
 
 
 def _batched(eqn: Any, places: Places) -> Places:
     place = _one(places)
     if any(p is not None and p >= len(_shape(eqn, i)) - 2 for i, p in enumerate(places)):
-        raise _Unknown("reads the whole axis")
+        raise Unaligned("reads the whole axis")
     return [place] * len(eqn.outvars)
 
 
 def _reduce(eqn: Any, places: Places) -> Places:
     place, axes = _one(places), eqn.params.get("axes", eqn.params.get("dimensions"))
     if axes is None or place in axes:
-        raise _Unknown(f"reduces over their axis {place}")
+        raise Unaligned(f"reduces over their axis {place}")
     return [place - sum(a < place for a in axes)] * len(eqn.outvars)
 
 
 def _along(eqn: Any, places: Places, axis: int) -> Places:
     place = _one(places)
     if place == axis:
-        raise _Unknown(f"goes along their axis {axis}")
+        raise Unaligned(f"goes along their axis {axis}")
     return [place] * len(eqn.outvars)
 
 
@@ -565,7 +565,7 @@ def _broadcast(eqn: Any, places: Places) -> Places:
     place = _one(places[:1])
     target = eqn.params["broadcast_dimensions"][place]
     if _shape(eqn)[place] != eqn.params["shape"][target]:
-        raise _Unknown("repeats their axis")
+        raise Unaligned("repeats their axis")
     return [target]
 
 
@@ -576,7 +576,7 @@ def _reshape(eqn: Any, places: Places) -> Places:
     for target, size in enumerate(new):
         if size == old[place] and math.prod(new[:target]) == before:
             return [target]
-    raise _Unknown(f"reshapes their axis, {old} to {new}")
+    raise Unaligned(f"reshapes their axis, {old} to {new}")
 
 
 @_rule("squeeze")
@@ -590,7 +590,7 @@ def _squeeze(eqn: Any, places: Places) -> Places:
 def _fft(eqn: Any, places: Places) -> Places:
     place = _one(places)
     if place >= len(_shape(eqn)) - len(eqn.params["fft_lengths"]):
-        raise _Unknown(f"transforms along their axis {place}")
+        raise Unaligned(f"transforms along their axis {place}")
     return [place]
 
 
@@ -603,7 +603,7 @@ def _transpose(eqn: Any, places: Places) -> Places:
 def _rev(eqn: Any, places: Places) -> Places:
     place = _one(places)
     if place in eqn.params["dimensions"]:
-        raise _Unknown(f"reverses their axis {place}")
+        raise Unaligned(f"reverses their axis {place}")
     return [place]
 
 
@@ -629,7 +629,7 @@ def _unstack(eqn: Any, places: Places) -> Places:
 def _tile(eqn: Any, places: Places) -> Places:
     place = _one(places)
     if eqn.params["reps"][place] != 1:
-        raise _Unknown(f"repeats their axis {place}")
+        raise Unaligned(f"repeats their axis {place}")
     return [place]
 
 
@@ -642,7 +642,7 @@ def _top_k(eqn: Any, places: Places) -> Places:
 def _pad(eqn: Any, places: Places) -> Places:
     place = _one(places)
     if tuple(eqn.params["padding_config"][place]) != (0, 0, 0):
-        raise _Unknown(f"pads their axis {place}")
+        raise Unaligned(f"pads their axis {place}")
     return [place]
 
 
@@ -653,7 +653,7 @@ def _slice(eqn: Any, places: Places) -> Places:
         params["start_indices"][place] == 0 and params["limit_indices"][place] == _shape(eqn)[place]
     )
     if not whole or (params["strides"] and params["strides"][place] != 1):
-        raise _Unknown(f"takes a part of their axis {place}")
+        raise Unaligned(f"takes a part of their axis {place}")
     return [place]
 
 
@@ -661,7 +661,7 @@ def _slice(eqn: Any, places: Places) -> Places:
 def _dynamic_slice(eqn: Any, places: Places) -> Places:
     place = _one(places[:1])
     if eqn.params["slice_sizes"][place] != _shape(eqn)[place]:
-        raise _Unknown(f"takes a part of their axis {place}")
+        raise Unaligned(f"takes a part of their axis {place}")
     return [place]
 
 
@@ -669,7 +669,7 @@ def _dynamic_slice(eqn: Any, places: Places) -> Places:
 def _dynamic_update_slice(eqn: Any, places: Places) -> Places:
     place = _one(places[:2])
     if _shape(eqn, 1)[place] != _shape(eqn, 0)[place]:
-        raise _Unknown(f"writes a part of their axis {place}")
+        raise Unaligned(f"writes a part of their axis {place}")
     return [place]
 
 
@@ -685,7 +685,7 @@ def _dot_general(eqn: Any, places: Places) -> Places:
         ]
         if place is not None:
             if place in contract[side]:
-                raise _Unknown(f"sums over their axis {place}")
+                raise Unaligned(f"sums over their axis {place}")
             out.add(
                 list(batch[side]).index(place)
                 if place in batch[side]
@@ -693,7 +693,7 @@ def _dot_general(eqn: Any, places: Places) -> Places:
             )
         free_before += len(free)
     if len(out) != 1:
-        raise _Unknown("combines every copy with every other")
+        raise Unaligned("combines every copy with every other")
     return [out.pop()]
 
 
@@ -706,20 +706,20 @@ def _gather(eqn: Any, places: Places) -> Places:
     out = set()
     if indices is not None:
         if indices == len(_shape(eqn, 1)) - 1:
-            raise _Unknown("reads an index made of several copies")
+            raise Unaligned("reads an index made of several copies")
         out.add(batch[indices])
     if operand is not None:
         if operand in numbers.operand_batching_dims:
             i = list(numbers.operand_batching_dims).index(operand)
             out.add(batch[numbers.start_indices_batching_dims[i]])
         elif operand in numbers.start_index_map or sizes[operand] != _shape(eqn)[operand]:
-            raise _Unknown(f"takes parts of their axis {operand}")
+            raise Unaligned(f"takes parts of their axis {operand}")
         else:
             dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
             kept = [a for a in range(len(_shape(eqn))) if a not in dropped]
             out.add(numbers.offset_dims[kept.index(operand)])
     if len(out) != 1:
-        raise _Unknown("combines every copy with every other")
+        raise Unaligned("combines every copy with every other")
     return [out.pop()]
 
 
@@ -729,7 +729,7 @@ def _scan(eqn: Any, places: Places) -> Places:
     consts, carry = places[:num_consts], places[num_consts : num_consts + num_carry]
     xs = places[num_consts + num_carry :]
     if 0 in xs:
-        raise _Unknown("goes along their axis 0")
+        raise Unaligned("goes along their axis 0")
     xs = [None if p is None else p - 1 for p in xs]
     carry = _settle(
         lambda c: align_jaxpr(eqn.params["jaxpr"], [*consts, *c, *xs])[:num_carry], carry
@@ -744,7 +744,7 @@ def _while(eqn: Any, places: Places) -> Places:
     consts, carry = places[n : n + m], places[n + m :]
     carry = _settle(lambda c: align_jaxpr(eqn.params["body_jaxpr"], [*consts, *c]), carry)
     if align_jaxpr(eqn.params["cond_jaxpr"], [*places[:n], *carry])[0] is not None:
-        raise _Unknown("decides by all of them how long to go on")
+        raise Unaligned("decides by all of them how long to go on")
     return carry
 
 
@@ -757,7 +757,7 @@ def _cond(eqn: Any, places: Places) -> Places:
 def _agree(places: Sequence[int | None]) -> int | None:
     found = {p for p in places if p is not None}
     if len(found) > 1:
-        raise _Unknown("puts them on different axes in different branches")
+        raise Unaligned("puts them on different axes in different branches")
     return found.pop() if found else None
 
 

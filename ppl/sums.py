@@ -58,7 +58,13 @@ def drawn(table: jax.Array, axis: int, key: Any) -> jax.Array:
 
 
 def _drawn_forward(table: jax.Array, axis: int, key: Any) -> Any:
-    index = jax.random.categorical(key, table, axis)
+    top = jnp.max(table, axis, keepdims=True)
+    weights = jnp.exp(table - jnp.where(jnp.isfinite(top), top, 0))
+    up_to = jnp.cumsum(weights, axis)
+    total = jnp.take(up_to, jnp.array([-1]), axis)
+    u = jax.random.uniform(key, total.shape, table.dtype)
+    # Rounding must not lead past the last value that is possible.
+    index = jnp.sum((up_to <= u * total) & (up_to < total), axis)
     return log_sum(table, axis), (index, table.shape[axis])
 
 

@@ -19,10 +19,10 @@ import pytest
 from numpyro.distributions import constraints
 from weft.inference import constrained, elbo, fit, fixed, importance, load
 from weft.inference import runner as runner_module
-from weft.ppl.errors import AddressError, DensityError, GradientError, WeftError
+from weft.ppl.errors import AddressError, DensityError, WeftError
 
 from counting import counting
-from weft import factor, gen, sample, scale
+from weft import factor, gen, gradients, sample, scale
 
 BAND = 5.0
 KEY = jax.random.key(0)
@@ -463,17 +463,22 @@ def test_what_elbo_takes() -> None:
         elbo(TARGET, guide, num_samples=0)
 
 
-def test_a_draw_without_a_gradient_is_an_error() -> None:
+@pytest.mark.parametrize("strategy", [gradients.enum, gradients.mvd], ids=["enum", "mvd"])
+def test_a_guide_with_a_discrete_choice(strategy: Any) -> None:
+    """A coin given its consequence: the fitted probability is the posterior's."""
+
     @gen
     def coin() -> None:
-        sample("z", dist.Bernoulli(0.5))
+        z = sample("z", dist.Bernoulli(0.3))
+        sample("y", dist.Normal(2.0 * z, 1.0))
 
     @gen
     def guess(params: Any) -> None:
-        sample("z", dist.Bernoulli(logits=params))
+        sample("z", dist.Bernoulli(logits=params), grad=strategy)
 
-    with pytest.raises(GradientError, match="'z'"):
-        fit(KEY, elbo(coin().given(), guess), 0.0, optax.adam(0.1), 3, progress=False)
+    found = fit(KEY, elbo(coin().given({"y": 1.5}), guess), 0.0, optax.adam(0.1), 400, progress=False)
+    log_odds = np.log(0.3 / 0.7) + 0.5 * 1.5**2 - 0.5 * 0.5**2
+    assert abs(found.params - log_odds) < 0.01
 
 
 # --- around the loop

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
         "docs/language.md",
         "docs/inference.md",
         "docs/marginalisation.md",
+        "docs/variational.md",
     ],
 )
 def test_code_on_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:

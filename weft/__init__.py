@@ -22,6 +22,7 @@ from weft.ppl import expect as expect
 from weft.ppl import explain as explain
 from weft.ppl import factor as factor
 from weft.ppl import gen as gen
+from weft.ppl import gradients as gradients
 from weft.ppl import loop as loop
 from weft.ppl import marginalize as marginalize
 from weft.ppl import mask as mask

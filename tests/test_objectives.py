@@ -1,0 +1,217 @@
+"""Objectives against closed forms and enumeration: values and gradients, at 5 standard errors (some 30 comparisons)."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from weft.inference import (
+    elbo,
+    eubo,
+    iwelbo,
+    log_variance,
+    renyi,
+    rws,
+    sleep_phi,
+    wake_phi,
+    wake_theta,
+)
+from weft.ppl import GradientError, WeftError
+
+from weft import gen, gradients, sample
+
+KEY = jax.random.key(5)
+Y = 2.0
+PHI = {"loc": 0.4, "scale": 0.9}
+POSTERIOR = {"loc": Y / 2, "scale": np.sqrt(0.5)}
+
+
+@gen
+def model(prior: Any = 0.0) -> None:
+    x = sample("x", dist.Normal(prior, 1.0))
+    sample("y", dist.Normal(x, 1.0))
+
+
+@gen
+def guide(phi: Any) -> None:
+    sample("x", dist.Normal(phi["loc"], phi["scale"]))
+
+
+@gen
+def scored(phi: Any) -> None:
+    sample("x", dist.Normal(phi["loc"], phi["scale"]), grad=gradients.score)
+
+
+TARGET = model().given({"y": Y})
+
+
+def exact_elbo(phi: Any) -> Any:
+    m, s = phi["loc"], phi["scale"]
+    energy = -0.5 * (m**2 + s**2) - 0.5 * ((m - Y) ** 2 + s**2) - jnp.log(2 * jnp.pi)
+    return energy + 0.5 * jnp.log(2 * jnp.pi * jnp.e) + jnp.log(s)
+
+
+def samples(objective: Any, phi: Any, num_keys: int = 10_000) -> Any:
+    keys = jax.random.split(KEY, num_keys)
+    return jax.jit(jax.vmap(jax.value_and_grad(objective, argnums=1), (0, None)))(keys, phi)
+
+
+def close(found: Any, exact: Any) -> None:
+    for x, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        x = np.asarray(x, float)
+        error = x.std(0) / np.sqrt(len(x)) + 1e-5
+        assert np.all(np.abs(x.mean(0) - np.asarray(wanted)) < 5 * error), (x.mean(0), wanted, error)
+
+
+ELBOS = {
+    "reparam": lambda: elbo(TARGET, guide),
+    "sticking the landing": lambda: elbo(TARGET, guide, sticking_the_landing=True),
+    "score": lambda: elbo(TARGET, scored),
+    "score, several": lambda: elbo(TARGET, scored, num_samples=4),
+    "score, sticking the landing": lambda: elbo(TARGET, scored, sticking_the_landing=True),
+    "one particle": lambda: iwelbo(TARGET, guide, num_particles=1),
+    "one particle, twice reparametrised": lambda: iwelbo(TARGET, guide, num_particles=1, dreg=True),
+    "one particle of renyi": lambda: renyi(TARGET, guide, alpha=0.3, num_particles=1),
+}
+
+
+@pytest.mark.parametrize("name", ELBOS)
+def test_elbo(name: str) -> None:
+    close(samples(ELBOS[name](), PHI), jax.value_and_grad(exact_elbo)(PHI))
+
+
+def test_no_variance_at_the_posterior() -> None:
+    """Sticking the landing, doubly reparametrised gradients, and the variance of log weights."""
+    for objective in (
+        elbo(TARGET, guide, sticking_the_landing=True),
+        iwelbo(TARGET, guide, num_particles=5, dreg=True),
+        log_variance(TARGET, guide, num_particles=5),
+    ):
+        _, slopes = samples(objective, POSTERIOR, 100)
+        assert max(np.abs(x).max() for x in jax.tree.leaves(slopes)) < 1e-4
+
+
+def test_iwelbo_gradients_agree() -> None:
+    """Plain, doubly reparametrised, by score terms, and by VIMCO: one mean, ever less noise."""
+    makers = {
+        "plain": iwelbo(TARGET, guide, num_particles=5),
+        "dreg": iwelbo(TARGET, guide, num_particles=5, dreg=True),
+        "score": iwelbo(TARGET, scored, num_particles=5),
+        "vimco": iwelbo(TARGET, scored, num_particles=5, vimco=True),
+    }
+    slopes = {n: np.asarray(samples(o, PHI, 40_000)[1]["loc"], float) for n, o in makers.items()}
+    reference = slopes.pop("dreg")
+    for name, x in slopes.items():
+        error = np.hypot(x.std(), reference.std()) / np.sqrt(len(x))
+        assert abs(x.mean() - reference.mean()) < 5 * error, name
+    assert reference.std() < slopes["plain"].std()
+    assert slopes["vimco"].std() < 0.8 * slopes["score"].std()
+
+
+@gen
+def coin_model() -> None:
+    z = sample("z", dist.Bernoulli(0.3))
+    sample("y", dist.Normal(2.0 * z, 1.0))
+
+
+@pytest.mark.parametrize("strategy", [gradients.score, gradients.enum, gradients.mvd], ids=str)
+@pytest.mark.parametrize("vimco", [False, True])
+def test_iwelbo_of_a_discrete_choice(strategy: Any, vimco: bool) -> None:
+    """Three particles of a coin, against the sum over all eight outcomes."""
+    target = coin_model().given({"y": 1.5})
+
+    @gen
+    def guess(phi: Any) -> None:
+        sample("z", dist.Bernoulli(logits=phi), grad=strategy)
+
+    def exact(phi: Any) -> Any:
+        total = 0.0
+        for zs in itertools.product((0, 1), repeat=3):
+            z = jnp.array(zs)
+            log_q = dist.Bernoulli(logits=phi).log_prob(z)
+            log_p = dist.Bernoulli(0.3).log_prob(z) + dist.Normal(2.0 * z, 1.0).log_prob(1.5)
+            bound = jax.nn.logsumexp(log_p - log_q) - jnp.log(3)
+            total = total + jnp.exp(jnp.sum(log_q)) * bound
+        return total
+
+    found = samples(iwelbo(target, guess, num_particles=3, vimco=vimco), 0.2)
+    close(found, jax.value_and_grad(exact)(0.2))
+
+
+def test_renyi_lies_between() -> None:
+    """Exactly: log E_q[w^(1-a)] / (1 - a) by quadrature, for many particles within their bias."""
+    x = jnp.linspace(-8, 10, 20_001)
+    q = dist.Normal(PHI["loc"], PHI["scale"])
+    log_w = dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x, 1.0).log_prob(Y) - q.log_prob(x)
+    exact = jnp.log(jnp.trapezoid(jnp.exp(q.log_prob(x) + 0.5 * log_w), x)) / 0.5
+    values, _ = samples(renyi(TARGET, guide, alpha=0.5, num_particles=500), PHI, 500)
+    assert abs(values.mean() - exact) < 0.01
+    assert exact_elbo(PHI) < exact < dist.Normal(0.0, np.sqrt(2.0)).log_prob(Y)
+
+
+def test_wake_phases_at_the_posterior() -> None:
+    """The model's gradient is that of the evidence; the guide's vanishes."""
+
+    def target(params: Any) -> Any:
+        return model(params["prior"]).given({"y": Y})
+
+    def fixed_guide(params: Any) -> Any:
+        return guide({k: params[k] for k in ("loc", "scale")})
+
+    params = {"prior": 0.0, **POSTERIOR}
+    evidence = jax.grad(lambda m: dist.Normal(m, np.sqrt(2.0)).log_prob(Y))(0.0)
+    for objective, prior in (
+        (wake_theta(target, fixed_guide, num_particles=5), evidence),
+        (wake_phi(target, fixed_guide, num_particles=5), 0.0),
+        (rws(target, fixed_guide, num_particles=5), evidence),
+    ):
+        _, slopes = samples(objective, params)
+        close(slopes, {"loc": 0.0, "prior": prior, "scale": 0.0})
+
+
+def test_sleep() -> None:
+    """E log q(x | y) under the joint law, for q = N(a y, s): in closed form."""
+
+    @gen
+    def amortised(params: Any, data: Any) -> None:
+        sample("x", dist.Normal(params["a"] * data["y"], params["s"]))
+
+    def exact(params: Any) -> Any:
+        a, s = params["a"], params["s"]
+        square = (1 - a) ** 2 + a**2  # E (x - a y)^2 with y = x + noise
+        return -0.5 * square / s**2 - jnp.log(s) - 0.5 * jnp.log(2 * jnp.pi)
+
+    params = {"a": 0.3, "s": 0.8}
+    close(samples(sleep_phi(TARGET, amortised), params), jax.value_and_grad(exact)(params))
+
+
+def test_log_variance_has_the_gradient_of_the_elbo() -> None:
+    _, slopes = samples(log_variance(TARGET, guide, num_particles=4), PHI, 40_000)
+    close(slopes, jax.grad(exact_elbo)(PHI))
+
+
+def test_upper_bound() -> None:
+    """With many particles: E_posterior log w, in closed form."""
+    m, s = PHI["loc"], PHI["scale"]
+    log_q = -0.5 * ((Y / 2 - m) ** 2 + 0.5) / s**2 - np.log(s) - 0.5 * np.log(2 * np.pi)
+    joint = dist.Normal(0.0, np.sqrt(2.0)).log_prob(Y) - 0.5 * np.log(np.pi) - 0.5
+    values, _ = samples(eubo(TARGET, guide, num_particles=2_000), PHI, 200)
+    assert abs(values.mean() - (joint - log_q)) < 0.01
+
+
+def test_what_objectives_refuse() -> None:
+    @gen
+    def guess(phi: Any) -> None:
+        sample("z", dist.Bernoulli(logits=phi))
+
+    with pytest.raises(GradientError, match="'z' cannot be.*vimco"):
+        iwelbo(coin_model().given({"y": 1.5}), guess, dreg=True)(KEY, 0.2)
+    with pytest.raises(WeftError, match="iwelbo: num_particles must be an integer, 2 at least"):
+        iwelbo(TARGET, guide, num_particles=1, vimco=True)
+    with pytest.raises(WeftError, match="renyi.*take elbo"):
+        renyi(TARGET, guide, alpha=1)
+    with pytest.raises(TypeError, match="wake_phi: expected a Target"):
+        wake_phi(model(), guide)
