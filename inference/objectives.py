@@ -369,7 +369,6 @@ class sleep_phi(Objective):
 
     def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
         """An unbiased estimate."""
-
         target, _ = self.pair(params, *batch)
         dream = flatten(stop(target.program.simulate(key).choices))
         data = unflatten({a: x for a, x in dream.items() if a in target.data})

@@ -15,16 +15,18 @@ García-Fernández 2021, "Temporal parallelization of inference in hidden Markov
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .compat import Literal, bind, open_jaxpr, scan_sizes
+from .compat import Literal, Tracer, bind, open_jaxpr, scan_sizes
 from .elimination import Factor, multiply, sum_out
 from .interpreter import Context, Records
-from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, variables_of
+from .lifting import Axes, Entangled, Lifted, Variable, axes_of, folded, is_lifted, variables_of
 
 if TYPE_CHECKING:
     from .marginals import Level, Place
@@ -43,7 +45,14 @@ class _State:
     places: dict[Variable, Place] = dataclasses.field(default_factory=dict)  # of continuous ones
 
     def labels(self, step: int) -> dict[Variable, Any]:
-        return {v: (v.address, v.num_values, step - t) for v, t in self.born.items()}
+        """What tells a choice among those of one step: its size, its age, and which of several it is."""
+        found: dict[Variable, Any] = {}
+        seen: dict[Any, int] = {}
+        for v, t in sorted(self.born.items(), key=lambda item: item[0].number):
+            kind = v.num_values, v.family, tuple(p.size for p in v.plates), step - t
+            seen[kind] = seen.get(kind, 0) + 1
+            found[v] = (*kind, seen[kind])
+        return found
 
     def pattern(self, step: int) -> Any:
         """What has to repeat: which choices each slot and the factor depend on, by age, and along which axes."""
@@ -93,10 +102,15 @@ def chain(
     if plan.filtering and pending:
         born = dict.fromkeys(entering, -1)
         pending = [scan.filtered(multiply(pending), born, level)]
+    begun = None
+    if len(pending) == 1 and length and all(v.family is None for v in entering):
+        begun = _State(state.slots, pending[0], state.born)
+        if scan.repeats(begun, 0):  # the choice before the scan is one like those in it
+            state, pending = begun, []
     first: list[_Step] = []
     step = 0
     while step < length:
-        if not pending and scan.repeats(state, step):
+        if not pending and (state is begun or scan.repeats(state, step)):
             break
         if step > MAX_ORDER:
             raise Entangled(_no_order(scan, state, step))
@@ -108,7 +122,6 @@ def chain(
     rest: list[_Step] = []
     parallel = plan.options.parallel and state.alpha is not None and not state.places
     parallel = parallel and not plan.filtering
-    order = {v.address: step - born for v, born in state.born.items() if born >= 0}
     if step < length:
         run = scan.parallel if parallel else scan.loop
         state, found = run(state, step)
@@ -116,7 +129,8 @@ def chain(
     for address in plan.rules.keys() - known:
         rule = plan.rules[address]
         if rule.chain is None:
-            rule.chain = order.get(address, 0), length, parallel and address in order
+            order = scan.orders.get(address, 0)
+            rule.chain = order, length, parallel and order > 0
     return scan.collect(state, first, rest, context)
 
 
@@ -141,6 +155,7 @@ class _Scan:
         self.carry = ins[num_consts : num_consts + num_carry]
         self.xs = ins[num_consts + num_carry :]
         self.keys, self.given = context.only(context.names(self.body))
+        self.orders: dict[str, int] = {}  # of choices that are carried, how many steps
         arrays: list[Any] = []
         self.lifted: list[Lifted | None] = []
         for x in self.xs:
@@ -192,6 +207,9 @@ class _Scan:
         entered = frozenset(v for v, t in state.born.items() if t < 0)
         level.finish(set(born) - kept, entered)
         born = {v: t for v, t in born.items() if v in kept}
+        for v, t in born.items():
+            if t >= 0 and not link:
+                self.orders[v.address] = max(self.orders.get(v.address, 0), step + 1 - t)
         places = {v: level.places[v] for v in born if v in level.places}
         mine = [f for f in level.factors if set(f.variables) & set(born)]
         others = [f for f in level.factors if f not in mine]
@@ -210,8 +228,9 @@ class _Scan:
         """
         axes = tuple(i for i, v in enumerate(alpha.variables) if v in born)
         rest = [v for v in alpha.variables if v not in born]
-        plan, places = level.plan, level.places
-        scales = {v: places[v].log_scale(v.family) for v in places}
+        plan = level.plan
+        # Of no matter to a derivative; the true ones would be tracers that the rule below must not hold.
+        scales = {v: np.zeros([p.size for p in v.plates]) for v in level.places}
         seen: list[Factor] = []
 
         def total(table: Any) -> Any:
@@ -248,12 +267,15 @@ class _Scan:
 
         def probe(state_arrays: Any, x: Any) -> Any:
             after, _ = self.advance(_with_arrays(state, state_arrays), step, x)
-            found.append(after.pattern(step + 1))
+            found.append(after)
             return 0
 
         with self.level.plan.limit.repeated(0):
             jax.eval_shape(probe, _arrays(state), self.at(0))
-        return found[0] == state.pattern(step)
+        (after,) = found
+        if after.pattern(step + 1) != state.pattern(step):
+            return False
+        return state.alpha is None or after.alpha.table.dtype == state.alpha.table.dtype
 
     def loop(self, state: _State, start: int) -> tuple[_State, _Step]:
         """The remaining steps, one after the other."""
@@ -412,7 +434,7 @@ class _Scan:
             return _arrays(after)[0], arrays
 
         closed = jax.make_jaxpr(lambda a, x: body(a, x)[0])(entry, self.at(0))
-        varying = [not settled for settled in _settled(closed, len(entry), start)]
+        varying = [not settled for settled in _settled(closed, entry, start)]
         if not any(varying):
             return _Carries(entry, varying, entry), xs
         after, before = jax.lax.scan(body, entry, xs, self.length - start)
@@ -600,15 +622,15 @@ def _scan_without_invariants(
     opened, consts = open_jaxpr(closed)
     entry, treedef = jax.tree.flatten(carry)
     slots, inputs = opened.invars[: len(entry)], opened.invars[len(entry) :]
-    settled = _settled(closed, len(entry), steps)
+    settled = _settled(closed, entry, steps)
     known: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
     known.update({v: a for v, a, done in zip(slots, entry, settled, strict=True) if done})
     rest = []
     for eqn in opened.eqns:
         if all(isinstance(v, Literal) or v in known for v in eqn.invars):
-            known.update(
-                zip(eqn.outvars, bind(eqn, [_read(known, v) for v in eqn.invars]), strict=True)
-            )
+            ins = [_read(known, v) for v in eqn.invars]
+            outs = folded(eqn, functools.partial(_bind, eqn), ins)
+            known.update(zip(eqn.outvars, outs, strict=True))
         else:
             rest.append(eqn)
     varying = [v for v, done in zip(slots, settled, strict=True) if not done]
@@ -630,29 +652,59 @@ def _scan_without_invariants(
     return jax.tree.unflatten(treedef, end), jax.tree.unflatten(jax.tree.structure(shape[1]), ys)
 
 
+def _bind(eqn: Any, *args: Any) -> list[Any]:
+    return bind(eqn, args)
+
+
 def _read(env: dict[Any, Any], v: Any) -> Any:
     return v.val if isinstance(v, Literal) else env[v]
 
 
-def _settled(closed: Any, num_slots: int, steps: int) -> list[bool]:
+def _settled(closed: Any, entry: Sequence[Any], steps: int) -> list[bool]:
     """Which slots of a carry are constant after so many steps, as far as the jaxpr of a step shows.
 
-    A slot computed from nothing but constants is after one step; from such slots, after two; and so on.
+    A slot computed from nothing but constants is after one step, or from the start if it begins with the same; from
+    such slots, after two; and so on.
     """
-    opened, _ = open_jaxpr(closed)
-    slots = opened.invars[:num_slots]
+    opened, consts = open_jaxpr(closed)
+    slots, ends = opened.invars[: len(entry)], opened.outvars[: len(entry)]
     age: dict[Any, float] = dict.fromkeys(opened.invars, float("inf"))
-    found = [float("inf")] * num_slots
-    for _ in range(steps):
+    found = [float("inf")] * len(entry)
+    begun = [False] * len(entry)
+    for n in range(steps + 1):
         age.update(zip(slots, found, strict=True))
         for eqn in opened.eqns:
             inputs = [age.get(v, 0) for v in eqn.invars if not isinstance(v, Literal)]
             age.update(dict.fromkeys(eqn.outvars, max(inputs, default=0)))
-        found = [
-            0 if v is slot else (0 if isinstance(v, Literal) else age.get(v, 0)) + 1
-            for v, slot in zip(opened.outvars[:num_slots], slots, strict=True)
-        ]
+        ages = [0 if isinstance(v, Literal) else age.get(v, 0) for v in ends]
+        if n == 0:
+            begun = [
+                a == 0 and _begins(opened, consts, v, x)
+                for a, v, x in zip(ages, ends, entry, strict=True)
+            ]
+        if n < steps or n == 0:
+            found = [
+                0 if v is slot or same else a + 1
+                for v, slot, same, a in zip(ends, slots, begun, ages, strict=True)
+            ]
     return [n <= steps for n in found]
+
+
+def _begins(opened: Any, consts: Sequence[Any], v: Any, x: Any) -> bool:
+    """Whether a constant result of a jaxpr is known to equal an array."""
+    if isinstance(x, Tracer):
+        return False
+    pairs = zip(opened.constvars, consts, strict=True)
+    known = {u: c for u, c in pairs if not isinstance(c, Tracer)}
+    with jax.ensure_compile_time_eval():
+        for eqn in opened.eqns:  # the few that read constants alone
+            if all(isinstance(u, Literal) or u in known for u in eqn.invars):
+                outs = bind(eqn, [_read(known, u) for u in eqn.invars])
+                known.update(zip(eqn.outvars, outs, strict=True))
+        if not isinstance(v, Literal) and v not in known:
+            return False
+        found = _read(known, v)
+        return found.dtype == x.dtype and bool(jnp.array_equal(found, x))
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -107,10 +107,15 @@ class Enum(Strategy):
 
     def draw(self, site: Site, key: jax.Array) -> jax.Array:
         value = jax.lax.stop_gradient(site.draw(key))
+        assert site.spec.values is not None
         listed = np.asarray(site.spec.values.value, site.spec.dtype)
-        every = jnp.broadcast_to(listed.reshape(-1, *(1,) * value.ndim), (len(listed), *value.shape))
+        every = jnp.broadcast_to(
+            listed.reshape(-1, *(1,) * value.ndim), (len(listed), *value.shape)
+        )
         log_q = jax.vmap(lambda v: _own_density(site, v))(every)
-        return mark("enum", site, [value, jnp.moveaxis(log_q, 0, -1)], values=tuple(listed.tolist()))
+        return mark(
+            "enum", site, [value, jnp.moveaxis(log_q, 0, -1)], values=tuple(listed.tolist())
+        )
 
 
 class Mvd(Strategy):
@@ -176,7 +181,9 @@ class Reweight(Strategy):
             log_prob = payload["grad"].proposal.log_prob(value)
             return jnp.broadcast_to(log_prob, site.spec.shape[: site.spec.batch_ndim])
 
-        log_weight = _own_density(site, value) - jax.lax.stop_gradient(site.over_lanes(other, value))
+        log_weight = _own_density(site, value) - jax.lax.stop_gradient(
+            site.over_lanes(other, value)
+        )
         return mark("reweight", site, [value, log_weight])
 
 

@@ -385,7 +385,7 @@ class Level:
             found = self.known[address] = Variable(name, len(values), plates)
             self.created.append(found)
         self.keys[found] = context.keys.get(address[-1])
-        value = Lifted(jnp.asarray(values, spec.dtype), {found: axes})
+        value = Lifted(np.asarray(values, spec.dtype), {found: axes})
         self._explain(spec, found, joint=copies if joint else 1)
         self._prior(eqn, ins, context, value, address)
         weights = context.given.get(address[-1])

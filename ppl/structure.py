@@ -15,6 +15,7 @@ import numpy as np
 from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
 from .control import eqn_holds_sites, holds_sites, lanes_p, marginal_p, scope_p, site_names
 from .errors import ModelError
+from .gradients import marked
 from .sites import site_p
 from .specs import SiteSpec
 
@@ -44,6 +45,7 @@ class SiteInfo:
         distribution: name of the distribution's class.
         support: NumPyro constraint, where no traced value enters it.
         is_discrete: whether the distribution is.
+        reparametrised: whether an expectation is differentiated along the path through its draw.
         values: the values of one element, where the support is finite and known; ``num_values`` their number.
         conditional: it stands in a branch, so that it may be idle.
         observed: its value is fixed inside the model.
@@ -67,6 +69,7 @@ class SiteInfo:
     why_hidden: str = ""
     masked: bool = False
     is_discrete: bool = False
+    reparametrised: bool = False
     event_dims: tuple[str | None, ...] = ()
 
     def __repr__(self) -> str:
@@ -276,6 +279,7 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
         why_hidden=why,
         masked=parts.get("where") is not None,
         is_discrete=spec.discrete,
+        reparametrised=spec.kind == "sample" and not marked(params),
         event_dims=names[spec.batch_ndim : len(spec.shape)],
     )
 

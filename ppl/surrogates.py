@@ -39,7 +39,6 @@ from .compat import (
     open_jaxpr,
     scan_p,
     scan_sizes,
-    while_p,
 )
 from .errors import GradientError
 from .lifting import Unaligned, align
@@ -200,7 +199,8 @@ class Evaluator:
         max_terms: how often the rest of the program is run at most, by enumeration.
         effects: of all draws so far that are not inside others.
         moved: the floating arguments, which derivatives may be taken with respect to.
-        pure: whether marks are taken for mere draws.
+        pure: whether marks are taken for mere draws, weights excepted.
+        weighs: whether there are weights.
     """
 
     def __init__(self, axis: str | None = None, max_terms: int = 4096) -> None:
@@ -209,6 +209,7 @@ class Evaluator:
         self.effects: list[Effect] = []
         self.moved: list[Any] = []
         self.pure = False
+        self.weighs = False
 
     def __call__(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Results of a jaxpr, with derivatives by the strategies of its marks."""
@@ -217,6 +218,7 @@ class Evaluator:
             return [self.surrogate(n) for n in outs]
 
         self.moved = [a for a in args if _real(a)]
+        self.weighs = "reweight" in kinds(jaxpr).values()
         return self.run(jaxpr, [Node(a) for a in args], surrogates)
 
     # -- equations in order; `then` is what follows, a function of the results
@@ -251,7 +253,9 @@ class Evaluator:
                 known = {**env, **dict(zip(eqn.outvars, outs, strict=True))}
                 return self.go(jaxpr, i + 1, known, then, terms)
 
-            marks = {} if self.pure else kinds_of(eqn)
+            marks = kinds_of(eqn)
+            if self.pure:
+                marks = {name: kind for name, kind in marks.items() if kind == "reweight"}
             tailed = [name for name, kind in marks.items() if kind in TAILED]
             if not tailed:
                 env.update(zip(eqn.outvars, self.equation(eqn, inputs, bool(marks)), strict=True))
@@ -270,8 +274,8 @@ class Evaluator:
     def equation(self, eqn: Any, inputs: list[Node], marked: bool) -> Sequence[Node]:
         """An equation in which no mark needs a tail."""
         if eqn.primitive is mark_p:
-            return [Node(inputs[0].value) if self.pure else self.marked(eqn, inputs)]
-        dependent = any(n.deps for n in inputs) and not self.pure
+            return [self.marked(eqn, inputs)]
+        dependent = any(n.deps for n in inputs) and (self.weighs or not self.pure)
         if eqn.primitive.name in CALLS and (marked or dependent):
             return self.run(inner_jaxprs(eqn)[0], inputs, lambda outs: outs)
         if marked:
@@ -289,8 +293,10 @@ class Evaluator:
     def marked(self, eqn: Any, inputs: list[Node]) -> Node:
         """A draw with a score term, or a weight; or a cost with baselines of its own."""
         if eqn.params["kind"] == "control":
-            return _controlled(*inputs)
+            return inputs[0] if self.pure else _controlled(*inputs)
         draw, term, *baselines = (n.value for n in inputs)
+        if self.pure and eqn.params["kind"] != "reweight":
+            return Node(draw, _through(inputs, draw.ndim))
         effect = Effect(term)
         if eqn.params["kind"] == "reweight":
             effect = Effect(jnp.zeros_like(term), term)
@@ -309,6 +315,7 @@ class Evaluator:
 
         def body(jaxpr: Any, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             inner = Evaluator(None, self.max_terms)
+            inner.pure, inner.weighs = self.pure, self.weighs
             outs = inner.run(jaxpr, [Node(a) for a in args], lambda outs: outs)
             return [n.value for n in outs], _totals(inner.effects)
 
@@ -347,10 +354,10 @@ class Evaluator:
 
     def surrogate(self, out: Node) -> Any:
         """A result with its derivatives."""
-        if self.pure or not out.deps or not jnp.issubdtype(out.value.dtype, jnp.inexact):
+        if not out.deps or not _real(out.value) or (self.pure and not self.weighs):
             return out.value
         found = _linearly(out, self.box, lambda n: n.value)
-        for effect in out.deps:
+        for effect in () if self.pure else out.deps:
             found = found - effect.control
             if effect.learned is not None:
 
@@ -366,6 +373,8 @@ class Evaluator:
         cost = node.value
         if any(e.weighs for e in node.deps):
             cost = cost * jnp.exp(_total(node, "log_weight"))
+        if self.pure:
+            return cost
         others: Any = 0.0
         if self.axis is not None:
             n = jax.lax.psum(1, self.axis)
@@ -448,7 +457,7 @@ class Evaluator:
 
     @contextlib.contextmanager
     def purely(self) -> Iterator[None]:
-        """Run what follows without strategies."""
+        """Run what follows without strategies: its value alone."""
         before, self.pure = self.pure, True
         try:
             yield
@@ -483,7 +492,7 @@ def _total(node: Node, part: str) -> Any:
         if x.ndim:
             x = jnp.sum(x, tuple(i for i, p in enumerate(places) if p is None))
             kept = [p for p in places if p is not None]
-            x = jnp.transpose(x, np.argsort(kept))
+            x = jnp.transpose(x, sorted(range(len(kept)), key=kept.__getitem__))
             shape = [s if a in kept else 1 for a, s in enumerate(jnp.shape(node.value))]
             x = x.reshape(shape)
         total = total + x
@@ -592,7 +601,9 @@ def _product(slope: Any, theta: Any, moved: Sequence[Any], message: str) -> Any:
         return slope
 
     def refuse(primals: Any, tangents: Any) -> Any:
-        if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(tangents[1], is_leaf=_zero)):
+        if not all(
+            isinstance(t, SymbolicZero) for t in jax.tree.leaves(tangents[1], is_leaf=_zero)
+        ):
             raise GradientError(message)
         return primals[0], jnp.zeros_like(primals[0])
 

@@ -1017,7 +1017,9 @@ STRATEGIES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
     ),
     "score in a while_loop": (
         lambda p: lax.while_loop(
-            lambda c: c < 1.0, lambda c: c + sample("k", dist.Exponential(p), grad=gradients.score), p
+            lambda c: c < 1.0,
+            lambda c: c + sample("k", dist.Exponential(p), grad=gradients.score),
+            p,
         ),
         ("'k'", "in a while_loop", "reparam"),
     ),
@@ -1028,11 +1030,13 @@ STRATEGIES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
         ("'k'", "baseline", "one number", "(3,)"),
     ),
     "too many values": (
-        lambda p: sum(
-            sample(f"k{i}", dist.Categorical(jnp.ones(9) / 9 + 0 * p), grad=gradients.enum)
-            for i in range(5)
-        )
-        * 1.0,
+        lambda p: (
+            sum(
+                sample(f"k{i}", dist.Categorical(jnp.ones(9) / 9 + 0 * p), grad=gradients.enum)
+                for i in range(5)
+            )
+            * 1.0
+        ),
         ("'k3'", "6,561 times", "4,096", "score or mvd"),
     ),
 }

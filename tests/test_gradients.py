@@ -20,7 +20,12 @@ from weft import draw, expect, gen, gradients, sample, with_gradients
 KEY = jax.random.key(3)
 THETA = 0.6
 KINDS = {
-    "normal": (gradients.reparam, gradients.score, gradients.mvd, gradients.reweight(dist.Normal(0.5, 2.0))),
+    "normal": (
+        gradients.reparam,
+        gradients.score,
+        gradients.mvd,
+        gradients.reweight(dist.Normal(0.5, 2.0)),
+    ),
     "coin": (gradients.score, gradients.mvd, gradients.enum),
 }
 SITES = [(law, strategy) for law, strategies in KINDS.items() for strategy in strategies]
@@ -76,11 +81,13 @@ def pair_mean(first: str, second: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sites", list(itertools.product(SITES, SITES)), ids=lambda s: "-".join(map(name_of, s)))
+@pytest.mark.parametrize(
+    "sites", list(itertools.product(SITES, SITES)), ids=lambda s: "-".join(map(name_of, s))
+)
 def test_every_ordered_pair(sites: Any) -> None:
     first, second = sites
     spread = agree(pair(first, second), THETA, pair_mean(first[0], second[0]))
-    assert (spread > 0) == (name_of(first) != "coin-enum" or name_of(second) != "coin-enum")
+    assert (spread > 1e-5) == (name_of(first) != "coin-enum" or name_of(second) != "coin-enum")
 
 
 FORMS = {
@@ -88,16 +95,16 @@ FORMS = {
     "checkpoint": lambda f: jax.checkpoint(f),
     "branch": lambda f: lambda t: lax.cond(t > 0, f, lambda t: 0 * t, t),
     "chosen branch": lambda f: (
-        lambda t: lax.cond(
-            sample("b", dist.Bernoulli(0.5), grad=gradients.score) == 1, f, lambda t: 0 * t, t
+        lambda t: (
+            lax.cond(
+                sample("b", dist.Bernoulli(0.5), grad=gradients.score) == 1, f, lambda t: 0 * t, t
+            )
+            * 2.0
         )
-        * 2.0
     ),
     "nested": lambda f: lambda t: draw(gen(f)(t)).value,
     "lanes": lambda f: lambda t: jnp.mean(jax.vmap(f)(t * jnp.ones(2))),
-    "scan": lambda f: (
-        lambda t: lax.scan(lambda c, _: (c + f(t) / 2, None), 0.0, None, length=2)[0]
-    ),
+    "scan": lambda f: lambda t: lax.scan(lambda c, _: (c + f(t) / 2, None), 0.0, None, length=2)[0],
 }
 
 
@@ -253,7 +260,11 @@ def test_strategies_from_outside() -> None:
     def two(p: Any) -> Any:
         return sample("part", coin(p)) + p * sample("c", dist.Bernoulli(0.5))
 
-    for strategies in ({"part.b": gradients.enum}, {"**": gradients.enum}, {"part.*": gradients.enum}):
+    for strategies in (
+        {"part.b": gradients.enum},
+        {"**": gradients.enum},
+        {"part.*": gradients.enum},
+    ):
         program = with_gradients(two, strategies)
         slope = jax.grad(expect(lambda p, m=program: draw(m(p)).value), argnums=1)(KEY, 0.3)
         assert abs(slope - 3.0) in (0, 0.5, 1) or "**" in strategies

@@ -63,7 +63,11 @@ def close(found: Any, exact: Any) -> None:
     for x, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
         x = np.asarray(x, float)
         error = x.std(0) / np.sqrt(len(x)) + 1e-5
-        assert np.all(np.abs(x.mean(0) - np.asarray(wanted)) < 5 * error), (x.mean(0), wanted, error)
+        assert np.all(np.abs(x.mean(0) - np.asarray(wanted)) < 5 * error), (
+            x.mean(0),
+            wanted,
+            error,
+        )
 
 
 ELBOS = {
