@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .compat import Literal, Tracer, bind, open_jaxpr, scan_sizes
+from .constants import constants, folded
 from .elimination import Factor, multiply, sum_out
 from .interpreter import Context, Records
-from .lifting import Axes, Entangled, Lifted, Variable, axes_of, folded, is_lifted, variables_of
+from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, variables_of
 
 if TYPE_CHECKING:
     from .marginals import Level, Place
@@ -691,20 +692,14 @@ def _settled(closed: Any, entry: Sequence[Any], steps: int) -> list[bool]:
 
 
 def _begins(opened: Any, consts: Sequence[Any], v: Any, x: Any) -> bool:
-    """Whether a constant result of a jaxpr is known to equal an array."""
+    """Whether a constant result of a jaxpr is known to equal an array: a table of indices."""
     if isinstance(x, Tracer):
         return False
-    pairs = zip(opened.constvars, consts, strict=True)
-    known = {u: c for u, c in pairs if not isinstance(c, Tracer)}
-    with jax.ensure_compile_time_eval():
-        for eqn in opened.eqns:  # the few that read constants alone
-            if all(isinstance(u, Literal) or u in known for u in eqn.invars):
-                outs = bind(eqn, [_read(known, u) for u in eqn.invars])
-                known.update(zip(eqn.outvars, outs, strict=True))
-        if not isinstance(v, Literal) and v not in known:
-            return False
-        found = _read(known, v)
-        return found.dtype == x.dtype and bool(jnp.array_equal(found, x))
+    known = constants(opened.eqns, dict(zip(opened.constvars, consts, strict=True)))
+    if not isinstance(v, Literal) and v not in known:
+        return False
+    found = _read(known, v)
+    return found.dtype == x.dtype and np.array_equal(found, x)
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

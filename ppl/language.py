@@ -34,7 +34,8 @@ def sample(
         d: any pytree with ``sample(key)`` and ``log_prob(value)``, NumPyro's distributions above all; or a program
             ``model(*args)``, whose choices land under ``name``.
         dims: names for the leading axes of the value that ``d`` itself makes.
-        grad: gradient strategy for expectations (default: reparametrised where ``d`` is).
+        grad: gradient strategy for expectations, from ``weft.gradients`` (default: ``reparam`` where ``d`` has
+            differentiable draws, else ``score``).
         **unknown: refused; ``obs=`` with the way data are given here.
 
     Returns:

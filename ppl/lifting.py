@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .compat import Literal, Tracer, bind, inner_jaxprs, open_jaxpr, scan_sizes, where_in_source
+from .compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_sizes, where_in_source
+from .constants import folded
 from .errors import ModelError
 
 _numbers = itertools.count()
@@ -245,36 +245,6 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
 
 def _bind(eqn: Any, *args: Any) -> list[Any]:
     return bind(eqn, args)
-
-
-SMALL = 1 << 14
-"""Elements up to which constants are computed while a program is traced."""
-
-
-def folded(eqn: Any, f: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
-    """``f(*args)``, which applies an equation, computed now where all is constant.
-
-    Tables of indices are constants, and reading an array at all of them in order only rearranges it: that is done
-    without a gather, of which the derivative is a scatter.
-    """
-    constant = [not isinstance(a, Tracer) for a in args]
-    sizes = [*map(np.size, args), *(math.prod(v.aval.shape) for v in eqn.outvars)]
-    if sum(sizes) > SMALL or inner_jaxprs(eqn):
-        return f(*args)
-    if all(constant):
-        with jax.ensure_compile_time_eval():
-            return f(*args)
-    if eqn.primitive.name in ("gather", "dynamic_slice") and all(constant[1:]):
-        operand = args[0]
-        start = np.arange(operand.size).reshape(operand.shape)
-        with jax.ensure_compile_time_eval():
-            places = np.asarray(f(start, *args[1:])[0])
-        shape = [n for n in operand.shape if n > 1]
-        for order in itertools.permutations(range(len(shape))) if len(shape) < 6 else ():
-            moved = start.reshape(shape).transpose(order)
-            if moved.size == places.size and (moved.ravel() == places.ravel()).all():
-                return [jnp.transpose(operand.reshape(shape), order).reshape(places.shape)]
-    return f(*args)
 
 
 def _trim(array: Any, variables: list[Variable], axes: Axes, forms: Forms) -> Any:

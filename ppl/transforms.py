@@ -388,7 +388,26 @@ class _WithGradients(Transformed):
 
 
 def with_gradients(model: F, strategies: Mapping[str, Any]) -> F:
-    """Choose the gradient strategy of sites from outside; addresses may hold wildcards."""
+    """Choose the gradient strategies of sites from outside.
+
+    Args:
+        model: a model or a function with sites.
+        strategies: address to strategy (``weft.gradients``), None for the default; addresses may hold wildcards, and
+            later entries win.
+
+    Raises:
+        AddressError: for an address without a site.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import draw, expect, gen, gradients, sample, with_gradients
+        >>> @gen
+        ... def coin(p):
+        ...     return 3.0 * sample("b", dist.Bernoulli(p))
+        >>> enumerated = with_gradients(coin, {"b": gradients.enum})
+        >>> print(jax.grad(expect(lambda p: draw(enumerated(p)).value), argnums=1)(jax.random.key(0), 0.5))
+        3.0
+    """
     return transform(
         model, lambda f: _WithGradients(f, {dotted(k): v for k, v in strategies.items()})
     )
