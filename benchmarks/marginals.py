@@ -472,42 +472,65 @@ def recover_states(rounds: int, num_steps: int = 10_000, num_draws: int = 100) -
 # ---- effective samples a second --------------------------------------------------------------------------------------
 
 
-def sampling(rounds: int, lengths: tuple[int, int] = (1000, 4000)) -> None:
+def gradients_in_a_loop(target: Any, num_chains: int, length: int = 3000) -> Callable[[], float]:
+    """Microseconds of a gradient for all chains, one after the other inside one program, as in NUTS."""
+    flat = target.unconstrain().flat
+    slope = jax.vmap(jax.grad(flat.log_density))
+    loop = jax.jit(lambda x: lax.fori_loop(0, length, lambda _, x: x + 1e-5 * slope(x), x))
+    start = jnp.zeros((num_chains, flat.size))
+    jax.block_until_ready(loop(start))
+
+    def run() -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(loop(start))
+        return (time.perf_counter() - begin) / length * 1e6
+
+    return run
+
+
+def sampling(rounds: int, num_samples: int = 2000) -> None:
     """NUTS on hmm_example, its states summed out by Weft and by hand.
 
-    "Second run" is a whole run at the first length, with nothing left to compile (but NumPyro compiles at every run);
-    "sampling" is the slope between both lengths.
+    Runs are whole ones after the first (but NumPyro compiles at every run). ESS/s is the sum of the smallest ESS of all
+    rounds over the sum of their seconds.
     """
     y = example_data()[1]
     program = marginalize(emit_first, "first", "z")(example_prior, len(y))
-    runners = {
-        BASE: weft_runner(recursion(example_prior, y, False).given()),
-        "weft": weft_runner(program.given({"y": y})),
+    targets = {
+        BASE: recursion(example_prior, y, False).given(),
+        "weft": program.given({"y": y}),
     }
+    loops = {n: gradients_in_a_loop(t, SETTINGS["num_chains"]) for n, t in targets.items()}
+    times = {name: [] for name in loops}
+    for _ in range(4 * rounds):
+        for name, run in loops.items():
+            times[name].append(run())
+    gradient = {name: f"{statistics.median(t):.0f}" for name, t in times.items()}
+    runners = {name: weft_runner(target) for name, target in targets.items()}
     if FUNSOR:
         model = functools.partial(numpyro_chain, example_prior, move=False)
         runners["numpyro, funsor"] = numpyro_runner(model, (y,))
-    seconds: dict[Any, list[float]] = {(name, n): [] for name in runners for n in lengths}
-    ess: dict[Any, list[float]] = {key: [] for key in seconds}
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    ess: dict[str, list[float]] = {name: [] for name in runners}
     for seed in range(rounds + 1):
-        for name, n in seconds:
+        for name, run in runners.items():
             start = time.perf_counter()
-            draws = runners[name](seed, n)
+            draws = run(seed, num_samples)
             if seed:  # the first round compiles
-                seconds[name, n].append(time.perf_counter() - start)
-                ess[name, n].append(smallest_ess(draws))
-    print(f"{SETTINGS}, draws a chain {lengths}\n")
-    speed = "ESS/s, second run | of hand | ESS/s, sampling | of hand"
-    print(f"| version | second run s | min ESS | {speed} |\n|{' --- |' * 7}")
-    short, long = lengths
-    speeds: dict[str, list[float]] = {}
+                seconds[name].append(time.perf_counter() - start)
+                ess[name].append(smallest_ess(draws))
+    print(f"{SETTINGS}, {num_samples:,} draws a chain, {rounds} rounds\n")
+    print(
+        "| version | us a gradient | seconds a run | min ESS | ESS/s | of hand |\n|" + " --- |" * 6
+    )
+    base = sum(ess[BASE]) / sum(seconds[BASE])
     for name in runners:
-        s, e = ({n: statistics.median(a[name, n]) for n in lengths} for a in (seconds, ess))
-        speeds[name] = [e[short] / s[short], (e[long] - e[short]) / (s[long] - s[short])]
-        whole, slope = (
-            f"{v:,.0f} | {v / b:.2f}" for v, b in zip(speeds[name], speeds[BASE], strict=True)
+        speed = sum(ess[name]) / sum(seconds[name])
+        s, e = (statistics.mean(a[name]) for a in (seconds, ess))
+        print(
+            f"| {name} | {gradient.get(name, '')} | {s:.1f} | {e:,.0f} | {speed:,.0f} | {speed / base:.2f} |",
+            flush=True,
         )
-        print(f"| {name} | {s[short]:.2f} | {e[short]:,.0f} | {whole} | {slope} |", flush=True)
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------

@@ -97,16 +97,16 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 ad.primitive_jvps[mark_p] = _jvp
 
 
-def kinds(jaxpr: Any) -> dict[str, str]:
-    """The kind of every mark in a jaxpr, by address."""
-    return {k: v for eqn in open_jaxpr(jaxpr)[0].eqns for k, v in kinds_of(eqn).items()}
+def kinds(jaxpr: Any) -> list[tuple[str, str]]:
+    """Address and kind of every mark in a jaxpr."""
+    return [pair for eqn in open_jaxpr(jaxpr)[0].eqns for pair in kinds_of(eqn)]
 
 
-def kinds_of(eqn: Any) -> dict[str, str]:
+def kinds_of(eqn: Any) -> list[tuple[str, str]]:
     """The same of one equation."""
     if eqn.primitive is mark_p:
-        return {eqn.params["name"]: eqn.params["kind"]}
-    return {k: v for inner in inner_jaxprs(eqn) for k, v in kinds(inner).items()}
+        return [(eqn.params["name"], eqn.params["kind"])]
+    return [pair for inner in inner_jaxprs(eqn) for pair in kinds(inner)]
 
 
 TAILED = ("enum", "mvd")
@@ -217,7 +217,7 @@ class Evaluator:
             return [self.surrogate(n) for n in outs]
 
         self.moved = [a for a in args if _real(a)]
-        self.weighs = "reweight" in kinds(jaxpr).values()
+        self.weighs = any(kind == "reweight" for _, kind in kinds(jaxpr))
         return self.run(jaxpr, [Node(a) for a in args], surrogates)
 
     # -- equations in order; `then` is what follows, a function of the results
@@ -254,8 +254,8 @@ class Evaluator:
 
             marks = kinds_of(eqn)
             if self.pure:
-                marks = {name: kind for name, kind in marks.items() if kind == "reweight"}
-            tailed = [name for name, kind in marks.items() if kind in TAILED]
+                marks = [pair for pair in marks if pair[1] == "reweight"]
+            tailed = [name for name, kind in marks if kind in TAILED]
             if not tailed:
                 env.update(zip(eqn.outvars, self.equation(eqn, inputs, bool(marks)), strict=True))
             elif eqn.primitive is mark_p and eqn.params["kind"] == "enum":
@@ -340,7 +340,7 @@ class Evaluator:
             settings = {k: params[k] for k in ("policy", "prevent_cse") if k in params}
             outs, totals = jax.checkpoint(lambda *a: body(inner, a), **settings)(*values)
         else:
-            names = ", ".join(map(repr, kinds_of(eqn)))
+            names = ", ".join(dict.fromkeys(repr(name) for name, _ in kinds_of(eqn)))
             raise GradientError(
                 f"the choices {names} stand in {_a(eqn)}, where no strategy but reparam is possible"
             )
@@ -635,7 +635,7 @@ def _first_order(eqn: Any, what: str) -> str:
 
 
 def _no_tail(eqn: Any, names: Sequence[str]) -> GradientError:
-    what = " and ".join(map(repr, names))
+    what = " and ".join(dict.fromkeys(map(repr, names)))
     return GradientError(
         f"enum and mvd need the rest of the program as a function of the choice, and {what} stands in {_a(eqn)}, where "
         "there is none: take score, reparam or reweight there, sum the choice out (marginalize), or write the loop in "

@@ -271,6 +271,23 @@ def test_strategies_from_outside() -> None:
     assert slope is not None
 
 
+def test_two_choices_of_one_name() -> None:
+    """A program drawn twice in place, its choice by two strategies."""
+
+    @gen
+    def coin(p: Any) -> Any:
+        return 1.0 * sample("b", dist.Bernoulli(p))
+
+    def program(p: Any) -> Any:
+        def both(p: Any) -> Any:
+            first = draw(with_gradients(coin, {"b": gradients.enum})(p)).value
+            return first * draw(with_gradients(coin, {"b": gradients.score})(p)).value
+
+        return lax.cond(p > 0, both, lambda p: p, p)
+
+    agree(program, 0.3, lambda p: p**2)
+
+
 def test_impossible_values_are_harmless() -> None:
     """A value of probability zero at which what follows is not finite."""
 
