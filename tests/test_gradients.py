@@ -178,6 +178,7 @@ def test_measure_valued_derivatives(name: str) -> None:
     agree(lambda t: f(sample("x", make(t), grad=gradients.mvd) * 1.0), theta, mean, 40_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [gradients.score, gradients.enum, gradients.mvd], ids=str)
 def test_copies_of_a_choice(strategy: Any) -> None:
     """Three coins under vmap that all matter to one cost."""
@@ -193,6 +194,7 @@ def test_copies_of_a_choice(strategy: Any) -> None:
     agree(program, probs, mean, 40_000)
 
 
+@pytest.mark.slow
 def test_lanes_are_weighed_by_their_own_draws() -> None:
     """The cost of a lane has the score of this lane only: the spread does not grow with the number of lanes."""
 
@@ -224,6 +226,7 @@ def test_costs_are_weighed_by_the_draws_they_depend_on() -> None:
     assert spread < 5
 
 
+@pytest.mark.slow
 def test_baselines_lower_the_variance_and_nothing_else() -> None:
     def program(strategy: Any) -> Any:
         return lambda t: (sample("x", dist.Normal(t, 1.0), grad=strategy) - 5.0) ** 2
@@ -237,6 +240,7 @@ def test_baselines_lower_the_variance_and_nothing_else() -> None:
     assert alone < 0.6 * plain / np.sqrt(8)
 
 
+@pytest.mark.slow
 def test_learned_baselines_move_towards_the_cost() -> None:
     def program(params: Any) -> Any:
         by = gradients.score(baseline=gradients.learned(lambda x: params["b"] + 0 * x, params["t"]))
@@ -300,6 +304,7 @@ def test_impossible_values_are_harmless() -> None:
     np.testing.assert_allclose(slope, 0.5 * np.log(2.0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_vmap_of_estimators() -> None:
     program = pair(("coin", gradients.enum), ("normal", gradients.score))
     estimator = expect(program)
@@ -312,6 +317,7 @@ def test_forward_mode_and_vmap_of_estimators() -> None:
     np.testing.assert_allclose(many[1], one, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_results() -> None:
     """Each result has derivatives of its own; integers pass."""
 

@@ -23,6 +23,7 @@ from weft.ppl import GradientError, WeftError
 
 from weft import gen, gradients, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
 KEY = jax.random.key(5)
 Y = 2.0
 PHI = {"loc": 0.4, "scale": 0.9}
