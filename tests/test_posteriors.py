@@ -15,8 +15,6 @@ from examples import exact
 from examples.posteriors import CASES
 
 QUICK = {"num_warmup": 500, "num_samples": 500, "num_chains": 4}
-SLOW = {"lotka_volterra", "arK", "hmm", "hmm_by_hand", "gauss_mix", "gauss_mix_labelled"}
-SLOW |= {"earnings", "eight_schools_centered"}
 
 
 def check(rows):
@@ -31,9 +29,8 @@ def check(rows):
         )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_nuts_recovers_the_reference(name):
     case = CASES[name]
     settings = {} if name == "eight_schools_centered" else QUICK  # its funnel takes the full run
