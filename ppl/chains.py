@@ -15,7 +15,6 @@ García-Fernández 2021, "Temporal parallelization of inference in hidden Markov
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .compat import Literal, Tracer, bind, open_jaxpr, scan_sizes
-from .constants import constants, folded
+from .constants import folded, known_integers
 from .elimination import Factor, multiply, sum_out
 from .interpreter import Context, Records
 from .lifting import Axes, Entangled, Lifted, Variable, axes_of, is_lifted, variables_of
@@ -630,7 +629,7 @@ def _scan_without_invariants(
     for eqn in opened.eqns:
         if all(isinstance(v, Literal) or v in known for v in eqn.invars):
             ins = [_read(known, v) for v in eqn.invars]
-            outs = folded(eqn, functools.partial(_bind, eqn), ins)
+            outs = folded(eqn, ins)
             known.update(zip(eqn.outvars, outs, strict=True))
         else:
             rest.append(eqn)
@@ -651,10 +650,6 @@ def _scan_without_invariants(
     moved = iter(after)
     end = [a if done else next(moved) for a, done in zip(entry, settled, strict=True)]
     return jax.tree.unflatten(treedef, end), jax.tree.unflatten(jax.tree.structure(shape[1]), ys)
-
-
-def _bind(eqn: Any, *args: Any) -> list[Any]:
-    return bind(eqn, args)
 
 
 def _read(env: dict[Any, Any], v: Any) -> Any:
@@ -695,7 +690,7 @@ def _begins(opened: Any, consts: Sequence[Any], v: Any, x: Any) -> bool:
     """Whether a constant result of a jaxpr is known to equal an array: a table of indices."""
     if isinstance(x, Tracer):
         return False
-    known = constants(opened.eqns, dict(zip(opened.constvars, consts, strict=True)))
+    known = known_integers(opened.eqns, dict(zip(opened.constvars, consts, strict=True)))
     if not isinstance(v, Literal) and v not in known:
         return False
     found = _read(known, v)

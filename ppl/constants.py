@@ -5,6 +5,7 @@ Computed with NumPy: small XLA programs for them would take longer to compile th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compat import Literal, Tracer, inner_jaxprs, open_jaxpr
+from .compat import Literal, Tracer, bind, inner_jaxprs, open_jaxpr
 
 SMALL = 1 << 14
 """Elements up to which this is done."""
@@ -37,12 +38,15 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
 }
 
 
-def folded(eqn: Any, f: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
-    """``f(*args)``, which applies an equation, computed now where it is about constant indices.
+def folded(
+    eqn: Any, args: Sequence[Any], mapped: Callable[..., list[Any]] | None = None
+) -> list[Any]:
+    """The results of an equation, or of what it was ``mapped`` to, computed now where it is about constant indices.
 
     Reading an array at all of its indices in order only rearranges it: that is done without a gather, of which the
     derivative is a scatter.
     """
+    f = functools.partial(_bind, eqn) if mapped is None else mapped
     name = eqn.primitive.name
     reads = name in ("gather", "dynamic_slice")
     fixed = args[1:] if reads else args
@@ -61,7 +65,7 @@ def folded(eqn: Any, f: Callable[..., list[Any]], args: Sequence[Any]) -> list[A
     return [jnp.transpose(squeezed, order).reshape(found[0].shape)]
 
 
-def constants(eqns: Sequence[Any], known: dict[Any, Any]) -> dict[Any, Any]:
+def known_integers(eqns: Sequence[Any], known: dict[Any, Any]) -> dict[Any, Any]:
     """What equations compute from known integers alone, as far as it is found."""
     known = {v: x for v, x in known.items() if _known(x)}
     for eqn in eqns:
@@ -77,6 +81,10 @@ def constants(eqns: Sequence[Any], known: dict[Any, Any]) -> dict[Any, Any]:
             if outs is not None:
                 known.update(zip(eqn.outvars, _typed(eqn, outs), strict=True))
     return known
+
+
+def _bind(eqn: Any, *args: Any) -> list[Any]:
+    return bind(eqn, args)
 
 
 def _known(x: Any) -> bool:

@@ -143,7 +143,7 @@ class Mvd(Strategy):
                 for i, a in enumerate(a for four in found for a in four)
             ]
 
-        value = _only(site, value, COVERED.get(type(base_of(_distribution(site))), ()))
+        value = _only(site, value, UNCOVERED.get(type(base_of(_distribution(site))), ()))
         return mark("mvd", site, [value, *site.over_lanes(one, value, keys)])
 
 
@@ -333,7 +333,7 @@ _TABLE: dict[type, Triples] = {
     dist.GeometricProbs: _geometric,
     dist.GeometricLogits: _geometric,
 }
-COVERED: dict[type, tuple[str, ...]] = {dist.Gamma: ("concentration",)}
+UNCOVERED: dict[type, tuple[str, ...]] = {dist.Gamma: ("concentration",)}
 """Parameters that have no measure-valued derivative here: one that is asked for is an error."""
 
 

@@ -238,7 +238,7 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     f: Callable[..., Any] = functools.partial(_bind, eqn)
     for variable in reversed(variables):
         f = jax.vmap(f, [0 if variable in axes_of(x) else None for x in ins])
-    outs = folded(eqn, f, [x.array if isinstance(x, Lifted) else x for x in ins])
+    outs = folded(eqn, [x.array if isinstance(x, Lifted) else x for x in ins], f)
     forms = forms_of(eqn, ins, variables)
     return [_trim(out, variables, axes, forms) for out, axes in zip(outs, out_axes, strict=True)]
 
