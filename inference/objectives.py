@@ -63,6 +63,15 @@ class Objective(eqx.Module):
         """The smallest number of particles that makes sense."""
         return 1
 
+    @property
+    def covers(self) -> bool:
+        """Whether the guide must cover the target's support; else it must lie inside.
+
+        The first where its density is taken at draws of the posterior, the second where the
+        target's is taken at draws of the guide.
+        """
+        return False
+
     def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
         """An estimate."""
         raise NotImplementedError
@@ -75,7 +84,7 @@ class Objective(eqx.Module):
     def pair(self, params: Any, *batch: Any) -> tuple[Target, Program]:
         """The same, once it is known that they fit."""
         target, guide = self.at(params, *batch)
-        check_proposal(guide, target, "guide")
+        check_proposal(guide, target, "guide", covers=self.covers)
         return target, guide
 
     def check(self, params: Any, *batch: Any) -> None:
@@ -83,7 +92,8 @@ class Objective(eqx.Module):
 
         Raises:
             AddressError: if the guide does not draw exactly the latent choices of the target.
-            DensityError: if the guide is not normalised.
+            DensityError: if the guide is not normalised, or a choice of its has a support that does
+                not go with the target's.
         """
         target, guide = self.at(params, *batch)
         if not isinstance(target, Target):
@@ -91,7 +101,7 @@ class Objective(eqx.Module):
                 f"{type(self).__name__}: the target function returned a {type(target).__name__}, expected a Target: "
                 "model(...).given(data)"
             )
-        check_proposal(guide, target, "guide")
+        check_proposal(guide, target, "guide", covers=self.covers)
 
     def explain(self, key: PRNGKeyArray, params: Any, *batch: Any) -> str:
         """Which sites make a bound that is not finite."""
@@ -293,6 +303,10 @@ class _Weighted(Objective):
 
     num_particles: int = eqx.field(default=10, static=True)
 
+    @property
+    def covers(self) -> bool:
+        return True
+
     def draws(
         self, key: PRNGKeyArray, params: Any, *batch: Any
     ) -> tuple[Target, Program, Any, Array]:
@@ -363,6 +377,10 @@ class sleep_phi(Objective):
         Hinton et al. (1995); Bornschein and Bengio (2015), equation 9.
     """
 
+    @property
+    def covers(self) -> bool:
+        return True
+
     def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
         target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
         return target, self.guide(params, target.observed, *batch)
@@ -399,6 +417,10 @@ class log_variance(_Weighted):
     References:
         Richter et al. (2020), "VarGrad", proposition 1.
     """
+
+    @property
+    def covers(self) -> bool:
+        return False  # one draw outside would make the variance infinite
 
     @property
     def least_particles(self) -> int:

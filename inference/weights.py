@@ -10,18 +10,26 @@ from jaxtyping import Array, Float
 from weft.ppl import Program, Target
 from weft.ppl.addresses import flatten, nearest
 from weft.ppl.errors import AddressError, DensityError, WeftError
+from weft.ppl.structure import SiteInfo
+
+from .supports import is_within
 
 
-def check_proposal(program: Any, target: Target, what: str = "proposal") -> None:
+def check_proposal(
+    program: Any, target: Target, what: str = "proposal", *, covers: bool = True
+) -> None:
     """Refuse a program that cannot propose for a target.
 
     Args:
         program: the proposal or guide.
         target: the target.
         what: what to call the program in messages.
+        covers: whether the program must be able to draw all that the target allows, as weights
+            want it; else it must draw nothing that the target does not allow, as bounds want it.
 
     Raises:
-        DensityError: if the program is not normalised.
+        DensityError: if the program is not normalised, or if the supports of a choice are known and
+            do not go together.
         AddressError: if it does not draw exactly the target's latent choices.
         WeftError: if a choice has another shape.
     """
@@ -35,7 +43,7 @@ def check_proposal(program: Any, target: Target, what: str = "proposal") -> None
         raise DensityError(
             f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is known "
             f"up to a constant only. A {what} must be a plain program; "
-            "turning an unnormalised one into one (normalize) is not in this release"
+            "normalize(target, by=...) turns an unnormalised one into one"
         )
     missing = [a for a in target.latents if a not in drawn]
     spare = [a for a in drawn if a not in target.latents]
@@ -57,6 +65,35 @@ def check_proposal(program: Any, target: Target, what: str = "proposal") -> None
                 f"the {what} {program.name!r} draws {address!r} with shape {tuple(site.shape)}, the target expects "
                 f"{tuple(shapes[address].shape)}"
             )
+        _check_support(address, site, target.sites[address], f"the {what} {program.name!r}", covers)
+
+
+def _check_support(
+    address: str, drawn: SiteInfo, wanted: SiteInfo, program: str, covers: bool
+) -> None:
+    """Refuse a choice that may fall where it counts for nothing, or misses what counts."""
+    pair = f"{program} draws {address!r} from {_law(drawn)}, the target has it from {_law(wanted)}"
+    if drawn.is_discrete != wanted.is_discrete:
+        raise DensityError(
+            f"{pair}: one is discrete and the other continuous, so the ratio of their densities has no meaning"
+        )
+    if not covers and not is_within(drawn.support, wanted.support, drawn.event_shape):
+        raise DensityError(
+            f"{pair}. Draws outside the target's support have density zero there, which makes the bound "
+            "minus infinity: draw from a law on that support, such as dist.TransformedDistribution("
+            "dist.Normal(loc, scale), dist.biject_to(support))"
+        )
+    if covers and not is_within(wanted.support, drawn.support, drawn.event_shape):
+        raise DensityError(
+            f"{pair}. Values that the target allows are never drawn, so that weighted draws would be of "
+            "another law: draw from one that covers the target's support"
+        )
+
+
+def _law(site: SiteInfo) -> str:
+    kind = "discrete, " if site.is_discrete else ""
+    support = "" if site.support is None else f", on {site.support}"
+    return f"{site.distribution} ({kind}shape {tuple(site.shape)}{support})"
 
 
 def may_idle(target: Target) -> bool:
@@ -76,12 +113,13 @@ def live(target: Target, active: Any, address: str, ndim: int) -> Array:
 
 
 def log_ratio(
-    target: Target, program: Program, trace: Any, choices: Any = None
+    target: Target, program: Program, trace: Any, choices: Any = None, key: Any = None
 ) -> Float[Array, ""]:
     """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the
     program's.
 
-    With `choices` both densities are computed anew, at these in place of the trace's.
+    With `choices` both densities are computed anew, at these in place of the trace's. `key` is for a target whose
+    density is estimated.
 
     Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The
     program's own conditional density then stands on both sides and cancels: the ratio has `q` of
@@ -90,7 +128,7 @@ def log_ratio(
     """
     if not may_idle(target):
         if choices is None:
-            return target.log_density(trace.choices) - trace.log_density
+            return target.log_density(trace.choices, key) - trace.log_density
         return target.log_density(choices) - program.log_density(choices)
     choices = trace.choices if choices is None else choices
     against, log_p = target.generate(jax.random.key(0), choices)  # nothing is left to draw

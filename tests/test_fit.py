@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro.distributions import constraints
-from weft.inference import constrained, elbo, fit, fixed, importance, load
+from weft.inference import constrained, elbo, fit, fixed, importance, load, wake_phi
 from weft.inference import runner as runner_module
 from weft.ppl.errors import AddressError, DensityError, WeftError
 
@@ -452,6 +452,91 @@ def test_an_unnormalised_guide_is_refused() -> None:
 
     with pytest.raises(DensityError, match=r"guide 'soft' is not normalised.*'tilt'.*normalize"):
         fit(KEY, elbo(TARGET, soft), start(), optax.adam(0.1), 3)
+
+
+@gen
+def scaled() -> None:
+    tau = sample("tau", dist.HalfNormal(1.0))
+    sample("y", dist.Normal(0.0, tau))
+
+
+def on(law: Any) -> Any:
+    @gen
+    def guide_on(params: Any) -> None:
+        sample("tau", law(params))
+
+    return guide_on
+
+
+LAWS = {
+    "normal": lambda p: dist.Normal(p, 1.0),
+    "wider": lambda p: dist.Uniform(-1.0, 1.0),
+    "lognormal": lambda p: dist.LogNormal(p, 1.0),
+    "narrower": lambda p: dist.Uniform(0.5, 1.5),
+    "poisson": lambda p: dist.Poisson(jnp.exp(p)),
+}
+
+
+@pytest.mark.parametrize(
+    ("law", "inside"), [("normal", 0), ("wider", 0), ("lognormal", 1), ("narrower", 1)]
+)
+def test_a_guide_stays_in_the_targets_support(law: str, inside: int) -> None:
+    objective = elbo(scaled().given({"y": 1.0}), on(LAWS[law]))
+    if inside:
+        objective.check(0.0)
+        return
+    with pytest.raises(
+        DensityError, match=r"draws 'tau' from .*has it from HalfNormal.*minus infinity"
+    ):
+        fit(KEY, objective, 0.0, optax.adam(0.1), 3, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("law", "covers"), [("normal", 1), ("wider", 0), ("lognormal", 1), ("narrower", 0)]
+)
+def test_a_proposal_covers_the_targets_support(law: str, covers: int) -> None:
+    """And so must the guide of an objective that is weighed by the posterior."""
+    target = scaled().given({"y": 1.0})
+    objective = wake_phi(target, on(LAWS[law]))
+    if covers:
+        objective.check(0.0)
+        return
+    with pytest.raises(DensityError, match="are never drawn"):
+        objective.check(0.0)
+    with pytest.raises(DensityError, match="are never drawn"):
+        importance(on(LAWS[law])(0.0), 10).run(KEY, target, progress=False)
+
+
+def test_a_discrete_guide_of_a_continuous_choice() -> None:
+    for objective in (elbo, wake_phi):
+        with pytest.raises(DensityError, match=r"'tau' from Poisson \(discrete.*one is discrete"):
+            objective(scaled().given({"y": 1.0}), on(LAWS["poisson"])).check(0.0)
+
+
+def test_supports_that_are_no_intervals() -> None:
+    """A normal guide of a simplex, and one of a Cholesky factor, are refused; their own kinds are not."""
+
+    @gen
+    def mixed() -> None:
+        sample("p", dist.Dirichlet(jnp.ones(3)))
+        sample("c", dist.LKJCholesky(2, 1.0))
+
+    def guide_of(p: Any, c: Any) -> Any:
+        @gen
+        def some(params: Any) -> None:
+            sample("p", p)
+            sample("c", c)
+
+        return elbo(mixed().given(), some)
+
+    own = (dist.Dirichlet(2.0 * jnp.ones(3)), dist.LKJCholesky(2, 2.0))
+    guide_of(*own).check(0.0)
+    for p, c in (
+        (dist.Normal(jnp.zeros(3), 1.0).to_event(1), own[1]),
+        (own[0], dist.Normal(jnp.zeros((2, 2)), 1.0).to_event(2)),
+    ):
+        with pytest.raises(DensityError, match="minus infinity"):
+            guide_of(p, c).check(0.0)
 
 
 def test_what_elbo_takes() -> None:
