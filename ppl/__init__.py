@@ -7,6 +7,8 @@ from .errors import GradientError as GradientError
 from .errors import ModelError as ModelError
 from .errors import ObservationError as ObservationError
 from .errors import WeftError as WeftError
+from .estimated import marginal as marginal
+from .estimated import normalize as normalize
 from .expectations import Expectation as Expectation
 from .expectations import expect as expect
 from .explanations import Explanation as Explanation

@@ -16,6 +16,7 @@ from jax.core import eval_jaxpr as eval_jaxpr
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters.batching import fancy_primitive_batchers as fancy_primitive_batchers
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.lax import cond_p as cond_p
 from jax.lax import scan_p as scan_p
 from jax.lax import while_p as while_p
@@ -47,6 +48,11 @@ def consts_first(closed: Any) -> tuple[Any, list[Any]]:
     return opened.replace(
         constvars=[], invars=invars, debug_info=info._replace(arg_names=names)
     ), list(consts)
+
+
+def needed(jaxpr: Any) -> Any:
+    """A jaxpr without constants, less the equations that no result needs; its arguments stay."""
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:

@@ -45,18 +45,23 @@ def holds_sites(jaxpr: Any) -> bool:
 
 
 def eqn_holds_sites(eqn: Any) -> bool:
-    return eqn.primitive in (site_p, scope_p) or any(holds_sites(j) for j in inner_jaxprs(eqn))
+    return eqn.primitive in (site_p, scope_p, estimated_p) or any(
+        holds_sites(j) for j in inner_jaxprs(eqn)
+    )
 
 
 # --- a nested program -------------------------------------------------------------------------------------------------
 
 scope_p = Primitive("scope")
 scope_p.multiple_results = True
-"""Parameters: ``name`` (None for an anonymous run, ``draw``), ``jaxpr`` (closed, no constants), ``outs`` (avals)."""
+"""Parameters: ``name`` (None for an anonymous run, ``draw``), ``jaxpr`` (closed, no constants), ``outs`` (avals) and,
+of an anonymous run, ``given`` (the structure of the entries that are its last operands)."""
 
 
 @scope_p.def_abstract_eval
-def _(*_: Any, name: str | None, jaxpr: Any, outs: tuple[Any, ...]) -> list[ShapedArray]:
+def _(
+    *_: Any, name: str | None, jaxpr: Any, outs: tuple[Any, ...], given: Any = None
+) -> list[ShapedArray]:
     return [ShapedArray(o.shape, o.dtype) for o in outs]
 
 
@@ -91,6 +96,32 @@ def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
 
 
 mlir.register_lowering(marginal_p, lambda ctx, *_, **params: marginal_p.impl(**params))
+
+
+# --- choices whose density is estimated -------------------------------------------------------------------------------
+
+estimated_p = Primitive("estimated")
+estimated_p.multiple_results = True
+"""Results: the values of the choices. Parameters: ``sites`` (pairs of their addresses from here and their SiteInfo);
+``simulate``, a program that gives the values and log d, and ``score``, one that takes the values and gives log d';
+``consts``, how many of the operands come first and belong to each alone; ``name``, for messages; ``scaled``, whether
+the last operand multiplies the log density."""
+
+
+@estimated_p.def_abstract_eval
+def _(*_: Any, sites: Any, **__: Any) -> list[ShapedArray]:
+    return [ShapedArray(info.shape, info.dtype) for _, info in sites.value]
+
+
+@estimated_p.def_impl
+def _(*_: Any, name: str, **__: Any) -> Any:
+    raise ModelError(
+        f"{name!r}, whose density is estimated, is sampled outside a program: run it with .random_weighted(key) or "
+        ".estimate_log_density(key, choices)"
+    )
+
+
+mlir.register_lowering(estimated_p, lambda ctx, *_, **params: estimated_p.impl(**params))
 
 
 # --- control flow under vmap ------------------------------------------------------------------------------------------
@@ -170,7 +201,7 @@ def _intercept(primitive: Primitive) -> None:
 
 for _primitive in (cond_p, scan_p, while_p):
     _intercept(_primitive)
-for _primitive in (scope_p, marginal_p):
+for _primitive in (scope_p, marginal_p, estimated_p):
     fancy_primitive_batchers[_primitive] = _keep_unmapped(_primitive)
 
 
@@ -186,7 +217,7 @@ def _refuse_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     )
 
 
-for _primitive in (scope_p, marginal_p, lanes_p):
+for _primitive in (scope_p, marginal_p, estimated_p, lanes_p):
     ad.primitive_jvps[_primitive] = _refuse_jvp
 
 
@@ -196,6 +227,8 @@ def site_names(jaxpr: Any) -> list[str]:
     for eqn in open_jaxpr(jaxpr)[0].eqns if jaxpr is not None else ():
         if eqn.primitive is site_p:
             names.append(eqn.params["spec"].name)
+        elif eqn.primitive is estimated_p:
+            names += [".".join(address) for address, _ in eqn.params["sites"].value]
         else:
             prefix = (
                 f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .compat import Literal, cond_p, inner_jaxprs, open_jaxpr, scan_p, scan_sizes, while_p
-from .control import eqn_holds_sites, scope_p
+from .control import eqn_holds_sites, estimated_p, scope_p
 from .sites import site_p
 
 Taint = frozenset[str]
@@ -26,6 +26,11 @@ def predicates(jaxpr: Any) -> Taint:
     collected: dict[str, Taint] = {}
     _walk(jaxpr, None, frozenset(), (), {}, collected)
     return frozenset().union(*collected.values()) if collected else frozenset()
+
+
+def returned(jaxpr: Any) -> Taint:
+    """Addresses of the choices that what a program returns is computed from."""
+    return frozenset().union(*_walk(jaxpr, None, frozenset(), (), {}, {}))
 
 
 def readers(jaxpr: Any, address: str) -> list[str]:
@@ -60,6 +65,10 @@ def _walk(
                 found[address] = found.get(address, frozenset()) | together | control
             if spec.kind == "sample":
                 outs = [frozenset({address}) | control]
+        elif eqn.primitive is estimated_p:
+            names = [".".join((*prefix, *address)) for address, _ in eqn.params["sites"].value]
+            found.update({a: found.get(a, frozenset()) | together | control for a in names})
+            outs = [frozenset({a}) | control for a in names]
         elif eqn_holds_sites(eqn):
             outs = _inner(eqn, ins, control, prefix, found, predicates)
         for v, t in zip(eqn.outvars, outs, strict=True):

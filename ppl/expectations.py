@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compat import as_key, inner_jaxprs, open_jaxpr
+from .compat import as_key, consts_first, inner_jaxprs, needed, open_jaxpr
 from .errors import WeftError
 from .gradients import marked
 from .handlers import Evaluate
@@ -42,8 +42,9 @@ class Expectation(eqx.Module):
         def estimate(key: jax.Array, axis: str | None = None) -> list[Any]:
             if not needs_marks:
                 return evaluate(key, *operands)
-            jaxpr = jax.make_jaxpr(evaluate)(key, *operands)
-            return Evaluator(axis, self.max_terms)(jaxpr, [key, *operands])
+            jaxpr, consts = consts_first(jax.make_jaxpr(evaluate)(key, *operands))
+            # A choice that nothing needs has no term, and is not enumerated.
+            return Evaluator(axis, self.max_terms)(needed(jaxpr), [*consts, key, *operands])
 
         key = as_key(key)
         if self.num_samples == 1:

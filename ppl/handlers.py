@@ -13,7 +13,7 @@ from numpyro.distributions import biject_to
 from .cotangents import finite_cotangents
 from .errors import AddressError, DensityError
 from .gradients import chosen
-from .interpreter import Context, Handler, Records, walk_while
+from .interpreter import Context, Handler, Records, at_addresses, interpret, look_up, walk_while
 from .sites import Site
 from .specs import is_discrete
 from .traces import run_program
@@ -150,8 +150,57 @@ class Evaluate(Handler):
                 "density is not known "
                 "without a key; nest it with sample(name, program) instead"
             )
-        trace, _ = run_program(eqn.params["jaxpr"], args, Evaluate("value", self.gradients), key)
-        return jax.tree.leaves(trace), {"log_density": jnp.nan}
+        structure = eqn.params.get("given")
+        num_given = 0 if structure is None else structure.num_leaves
+        args, leaves = args[: len(args) - num_given], args[len(args) - num_given :]
+        given = {} if structure is None else jax.tree.unflatten(structure, leaves)
+        handler = Evaluate("value", self.gradients)
+        trace, terms = run_program(eqn.params["jaxpr"], args, handler, key, given)
+        return jax.tree.leaves((trace, terms["log_weight"])), {"log_density": jnp.nan}
+
+    def estimated(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        params = eqn.params
+        sites = params["sites"].value
+        key = context.keys.get(sites[0][0][0])
+        if key is None:
+            raise DensityError(_NO_KEY.format(name=params["name"]))
+        arrays, factor = (args[:-1], args[-1]) if params["scaled"] else (args, None)
+        first, second = params["consts"]
+        operands = arrays[first + second :]
+        given = [look_up(context.given, address) for address, _ in sites]
+        inside = Evaluate(None, self.gradients)
+        if all(g is None for g in given):
+            outs, _, _ = interpret(params["simulate"], [*arrays[:first], *operands], inside, key)
+            *values, density = outs
+        elif all(g is not None and g.where is None for g in given):
+            values = [
+                jnp.asarray(g.value).astype(i.dtype) for g, (_, i) in zip(given, sites, strict=True)
+            ]
+            own = arrays[first : first + second]
+            outs, _, _ = interpret(params["score"], [*own, *operands, *values], inside, key)
+            (density,) = outs
+        else:
+            absent = [
+                a
+                for g, (a, _) in zip(given, sites, strict=True)
+                if g is None or g.where is not None
+            ]
+            raise DensityError(
+                f"the choices of {params['name']!r} have one estimated density together: give all of them, or none; "
+                f"{', '.join(repr('.'.join((*context.prefix, *a))) for a in absent)} not given, or in part"
+            )
+        density = density if factor is None else density * factor
+        terms = {"log_density": density}
+        if given[0] is not None:
+            terms["log_weight"] = density
+        if self.record is None:
+            return values, {}, terms
+        shown = values
+        if self.record == "log_density":  # one number for all of them: it stands at the first
+            shown = [density, *(jnp.zeros_like(density) for _ in sites[1:])]
+        return values, at_addresses(eqn, [{"value": v} for v in shown]), terms
 
     def loop(
         self, eqn: Any, args: list[Any], context: Context
@@ -160,6 +209,12 @@ class Evaluate(Handler):
             eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients))
         )
         return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}
+
+
+_NO_KEY = (
+    "the density of {name!r} is estimated with draws of its own, which take a key: log_density(choices, key), or "
+    "estimate_log_density(key, choices); inside expect(...) the key is that of the expectation"
+)
 
 
 # --- unconstrained space ----------------------------------------------------------------------------------------------

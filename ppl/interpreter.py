@@ -13,6 +13,7 @@ record of it, and terms to be summed. The rules of control flow are written once
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,8 +30,9 @@ from .compat import (
     scan_sizes,
     while_p,
 )
-from .control import eqn_holds_sites, lanes_p, scope_p
+from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
+from .errors import DensityError
 from .sites import Site, site_p
 from .structure import (
     anonymous_name,
@@ -79,6 +81,15 @@ class Handler:
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
         """An anonymous run of a program (``draw``): its outputs are its trace."""
         raise NotImplementedError
+
+    def estimated(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        """Choices whose density is estimated."""
+        raise DensityError(
+            f"the density of {eqn.params['name']!r} is an estimate, drawn anew at each evaluation, and here an exact one "
+            "is needed: sum its choices out exactly (marginalize), or take an algorithm that weighs (importance)"
+        )
 
     def loop(
         self, eqn: Any, args: list[Any], context: Context
@@ -343,10 +354,31 @@ def walk_names(jaxpr: Any) -> dict[str, Any]:
         elif eqn.primitive is scope_p:
             if eqn.params["name"] is not None:
                 names[eqn.params["name"]] = walk_names(eqn.params["jaxpr"])
+        elif eqn.primitive is estimated_p:
+            names = _merge(names, at_addresses(eqn, [{"value": None}] * len(eqn.outvars)))
         elif eqn_holds_sites(eqn):
             for j in inner_jaxprs(eqn):
                 names = _merge(names, walk_names(j))
     return names
+
+
+def at_addresses(eqn: Any, items: Sequence[Any]) -> dict[str, Any]:
+    """A nested dict with one item for each choice of an estimated density."""
+    tree: dict[str, Any] = {}
+    for (address, _), item in zip(eqn.params["sites"].value, items, strict=True):
+        node = tree
+        for name in address[:-1]:
+            node = node.setdefault(name, {})
+        node[address[-1]] = item
+    return tree
+
+
+def look_up(tree: dict[str, Any], address: Sequence[str]) -> Any:
+    """What stands at an address of a nested dict; None, if nothing does."""
+    node: Any = tree
+    for name in address:
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
 
 
 def is_record(node: Any) -> bool:
@@ -412,5 +444,6 @@ RULES: dict[Any, Any] = {
     scan_p: _scan,
     cond_p: _cond,
     lanes_p: _lanes,
+    estimated_p: lambda eqn, ins, context: context.handler.estimated(eqn, ins, context),
     while_p: lambda eqn, ins, context: context.handler.loop(eqn, ins, context),
 }

@@ -14,7 +14,7 @@ from .control import scope_p
 from .errors import ModelError
 from .handlers import Evaluate
 from .models import check_name
-from .programs import Program
+from .programs import Program, run_inside
 from .sites import bind_site
 from .specs import SiteSpec, sample_spec
 from .staging import used
@@ -169,15 +169,7 @@ def draw(program: Program) -> Trace:
     """
     if not isinstance(program, Program):
         raise TypeError(f"draw takes a program, model(*args); got {type(program).__name__}")
-    used(program)
-    code, args = program.code()
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    out = jax.eval_shape(
-        lambda key, *args: run_program(code, list(args), Evaluate(), key)[0], key, *args
-    )
-    leaves, tree = jax.tree.flatten(out)
-    outs = tuple(ShapedArray(s.shape, s.dtype) for s in leaves)
-    return jax.tree.unflatten(tree, scope_p.bind(*args, name=None, jaxpr=code, outs=outs))
+    return run_inside(program, {})[0]
 
 
 def repeat(f: Callable[[], Any], n: int, axis_name: str | None = None) -> Any:

@@ -22,7 +22,7 @@ import numpyro.distributions as dist
 from .addresses import covers, dotted, unknown
 from .compat import CALLS, Literal, cond_p, consts_first, inner_jaxprs, open_jaxpr, scan_p, while_p
 from .conjugacy import CONJUGATE, FACTORS, Family, Gaussian, base_of, family_of
-from .control import eqn_holds_sites, lanes_p, marginal_p, scope_p, site_names
+from .control import eqn_holds_sites, estimated_p, lanes_p, marginal_p, scope_p, site_names
 from .cotangents import finite_cotangents
 from .elimination import PROBE, Factor, factor_of, labels_of, sum_out
 from .errors import DensityError, ModelError
@@ -33,6 +33,7 @@ from .interpreter import (
     Handler,
     Records,
     is_record,
+    look_up,
     step,
     walk,
     walk_names,
@@ -175,6 +176,7 @@ class Plan:
             for eqn in open_jaxpr(jaxpr)[0].eqns
             if eqn_holds_sites(eqn)
             and not (eqn.primitive is scope_p and eqn.params["name"] is None)
+            and eqn.primitive is not estimated_p
         )
 
 
@@ -761,7 +763,7 @@ class Level:
         names = [_paths(walk_names(b)) for b in eqn.params["branches"]]
         for path in {p for found in names for p in found}:
             address = ".".join((*context.prefix, *path))
-            latent = isinstance(_look_up(context.given, path), Free)
+            latent = isinstance(look_up(context.given, path), Free)
             latent = latent or address in getattr(context.handler, "latents", ())
             if latent and not all(path in found for found in names):
                 raise ModelError(
@@ -1134,9 +1136,9 @@ def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
         for a, s in inner.items()
         if s.kind == "sample" and not s.observed and tuple(a.split(".")) not in addresses
     ]
-    given = [_look_up(context.given, a) for a in kept]
+    given = [look_up(context.given, a) for a in kept]
     complete = all(isinstance(g, Given) and (g.where is None or g.drop is not None) for g in given)
-    drawing = _look_up(context.keys, addresses[0]) is not None
+    drawing = look_up(context.keys, addresses[0]) is not None
     if complete or not drawing:
         try:
             outs, records, density = score(eqn, ins, context)
@@ -1162,20 +1164,13 @@ def _rule(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     ):  # what was drawn for the choices summed out does not know the data
         for address, info in inner.items():
             path = tuple(address.split("."))
-            if info.kind == "deterministic" and _look_up(derived, path) is None:
+            if info.kind == "deterministic" and look_up(derived, path) is None:
                 records = _without(records, path)
     terms = {"log_density": density, "log_weight": density - rest}
     return outs, records if handler.records else {}, terms
 
 
 RULES[marginal_p] = _rule
-
-
-def _look_up(tree: Mapping[str, Any], address: Path) -> Any:
-    node: Any = tree
-    for name in address:
-        node = node.get(name) if isinstance(node, dict) else None
-    return node
 
 
 def _without(records: Records, address: Path) -> Records:

@@ -11,14 +11,15 @@ import numpy as np
 
 from . import printing
 from .addresses import flatten, unflatten, unknown
-from .compat import Tracer, as_key
+from .compat import ShapedArray, Tracer, as_key
+from .control import scope_p
 from .errors import AddressError, DensityError, ModelError
 from .handlers import Evaluate
 from .interpreter import interpret
 from .observations import entries
 from .packing import Skeleton, pack
 from .predictions import predict
-from .staging import Code, captured, stage, unchanged, used
+from .staging import Code, captured, stage, staging, unchanged, used
 from .structure import SiteInfo, site_table
 from .traces import Trace, flat_records, run_program, table_of
 
@@ -142,6 +143,11 @@ class Program(printing.Printed):
         )
 
     @property
+    def estimated(self) -> bool:
+        """Whether its density is an unbiased estimate: it holds a ``marginal`` or a ``normalize``."""
+        return any(s.estimated for s in self.sites.values())
+
+    @property
     def unnormalised(self) -> bool:
         """Whether a ``factor`` or a condition inside the model makes its density one that does not integrate to one."""
         return bool(self.unnormalised_sites)
@@ -185,22 +191,54 @@ class Program(printing.Printed):
             ObservationError: for one that does not fit its site.
             DensityError: if the program has no density.
         """
-        self.require_density()
-        return run_log_density(self.staged(), self._entries(choices, complete=True))
+        return self.log_density_of(self._entries(choices, complete=True), key)
 
-    def log_densities(self, choices: Mapping[str, Any], by: str | None = None) -> Any:
+    def log_density_of(self, given: dict[str, Any], key: jax.Array | None = None) -> jax.Array:
+        """The same, of entries by name. An estimated density has its randomness from a program that is being staged."""
+        self.require_density()
+        if self.estimated and key is None and staging():
+            return run_inside(self, given)[0].log_density
+        key = None if key is None else as_key(key)
+        return run_log_density(self.staged(), given, key)
+
+    def random_weighted(self, key: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+        r"""A draw $x$ and $\log d$ with $\mathbb{E}[1/d \mid x] = 1/p(x)$; where the density is exact, $d = p(x)$.
+
+        Args:
+            key: one random key.
+
+        Returns:
+            ``(choices, log_d)``.
+        """
+        trace = self.simulate(key)
+        return trace.choices, trace.log_density
+
+    def estimate_log_density(self, key: jax.Array, choices: Mapping[str, Any]) -> jax.Array:
+        r"""$\log d'$ with $\mathbb{E}[d'] = p(\text{choices})$; where the density is exact, $\log p$.
+
+        Args:
+            key: one random key.
+            choices: nested dict of every choice.
+        """
+        return self.log_density(choices, key)
+
+    def log_densities(
+        self, choices: Mapping[str, Any], by: str | None = None, key: jax.Array | None = None
+    ) -> Any:
         """The log density of each site, or of each row.
 
         Args:
             choices: as in ``log_density``.
             by: name of an axis; then one number for every index of it, summed over the sites that have the axis.
+            key: for programs whose density is estimated: one number for all choices of an estimate, at the first.
 
         Returns:
             A nested dict of arrays of shape (mapped axes..., *batch_shape), summed over event axes only; with ``by`` an
             array of the size of that axis.
         """
         self.require_density()
-        found = run_log_densities(self.staged(), self._entries(choices, complete=True))
+        key = None if key is None else as_key(key)
+        found = run_log_densities(self.staged(), self._entries(choices, complete=True), key)
         return found if by is None else by_axis(self.sites, flatten(found), by, self.name)
 
     def generate(self, key: jax.Array, choices: Mapping[str, Any]) -> tuple[Trace, jax.Array]:
@@ -291,16 +329,46 @@ def run_generate(
 
 
 @jax.jit
-def run_log_density(program: Program, given: dict[str, Any]) -> jax.Array:
+def run_log_density(
+    program: Program, given: dict[str, Any], key: jax.Array | None = None
+) -> jax.Array:
     code, args = program.code()
-    return jnp.asarray(interpret(code.jaxpr, args, Evaluate(None), None, given)[2]["log_density"])
+    return jnp.asarray(interpret(code.jaxpr, args, Evaluate(None), key, given)[2]["log_density"])
 
 
 @jax.jit
-def run_log_densities(program: Program, given: dict[str, Any]) -> dict[str, Any]:
+def run_log_densities(
+    program: Program, given: dict[str, Any], key: jax.Array | None = None
+) -> dict[str, Any]:
     code, args = program.code()
-    _, records, _ = interpret(code.jaxpr, args, Evaluate("log_density"), None, given)
+    _, records, _ = interpret(code.jaxpr, args, Evaluate("log_density"), key, given)
     return unflatten({a: r["value"] for a, r in flat_records(records)})
+
+
+def run_inside(program: Program, given: dict[str, Any]) -> tuple[Trace, jax.Array]:
+    """Run a program in place, inside one that is being staged; its choices have no address there.
+
+    Args:
+        program: the program.
+        given: entries of the choices that are not drawn, by name.
+
+    Returns:
+        ``(trace, log_weight)``, as of ``generate``.
+    """
+    used(program)
+    code, args = program.code()
+    leaves, structure = jax.tree.flatten(given)
+
+    def run(key: jax.Array, args: list[Any], leaves: list[Any]) -> tuple[Trace, jax.Array]:
+        entries = jax.tree.unflatten(structure, leaves)
+        trace, terms = run_program(code, args, Evaluate(), key, entries)
+        return trace, jnp.asarray(terms["log_weight"])
+
+    shapes = jax.eval_shape(run, jax.eval_shape(lambda: jax.random.key(0)), args, leaves)
+    flat, tree = jax.tree.flatten(shapes)
+    outs = tuple(ShapedArray(s.shape, s.dtype) for s in flat)
+    found = scope_p.bind(*args, *leaves, name=None, jaxpr=code, outs=outs, given=structure)
+    return jax.tree.unflatten(tree, found)
 
 
 def by_axis(

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from .compat import ShapedArray, consts_first
-from .control import scope_p
-from .interpreter import Context, Handler, Records, walk
+from .control import estimated_p, scope_p
+from .errors import ModelError
+from .interpreter import Context, Handler, Records, look_up, walk
 from .models import Model
 from .packing import pack
 from .sites import Site, bind_site
@@ -65,6 +66,22 @@ class Rewrite(Handler):
 
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
         return list(scope_p.bind(*args, **eqn.params)), {}
+
+    def estimated(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        for address, _ in eqn.params["sites"].value:
+            if look_up(context.given, address) is not None:
+                raise out_of_reach(".".join((*context.prefix, *address)))
+        return list(estimated_p.bind(*args, **eqn.params)), {}, {}
+
+
+def out_of_reach(address: str) -> ModelError:
+    """The error for a transform of a choice whose density is estimated."""
+    return ModelError(
+        f"the choice {address!r} has an estimated density, which no transform but scale reaches: transform the program "
+        "that is handed to marginal or normalize, or give the value with given()"
+    )
 
 
 def rebind_scope(name: str, f: Callable[..., list[Any]], args: list[Any]) -> list[Any]:

@@ -267,6 +267,11 @@ def _never_sampled(programs: list[Any]) -> str:
 _built: list[dict[int, Any]] = []
 
 
+def staging() -> bool:
+    """Whether a model is being staged."""
+    return bool(_built)
+
+
 def built(program: Any) -> None:
     """Note a program that was made while another is staged."""
     if _built:

@@ -13,7 +13,15 @@ import jax
 import numpy as np
 
 from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
-from .control import eqn_holds_sites, holds_sites, lanes_p, marginal_p, scope_p, site_names
+from .control import (
+    eqn_holds_sites,
+    estimated_p,
+    holds_sites,
+    lanes_p,
+    marginal_p,
+    scope_p,
+    site_names,
+)
 from .errors import ModelError
 from .gradients import marked
 from .sites import site_p
@@ -52,6 +60,7 @@ class SiteInfo:
         hidden: it is not recorded (``block``, or inside a ``while_loop``).
         why_hidden: the reason, for messages.
         masked: a mask decides where it counts.
+        estimated: its density is an unbiased estimate, which takes a key (``marginal``, ``normalize``).
     """
 
     address: str
@@ -70,6 +79,7 @@ class SiteInfo:
     masked: bool = False
     is_discrete: bool = False
     reparametrised: bool = False
+    estimated: bool = False
     event_dims: tuple[str | None, ...] = ()
 
     def __repr__(self) -> str:
@@ -173,6 +183,14 @@ def _equation(eqn: Any, place: _Place) -> Scope:
             return {}
         inner = dataclasses.replace(place, prefix=(*place.prefix, params["name"]))
         return {params["name"]: _scope(params["jaxpr"], inner)}
+    if primitive is estimated_p:
+        nodes: Scope = {}
+        for address, info in params["sites"].value:
+            inner: Any = nodes
+            for name in address[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[address[-1]] = _moved(info, place)
+        return nodes
     if primitive is marginal_p:
         scope = _scope(params["jaxpr"], place)
         for address in () if place.summed else params["addresses"]:
@@ -284,6 +302,19 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
     )
 
 
+def _moved(info: SiteInfo, place: _Place) -> SiteInfo:
+    """A site of a program that stands somewhere inside another one."""
+    axes = place.axes + info.axes
+    return dataclasses.replace(
+        info,
+        address=".".join((*place.prefix, info.address)),
+        axes=axes,
+        shape=tuple(a.size for a in place.axes) + info.shape,
+        conditional=place.conditional or info.conditional,
+        estimated=True,
+    )
+
+
 def _used_twice(name: str, place: _Place, node: SiteInfo | Scope) -> str:
     what = "nested program" if isinstance(node, dict) else f"{node.kind} site"
     where = f" in {'.'.join(place.prefix)!r}" if place.prefix else ""
@@ -331,6 +362,9 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
             name = params["name"] if params["name"] is not None else anonymous_name(anonymous)
             other = plan[name].inner if name in plan else None  # the same name in another branch
             plan[name] = KeyNode(loops, _merge_plans(other or {}, key_plan(params["jaxpr"])))
+        elif eqn.primitive is estimated_p:
+            for address, _ in eqn.params["sites"].value:
+                plan[address[0]] = KeyNode(loops)
         elif (
             eqn.primitive is while_p
         ):  # iterations are not known: the body derives its keys as it goes
@@ -366,6 +400,8 @@ def eqn_anonymous(eqn: Any) -> int:
     """How many anonymous runs an equation holds, in the scope it stands in."""
     if eqn.primitive is scope_p:
         return int(eqn.params["name"] is None)
+    if eqn.primitive is estimated_p:
+        return 0
     return sum(count_anonymous(j) for j in inner_jaxprs(eqn))
 
 

@@ -16,7 +16,7 @@ from .compat import Tracer, as_key
 from .errors import AddressError, DensityError
 from .handlers import Given, expand
 from .observations import entries
-from .programs import Program, by_axis, run_generate, run_log_densities, run_log_density
+from .programs import Program, by_axis, run_generate, run_log_densities
 from .structure import SiteInfo
 from .traces import Trace
 
@@ -81,16 +81,19 @@ class Target(printing.Printed, eqx.Module):
                 ignored.
             key: for programs whose density is estimated.
         """
-        self.program.require_density()
-        return run_log_density(self.program.staged(), unflatten(self.complete(latents)))
+        return self.program.log_density_of(unflatten(self.complete(latents)), key)
 
-    def log_densities(self, latents: Mapping[str, Any], by: str | None = None) -> Any:
+    def log_densities(
+        self, latents: Mapping[str, Any], by: str | None = None, key: jax.Array | None = None
+    ) -> Any:
         """Log density of each site.
 
-        With ``by``, the observed sites are summed to one number for every index of that axis.
+        With ``by``, the observed sites are summed to one number for every index of that axis. ``key`` is for programs
+        whose density is estimated.
         """
         self.program.require_density()
-        found = run_log_densities(self.program.staged(), unflatten(self.complete(latents)))
+        key = None if key is None else as_key(key)
+        found = run_log_densities(self.program.staged(), unflatten(self.complete(latents)), key)
         if by is None:
             return found
         seen = {}

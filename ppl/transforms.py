@@ -17,12 +17,13 @@ import numpy as np
 
 from .addresses import Address, covers, dotted, flatten, unflatten, unknown
 from .compat import Tracer
+from .control import estimated_p
 from .errors import AddressError, ObservationError
 from .handlers import Given
-from .interpreter import Handler
+from .interpreter import Context, Handler, Records
 from .models import check_name
 from .observations import Observed, as_array, entries
-from .rewriting import Rewrite, Transformed, rebind_scope, transform
+from .rewriting import Rewrite, Transformed, out_of_reach, rebind_scope, transform
 from .sites import Site
 from .specs import SiteSpec
 from .structure import SiteInfo
@@ -254,11 +255,27 @@ class _Multiply(Rewrite):
     def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
         if site.spec.kind == "deterministic":
             return payload
-        for key, value in self.factors:
-            if key in site.axis_names or covers(key, ".".join(site.address)):
-                # One value for all sites, not a product each: marginalize must see that they share it.
-                payload["scale"] = payload["scale"] * value if "scale" in payload else value
+        for value in self.matching(".".join(site.address), site.axis_names):
+            # One value for all sites, not a product each: marginalize must see that they share it.
+            payload["scale"] = payload["scale"] * value if "scale" in payload else value
         return payload
+
+    def matching(self, address: str, axes: set[str]) -> list[Any]:
+        """The factors of a site."""
+        return [v for key, v in self.factors if key in axes or covers(key, address)]
+
+    def estimated(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        address, info = eqn.params["sites"].value[0]
+        axes = {n for n in (*context.axes, *(a.name for a in info.axes)) if n}
+        for value in self.matching(".".join((*context.prefix, *address)), axes):
+            if eqn.params["scaled"]:
+                args = [*args[:-1], args[-1] * value]
+            else:
+                args = [*args, value]
+                eqn = eqn.replace(params={**eqn.params, "scaled": True})
+        return list(estimated_p.bind(*args, **eqn.params)), {}, {}
 
 
 class _Scale(Transformed):
@@ -417,7 +434,11 @@ def _covered(patterns: Iterable[str], table: dict[str, SiteInfo], name: str) -> 
     for pattern in patterns:
         if pattern not in ("*", "**") and not any(covers(pattern, a) for a in table):
             raise AddressError(unknown(pattern, table, f" in model {name!r}"))
-    return [a for a in table if any(covers(p, a) for p in patterns)]
+    found = [a for a in table if any(covers(p, a) for p in patterns)]
+    for address in found:
+        if table[address].estimated:
+            raise out_of_reach(address)
+    return found
 
 
 def name_of(function: Any) -> str:

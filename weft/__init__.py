@@ -24,9 +24,11 @@ from weft.ppl import factor as factor
 from weft.ppl import gen as gen
 from weft.ppl import gradients as gradients
 from weft.ppl import loop as loop
+from weft.ppl import marginal as marginal
 from weft.ppl import marginalize as marginalize
 from weft.ppl import mask as mask
 from weft.ppl import noncentered as noncentered
+from weft.ppl import normalize as normalize
 from weft.ppl import observed as observed
 from weft.ppl import reparametrize as reparametrize
 from weft.ppl import repeat as repeat

@@ -1,0 +1,269 @@
+r"""Programs whose density is estimated: ``marginal`` and ``normalize``.
+
+Such a program does two things (Lew et al. 2023, "Probabilistic programming with stochastic probabilities"): it draws
+its choices $x$ together with $d$, where $\mathbb{E}[1/d \mid x] = 1/p(x)$; and it scores given choices by $d'$, where
+$\mathbb{E}[d'] = p(x)$. Both are programs themselves, whose choices have no address: run inside an expectation they
+have its key, and their choices their gradient strategies. Weights and bounds stay what they are with estimates in
+place of densities (Andrieu and Roberts 2009): a draw's density stands in a denominator, a given value's in a numerator.
+
+What integrates is an inference algorithm, any object with two methods that are called while a program is staged and may
+make choices:
+
+- ``draw_posterior(target) -> (choices, log_density, log_evidence)``: a draw by the algorithm's law, $\log g$ of it under
+  the target, and $\log \hat Z$ with $\mathbb{E}[\hat Z] = Z$;
+- ``conditional_evidence(target, choices, log_density) -> log_evidence``: $\log \hat Z$ of a run in which the given
+  choices, whose $\log g$ is known, were drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .addresses import Address, dotted, flatten, select, unflatten
+from .control import estimated_p
+from .dependence import returned
+from .errors import DensityError, ModelError
+from .language import draw
+from .models import Model
+from .packing import pack
+from .programs import Program
+from .specs import Constant
+from .staging import stage
+from .structure import SiteInfo
+from .targets import Target
+from .transforms import do
+
+
+class Sampler(Protocol):
+    """An algorithm that can be run inside a program."""
+
+    def draw_posterior(self, target: Target) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+        """Choices, their log density under the target, and the log of an unbiased estimate of its evidence."""
+        ...
+
+    def conditional_evidence(
+        self, target: Target, choices: dict[str, Any], log_density: jax.Array
+    ) -> jax.Array:
+        """The log evidence that a run estimates in which the given choices are drawn."""
+        ...
+
+
+def marginal(program: Program, keep: Address | Iterable[Address], by: Sampler) -> Program:
+    r"""The law of some of a program's choices, the others integrated out by an algorithm.
+
+    With $u$ the other choices, and $\hat Z(x)$ the algorithm's estimate of $p(x) = \int p(x, u)\, du$ for the target
+    ``program.given(x)``: draws are the program's own, with $d = \hat Z$ of a run in which their $u$ was drawn; given
+    choices are scored by $d' = \hat Z$. By importance sampling with a proposal $q$ and $M$ particles,
+    $\hat Z = \frac{1}{M} \sum_j p(x, u_j) / q(u_j)$.
+
+    Args:
+        program: a program without factors or conditions.
+        keep: addresses of the choices that stay; wildcards as elsewhere.
+        by: the algorithm, say ``importance(num_particles=5)``, which proposes from the program itself, or
+            ``importance(lambda target: reverse(target.observed["x"]), 5)``, whose proposal sees the choices that stay.
+
+    Returns:
+        A program over the choices that stay, at their addresses, with the program's return value.
+
+    Raises:
+        DensityError: if the program is not normalised.
+        ModelError: if its return value needs the choices that are integrated out.
+        AddressError: for an unknown address.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, marginal, sample
+        >>> from weft.inference import importance
+        >>> @gen
+        ... def noisy():
+        ...     u = sample("u", dist.Normal(0.0, 1.0))
+        ...     sample("x", dist.Normal(u, 1.0))
+        >>> x = marginal(noisy(), keep="x", by=importance(num_particles=10_000))
+        >>> x.latents
+        ('x',)
+        >>> log_d = x.estimate_log_density(jax.random.key(0), {"x": 1.0})
+        >>> bool(abs(log_d - dist.Normal(0.0, 2.0**0.5).log_prob(1.0)) < 0.05)
+        True
+    """
+    if not isinstance(program, Program):
+        raise TypeError(
+            f"marginal takes a program, model(*args); got {type(program).__name__}"
+            + (" (apply it to its arguments)" if isinstance(program, Model) else "")
+        )
+    _check(by, "marginal")
+    if program.unnormalised:
+        names = ", ".join(map(repr, program.unnormalised_sites))
+        raise DensityError(
+            f"marginal: the program {program.name!r} is not normalised (it holds {names}), so it has no law to take a "
+            "part of; make it a target and take normalize(target, by=...)"
+        )
+    program.require_density()
+    patterns = (keep,) if isinstance(keep, str) else tuple(map(dotted, keep))
+    kept = tuple(flatten(select(dict.fromkeys(program.latents), patterns)))
+    others = [a for a in program.latents if a not in kept]
+    if not others:
+        return program
+    read = returned(program.code()[0].jaxpr) & set(others)
+    if read:
+        raise ModelError(
+            f"marginal: the program {program.name!r} returns what it computes from {', '.join(map(repr, sorted(read)))}, "
+            "which is integrated out: return what is kept, or nothing"
+        )
+    return Model(_Marginal(kept), f"marginal of {program.name}")(program, by)
+
+
+def normalize(target: Target, by: Sampler) -> Program:
+    r"""A posterior, as an inference algorithm samples it: a program over the latent choices of a target.
+
+    Its law is that of the algorithm's output, which tends to the posterior with the algorithm's effort. With $g$ the
+    target's density and $\hat Z$ the algorithm's estimate of its evidence: draws have $d = g(x) / \hat Z$, $\hat Z$ of
+    the run that gave them; given choices $d' = g(x) / \hat Z$, $\hat Z$ of a run in which they were drawn.
+
+    Args:
+        target: an unnormalised density.
+        by: the algorithm; ``importance(proposal, num_particles=N)`` is sampling importance resampling (Rubin 1987).
+
+    Returns:
+        A program over the target's latent choices, at their addresses, with the program's return value.
+
+    Raises:
+        DensityError: if a choice is observed in part.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, normalize, sample
+        >>> from weft.inference import importance
+        >>> @gen
+        ... def model():
+        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
+        ...     sample("y", dist.Normal(mu, 1.0))
+        >>> posterior = normalize(model().given({"y": 2.0}), by=importance(num_particles=2000))
+        >>> log_d = posterior.estimate_log_density(jax.random.key(0), {"mu": 1.0})
+        >>> bool(abs(log_d - dist.Normal(1.0, 0.5**0.5).log_prob(1.0)) < 0.1)
+        True
+    """
+    if not isinstance(target, Target):
+        raise TypeError(
+            f"normalize takes a target, model(*args).given(data); got {type(target).__name__}"
+        )
+    _check(by, "normalize")
+    partial = [a for a in target.latents if a in target.data]
+    if partial:
+        raise DensityError(
+            f"normalize: {', '.join(map(repr, partial))} observed in part; its missing elements cannot be choices of a "
+            "program yet: make them a site of their own"
+        )
+    return Model(_Normalized(), f"posterior of {target.program.name}")(target, by)
+
+
+class _Marginal(eqx.Module):
+    """The function of the program that ``marginal`` makes."""
+
+    kept: tuple[str, ...] = eqx.field(static=True)
+
+    def __call__(self, program: Program, by: Sampler) -> Any:
+        def simulate(program: Program, by: Sampler) -> tuple[dict[str, Any], jax.Array]:
+            trace = draw(program)
+            drawn = flatten(trace.choices)
+            kept = {a: drawn[a] for a in self.kept}
+            others = unflatten({a: x for a, x in drawn.items() if a not in kept})
+            log_d = by.conditional_evidence(program.given(kept), others, trace.log_density)
+            return kept, log_d
+
+        def score(program: Program, by: Sampler, kept: dict[str, Any]) -> jax.Array:
+            return by.draw_posterior(program.given(kept))[-1]
+
+        sites = {a: program.sites[a] for a in self.kept}
+        values = choose(program.name, sites, simulate, score, program, by)
+        # The value does not depend on the others: any will do.
+        others = {
+            a: jnp.zeros(program.sites[a].shape, program.sites[a].dtype)
+            for a in program.latents
+            if a not in values
+        }
+        return returned_value(program, {**values, **others})
+
+
+class _Normalized(eqx.Module):
+    """The function of the program that ``normalize`` makes."""
+
+    def __call__(self, target: Target, by: Sampler) -> Any:
+        def simulate(target: Target, by: Sampler) -> tuple[dict[str, Any], jax.Array]:
+            choices, log_g, log_z = by.draw_posterior(target)
+            return flatten(choices), log_g - log_z
+
+        def score(target: Target, by: Sampler, choices: dict[str, Any]) -> jax.Array:
+            choices = unflatten(choices)
+            log_g = target.log_density(choices)
+            return log_g - by.conditional_evidence(target, choices, log_g)
+
+        sites = {a: target.sites[a] for a in target.latents}
+        values = choose(target.program.name, sites, simulate, score, target, by)
+        data = {a: given.value for a, given in target.data.items()}
+        return returned_value(target.program, {**data, **values})
+
+
+def returned_value(program: Program, choices: Mapping[str, Any]) -> Any:
+    """What a program returns when all of its choices are set."""
+    code, args = program.code()
+    return do(code, choices)(*args)
+
+
+def choose(
+    name: str,
+    sites: dict[str, SiteInfo],
+    simulate: Callable[..., tuple[dict[str, Any], jax.Array]],
+    score: Callable[..., jax.Array],
+    *args: Any,
+) -> dict[str, Any]:
+    """Stage choices that are drawn and scored together by two programs.
+
+    Args:
+        name: for messages.
+        sites: the choices, by address.
+        simulate: ``args`` to the choices by address and log d.
+        score: ``args`` and the choices by address to log d'.
+        *args: pytrees.
+
+    Returns:
+        The choices by address.
+    """
+    arrays, skeleton = pack(args)
+
+    def drawn(*arrays: Any) -> list[Any]:
+        values, log_d = simulate(*skeleton.unpack(arrays))
+        return [*(values[a] for a in sites), log_d]
+
+    def scored(*arrays: Any) -> list[Any]:
+        count = skeleton.num_arrays
+        values = dict(zip(sites, arrays[count:], strict=True))
+        return [score(*skeleton.unpack(arrays[:count]), values)]
+
+    shapes = [jax.ShapeDtypeStruct(info.shape, info.dtype) for info in sites.values()]
+    simulated, first = stage(drawn, arrays)
+    estimated, second = stage(scored, [*arrays, *shapes])
+    outs = estimated_p.bind(
+        *first,
+        *second,
+        *arrays,
+        name=name,
+        sites=Constant(tuple((tuple(a.split(".")), info) for a, info in sites.items())),
+        simulate=simulated,
+        score=estimated,
+        consts=(len(first), len(second)),
+        scaled=False,
+    )
+    return dict(zip(sites, outs, strict=True))
+
+
+def _check(by: Any, what: str) -> None:
+    if not hasattr(by, "draw_posterior") or not hasattr(by, "conditional_evidence"):
+        raise TypeError(
+            f"{what}: by= takes an algorithm that runs inside a program, such as importance(num_particles=10); got "
+            f"{type(by).__name__}"
+        )
