@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,36 +13,76 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl.compat import as_key
 from weft.ppl.errors import DensityError, WeftError
 from weft.ppl.packing import pack
 from weft.ppl.staging import stage
 
 from .fitted import Fit as Fit
+from .fitted import Restarts as Restarts
 from .minibatches import Minibatches
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
-from .parameters import partition, unwrap
+from .parameters import unwrap
 from .runner import run_chunks, tracing
+from .starts import Start
+from .stopping import plateau
 
 Objective = Callable[..., Float[Array, ""]]
 
+NUM_ESTIMATES = 100
+"""Estimates of the bound by which restarts are compared."""
+
 
 class FitState(eqx.Module):
-    """The state of a fit.
+    """The state of a fit; of several restarts, each array leads with their axis.
 
     Attributes:
         moving: the arrays of the parameters, on the unconstrained scale, and of the optimiser.
         bounds: `(num_steps,)`, the bound estimated at each step so far.
         num_skipped: steps whose bound or gradient was not finite; they changed nothing.
         order: `(N,)`, the rows of the data in the order of this epoch; empty without minibatches.
+        seen: what the rule that stops early has seen; `None` without one.
+        stopped: whether it stopped the fit.
+        num_done: steps done.
     """
 
     moving: list[Array]
     bounds: Float[Array, " steps"]
     num_skipped: Int[Array, ""]
     order: Int[Array, " rows"]
+    seen: Any
+    stopped: Bool[Array, ""]
+    num_done: Int[Array, ""]
+
+
+class _Pure(eqx.Module):
+    """What the loop needs besides the state: all of it compares by structure.
+
+    Attributes:
+        code: one step, `(*captured, key, *moving, *rest, *batch) -> (moving, bound, finite)`.
+        captured: what the objective closed over.
+        key: of the fit, or one for each restart.
+        rest: the arrays among the parameters that are not optimised, each with an axis of restarts.
+        batches: the data.
+        rule: when to stop early.
+        minimize: whether the objective is a loss.
+        lanes: whether there are several restarts.
+    """
+
+    code: Any = eqx.field(static=True)
+    captured: list[Array]
+    key: PRNGKeyArray
+    rest: list[Array]
+    batches: Minibatches
+    rule: Any
+    minimize: bool = eqx.field(static=True)
+    lanes: bool = eqx.field(static=True)
+
+    def over_lanes(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """`f(key, rest, state)` of every restart."""
+        return jax.vmap(f) if self.lanes else f
 
 
 def fit(
@@ -53,6 +95,8 @@ def fit(
     batch_size: int | None = None,
     minimize: bool = False,
     *,
+    num_restarts: int = 1,
+    stop: plateau | None = None,
     state: Any = None,
     progress: bool = True,
 ) -> Fit:
@@ -62,21 +106,32 @@ def fit(
     step whose bound or gradient is not finite changes nothing and is counted. Ctrl-C returns the
     fit so far, with a warning.
 
+    Several restarts run at once, under one `jax.vmap`, each as `fit` alone would with one of
+    `jax.random.split(key, num_restarts)`. The one whose bound is best at the end is returned, by
+    100 estimates at its last parameters with fresh keys, which are the same for all: the estimate of
+    the last step is one draw, and would mostly pick the luckiest. The bounds of all are in
+    `Fit.restarts`, and their spread in the report.
+
     Args:
         key: a random key.
         objective: an estimator `f(key, params, *batch)` of a bound to be maximised: `elbo(target,
             guide)`, or any function that gives a scalar.
         params: where to begin: a pytree, networks included. Floating arrays and Python floats are
             optimised; `constrained(value, constraint)` keeps a leaf in a set, `fixed(value)` leaves
-            one as it is.
-        optimizer: an Optax optimiser.
-        num_steps: how many steps.
+            one as it is. Or a function `init(key)` of such a pytree, from which each restart draws
+            its own: `jittered(params)`, if nothing better is known.
+        optimizer: an Optax optimiser; clipping and schedules are Optax's,
+            `optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))`.
+        num_steps: how many steps, at most.
         data: arrays (or pytrees of them) that share their leading axis, handed to the objective
             after the parameters.
         batch_size: rows of the data in a step, drawn without replacement in epochs of `N //
             batch_size` steps; all rows if `None`. The objective scales what it sees: `scale(model,
             {"row": N / batch_size})`.
         minimize: whether the objective is a loss.
+        num_restarts: how many fits are made; more than one need `params` to be a function of a key.
+        stop: a rule to stop early by, `plateau(window)`. Under `jit` or `vmap` the steps that are
+            not made are NaN at the end of `Fit.bounds`; elsewhere it is cut there.
         state: the state of the optimiser to go on with, from an earlier `Fit.state`.
         progress: whether to show a progress bar.
 
@@ -85,8 +140,8 @@ def fit(
 
     Raises:
         WeftError: if the objective, the parameters or the data make no sense together.
-        DensityError: if the first bound, or its gradient, is not finite; the message names what
-            makes it so.
+        DensityError: if the first bound, or its gradient, is not finite (of every restart, if there
+            are several); the message names what makes it so.
 
     Example:
         >>> import jax, optax, numpyro.distributions as dist
@@ -111,58 +166,99 @@ def fit(
         raise TypeError(
             f"fit: expected an objective f(key, params, *batch), got {type(objective).__name__}"
         )
-    if not isinstance(num_steps, (int, np.integer)) or num_steps < 1:
-        raise WeftError(f"fit: num_steps must be a positive integer, got {num_steps!r}")
+    for name, n in (("num_steps", num_steps), ("num_restarts", num_restarts)):
+        if not isinstance(n, (int, np.integer)) or n < 1:
+            raise WeftError(f"fit: {name} must be a positive integer, got {n!r}")
+    if num_restarts > 1 and state is not None:
+        raise WeftError("fit: state= goes on with one fit, and num_restarts > 1 begins several")
     key = as_key(key)
     batches = Minibatches.make(data, batch_size)
+    optimizer = optax.with_extra_args_support(optimizer)
+    start = Start.make(key, params, num_restarts, optimizer, state)
     check = getattr(objective, "check", None)
     if check is not None:
-        check(unwrap(params), *batches.example())
-    free, rest = partition(params)
-    if not jax.tree.leaves(free):
-        raise WeftError(
-            "fit: the parameters hold no floating array to optimise: every leaf is fixed or not floating"
-        )
-    optimizer = optax.with_extra_args_support(optimizer)
-    moving, skeleton = pack((free, optimizer.init(free) if state is None else state))
-    step = _step(objective, optimizer, rest, skeleton, batches, minimize)
-    code, captured = stage(step, [key, *moving, *batches.example_arrays()])
-    # The state is given to compiled code to reuse, and must not be the caller's own arrays.
-    carry = FitState(
-        moving=[jnp.array(x, x.dtype, copy=True) for x in moving],
-        bounds=jnp.full(num_steps, jnp.nan, jnp.result_type(float)),
-        num_skipped=jnp.int32(0),
-        order=batches.order(),
+        check(start.params(0), *batches.example())
+    step = _step(objective, optimizer, start, batches, minimize)
+    code, captured = stage(
+        step, [start.keys[0], *start.moving[0], *start.rest[0], *batches.example_arrays()]
     )
-    pure = (code, captured, key, batches)
+    lanes = num_restarts > 1
 
-    if tracing(key, moving, captured, batches):
-        carry, done = _whole(pure, carry), num_steps
-    else:
+    def stacked(xs: list[list[Array]]) -> list[Array]:
+        # The state is given to compiled code to reuse, and must not be the caller's own arrays.
+        each = [list(x) for x in zip(*xs, strict=True)]
+        return [jnp.stack(x) if lanes else jnp.array(x[0], x[0].dtype, copy=True) for x in each]
+
+    def filled(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.stack([x] * num_restarts) if lanes else jnp.array(x, copy=True), tree
+        )
+
+    carry = FitState(
+        moving=stacked(start.moving),
+        bounds=filled(jnp.full(num_steps, jnp.nan, jnp.result_type(float))),
+        num_skipped=filled(jnp.int32(0)),
+        order=filled(batches.order()),
+        seen=None if stop is None else filled(stop.init()),
+        stopped=filled(jnp.asarray(False)),
+        num_done=filled(jnp.int32(0)),
+    )
+    pure = _Pure(
+        code,
+        captured,
+        jnp.stack(start.keys) if lanes else key,
+        stacked(start.rest),
+        batches,
+        jax.tree.map(jnp.asarray, stop),
+        minimize,
+        lanes,
+    )
+
+    if concrete := not tracing(key, carry, captured, batches):
 
         def advance(carry: FitState, first: int, last: int) -> FitState:
-            carry = _advance((*pure, jnp.int32(first), jnp.int32(last)), carry)
-            if first == 0 and not np.isfinite(carry.bounds[0]):
-                raise _explain(key, objective, unwrap(eqx.combine(free, rest)), batches)
+            carry = _advance((pure, jnp.int32(first), jnp.int32(last)), carry)
+            if first == 0 and not np.isfinite(carry.bounds[..., 0]).any():
+                raise _explain(start.keys[0], objective, start.params(0), batches)
             return carry
 
         def describe(carry: FitState) -> str:
             recent = np.asarray(carry.bounds)
-            recent = recent[np.isfinite(recent)][-100:]
-            return f"{'loss' if minimize else 'bound'} {recent.mean():.5g}" if recent.size else ""
+            recent = [
+                x[np.isfinite(x)][-100:].mean()
+                for x in np.atleast_2d(recent)
+                if np.isfinite(x).any()
+            ]
+            if not recent:
+                return ""
+            return f"loss {min(recent):.5g}" if minimize else f"bound {max(recent):.5g}"
 
         carry, done = run_chunks(
-            advance, carry, 0, num_steps, title="fit", progress=progress, describe=describe
+            advance,
+            carry,
+            0,
+            num_steps,
+            title="fit",
+            progress=progress,
+            describe=describe,
+            finished=None if stop is None else lambda carry: bool(np.all(carry.stopped)),
         )
-        if done < num_steps:
+        if done < num_steps and not np.all(carry.stopped):
             warnings.warn(
                 f"fit was interrupted after {done} of {num_steps} steps: this result holds what there is",
                 stacklevel=2,
             )
-    free, optimizer_state = skeleton.unpack(carry.moving)
+    else:
+        carry = _whole(pure, carry)
+    restarts, rest = None, pure.rest
+    if lanes:
+        restarts = _compare(pure, carry.moving, jax.random.fold_in(key, 4))
+        carry, rest = jax.tree.map(lambda x: x[restarts.best], (carry, rest))
+    free, optimizer_state = start.skeleton.unpack(carry.moving)
+    bounds = carry.bounds
     return Fit(
-        params=unwrap(eqx.combine(free, rest)),
-        bounds=carry.bounds[:done],
+        params=unwrap(eqx.combine(free, start.rest_skeleton.unpack(rest))),
+        bounds=bounds[: int(carry.num_done)] if concrete else bounds,
         state=optimizer_state,
         num_skipped=carry.num_skipped,
         objective=objective,
@@ -170,22 +266,25 @@ def fit(
         minimize=minimize,
         batch_size=batches.batch_size,
         key=jax.random.fold_in(key, 2),
+        stopped=carry.stopped,
+        restarts=restarts,
     )
 
 
 def _step(
     objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
-    rest: Any,
-    skeleton: Any,
+    start: Start,
     batches: Minibatches,
     minimize: bool,
 ) -> Callable[..., tuple[list[Array], Array, Array]]:
-    """One step as a function of arrays: `(key, *moving, *batch) -> (moving, bound, finite)`."""
+    """One step as a function of arrays: `(key, *moving, *rest, *batch) -> (moving, bound, finite)`."""
+    n, m = start.skeleton.num_arrays, start.rest_skeleton.num_arrays
 
     def step(key: PRNGKeyArray, *arrays: Array) -> tuple[list[Array], Array, Array]:
-        moving, batch = arrays[: skeleton.num_arrays], batches.unpack(arrays[skeleton.num_arrays :])
-        free, state = skeleton.unpack(moving)
+        moving, batch = arrays[:n], batches.unpack(arrays[n + m :])
+        free, state = start.skeleton.unpack(moving)
+        rest = start.rest_skeleton.unpack(arrays[n : n + m])
 
         def loss(free: Any) -> Array:
             bound = jnp.asarray(objective(key, unwrap(eqx.combine(free, rest)), *batch))
@@ -210,38 +309,83 @@ def _step(
     return step
 
 
-def _iterate(fixed: tuple[Any, ...], state: FitState, start: Any, stop: Any) -> FitState:
-    code, captured, key, batches = fixed
-    step_key, order_key = (jax.random.fold_in(key, i) for i in range(2))
+def _iterate(pure: _Pure, state: FitState, start: Any, stop: Any) -> FitState:
+    batches, rule = pure.batches, pure.rule
 
-    def body(i: Any, state: FitState) -> FitState:
+    def one(i: Any, key: PRNGKeyArray, rest: list[Array], state: FitState) -> FitState:
+        step_key, order_key = (jax.random.fold_in(key, k) for k in range(2))
         order = batches.shuffle(order_key, i, state.order)
-        batch = batches.take(order, i)
-        moving, bound, finite = code(
-            *captured, jax.random.fold_in(step_key, i), *state.moving, *batch
+        moving, bound, finite = pure.code(
+            *pure.captured,
+            jax.random.fold_in(step_key, i),
+            *state.moving,
+            *rest,
+            *batches.take(order, i),
         )
         # A first step without a finite gradient is marked as one without a finite bound, which
         # stops the fit.
         bound = jnp.where(finite | (i > 0), bound, jnp.nan).astype(state.bounds.dtype)
-        return FitState(
+        new = FitState(
             moving=moving,
             bounds=state.bounds.at[i].set(bound),
             num_skipped=state.num_skipped + jnp.int32(~finite),
             order=order,
+            seen=None,
+            stopped=state.stopped,
+            num_done=state.num_done + 1,
         )
+        if rule is None:
+            return new
+        seen, now = rule.update(state.seen, i, -bound if pure.minimize else bound)
+        new = dataclasses.replace(new, seen=seen, stopped=now)
+        return jax.tree.map(lambda n, o: jnp.where(state.stopped, o, n), new, state)
 
-    return jax.lax.fori_loop(start, stop, body, state)
+    def body(carry: tuple[Any, FitState]) -> tuple[Any, FitState]:
+        i, state = carry
+        # The iteration is one number for all restarts: their epochs begin together.
+        return i + 1, pure.over_lanes(partial(one, i))(pure.key, pure.rest, state)
+
+    def proceed(carry: tuple[Any, FitState]) -> Array:
+        i, state = carry
+        return (i < stop) & (True if rule is None else ~jnp.all(state.stopped))
+
+    return jax.lax.while_loop(proceed, body, (start, state))[1]
 
 
 @eqx.filter_jit(donate="all-except-first")
 def _advance(fixed: tuple[Any, ...], state: FitState) -> FitState:
-    *pure, start, stop = fixed
-    return _iterate(tuple(pure), state, start, stop)
+    pure, start, stop = fixed
+    return _iterate(pure, state, start, stop)
 
 
 @eqx.filter_jit
-def _whole(fixed: tuple[Any, ...], state: FitState) -> FitState:
-    return _iterate(fixed, state, 0, state.bounds.size)
+def _whole(pure: _Pure, state: FitState) -> FitState:
+    return _iterate(pure, state, jnp.int32(0), jnp.int32(state.bounds.shape[-1]))
+
+
+@eqx.filter_jit
+def _compare(pure: _Pure, moving: list[Array], key: PRNGKeyArray) -> Restarts:
+    """The bound of every restart at its last parameters, by fresh keys (and batches) that they share."""
+
+    def estimate(i: Any) -> Array:
+        order = pure.batches.shuffle(jax.random.fold_in(key, 0), i, pure.batches.order())
+        batch = pure.batches.take(order, i)
+        step_key = jax.random.fold_in(jax.random.fold_in(key, 1), i)
+
+        def one(moving: list[Array], rest: list[Array]) -> Array:
+            return pure.code(*pure.captured, step_key, *moving, *rest, *batch)[1]
+
+        return jax.vmap(one)(moving, pure.rest)
+
+    found = jax.lax.map(estimate, jnp.arange(NUM_ESTIMATES))
+    bounds = jnp.mean(found, 0)
+    worst = jnp.inf if pure.minimize else -jnp.inf
+    ranked = jnp.where(jnp.isfinite(bounds), bounds, worst)
+    return Restarts(
+        bounds=bounds,
+        errors=jnp.std(found, 0, ddof=1) / jnp.sqrt(NUM_ESTIMATES),
+        best=jnp.argmin(ranked) if pure.minimize else jnp.argmax(ranked),
+    )
 
 
 def _explain(

@@ -8,12 +8,27 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl import Program, Target
 from weft.ppl.compat import Tracer
 from weft.ppl.errors import WeftError
 
 from .diagnostics import khat_threshold
+
+
+class Restarts(eqx.Module):
+    """How several restarts of a fit ended.
+
+    Attributes:
+        bounds: `(num_restarts,)`, the bound at the last parameters of each, the mean of 100
+            estimates whose keys they share.
+        errors: `(num_restarts,)`, standard errors of these means.
+        best: which one was kept.
+    """
+
+    bounds: Float[Array, " restart"]
+    errors: Float[Array, " restart"]
+    best: Int[Array, ""]
 
 
 class Fit(eqx.Module):
@@ -29,6 +44,8 @@ class Fit(eqx.Module):
         minimize: whether the objective was a loss.
         batch_size: rows of the data in a step; `None` for all of them.
         key: for `report`.
+        stopped: whether it was stopped early.
+        restarts: how all restarts ended, if there were several; what else is here is of the best.
     """
 
     params: Any
@@ -40,6 +57,8 @@ class Fit(eqx.Module):
     minimize: bool = eqx.field(static=True, default=False)
     batch_size: int | None = eqx.field(static=True, default=None)
     key: PRNGKeyArray | None = None
+    stopped: Bool[Array, ""] | bool = False
+    restarts: Restarts | None = None
 
     @property
     def guide(self) -> Program:
@@ -69,7 +88,14 @@ class Fit(eqx.Module):
         Returns:
             A few lines of text.
         """
-        lines = [_course(np.asarray(self.bounds, float), self.minimize)]
+        bounds = np.asarray(self.bounds, float)
+        lines = [_course(bounds, self.minimize)]
+        if np.all(self.stopped):
+            lines.append(
+                f"It was stopped early, after {np.flatnonzero(~np.isnan(bounds))[-1] + 1} steps."
+            )
+        if self.restarts is not None:
+            lines.append(_spread(self.restarts, self.minimize))
         skipped = int(self.num_skipped)
         if skipped:
             lines.append(
@@ -185,3 +211,25 @@ def _course(bounds: np.ndarray, minimize: bool) -> str:
             "converged cannot be told. Run more steps, or average more draws a step (num_samples)."
         )
     return f"{text} and was level: its trend is {size}. It has converged, as far as it tells."
+
+
+def _spread(restarts: Restarts, minimize: bool) -> str:
+    """How many restarts ended where the best did, and where the others."""
+    ends, errors = (np.asarray(x, float) for x in (restarts.bounds, restarts.errors))
+    best = int(restarts.best)
+    # The same keys served all, so that the error of a difference is below the sum of both.
+    near = abs(ends - ends[best]) <= np.maximum(3 * (errors + errors[best]), 1e-3 * abs(ends[best]))
+    n, finite = ends.size, ends[np.isfinite(ends)]
+    text = (
+        f"It is the best of {n} restarts: {near.sum()} of them ended as well as it, within the error, at "
+        f"{ends[best]:.5g} +- {errors[best]:.1g}"
+    )
+    if near.all():
+        return f"{text}."
+    worst = finite.max() if minimize else finite.min()
+    text += f"; the worst at {worst:.5g}"
+    if finite.size < n:
+        text += f"; {n - finite.size} at none that is finite"
+    if near.sum() == 1:
+        text += ". No other found it: there may be better ones still, take more restarts"
+    return f"{text}."

@@ -45,6 +45,7 @@ def run_chunks(
     title: str,
     progress: bool = True,
     describe: Callable[[State], str] | None = None,
+    finished: Callable[[State], bool] | None = None,
 ) -> tuple[State, int]:
     """Advance `state` from iteration `start` to `stop` in chunks.
 
@@ -60,9 +61,10 @@ def run_chunks(
         title: what the progress bar is called.
         progress: whether to show it.
         describe: a few words on a state, shown beside the bar.
+        finished: whether a state needs no more iterations, which would leave it as it is.
 
     Returns:
-        The last state, and the iteration reached: `stop` unless it was interrupted.
+        The last state, and the iteration reached: `stop` unless it was interrupted or finished.
     """
     done, size = start, FIRST_CHUNK
     with _bar(title, start, stop, progress) as bar, _interrupts() as interrupted:
@@ -78,6 +80,8 @@ def run_chunks(
                     bar.set_postfix_str(describe(state), refresh=False)
                 bar.update(last - done)
             done = last
+            if finished is not None and finished(state):
+                break
     return state, done
 
 

@@ -17,7 +17,17 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro.distributions import constraints
-from weft.inference import constrained, elbo, fit, fixed, importance, load, wake_phi
+from weft.inference import (
+    constrained,
+    elbo,
+    fit,
+    fixed,
+    importance,
+    jittered,
+    load,
+    plateau,
+    wake_phi,
+)
 from weft.inference import runner as runner_module
 from weft.ppl.errors import AddressError, DensityError, WeftError
 
@@ -236,6 +246,246 @@ def test_the_callers_arrays_are_not_given_away() -> None:
     for _ in range(2):
         fit(KEY, elbo(TARGET, guide), params, optax.adam(0.01), 3, progress=False)
     assert float(params["scale"]) == 1.0
+
+
+# --- stopping early
+# ----------------------------------------------------------------------------------------------------
+
+
+def noisy(slope: float, spread: float = 1.0) -> Any:
+    """An objective that rises by `slope` a step whatever is done, with normal noise: a known law of its windows."""
+
+    def objective(key: Any, params: Any) -> Any:
+        still = jax.lax.stop_gradient(params)
+        return still + (params - still) + spread * jax.random.normal(key)
+
+    return objective, optax.sgd(slope)
+
+
+def stopped_after(objective: Any, optimizer: Any, steps: int, **kwargs: Any) -> Any:
+    return fit(KEY, objective, 0.0, optimizer, steps, progress=False, **kwargs)
+
+
+def test_a_level_bound_stops_and_a_rising_one_does_not() -> None:
+    """A level one stops at a decision with probability 0.977: at none of ten, 2e-16.
+
+    One that rises by delta a window with standard error s is stopped with probability Phi(2 - delta / s); here
+    delta / s = 0.5 * 40 / (2 / 40)**0.5 = 89.
+    """
+    found = stopped_after(*noisy(0.0), 440, stop=plateau(40))
+    assert bool(found.stopped)
+    assert found.bounds.size % 40 == 0
+    assert found.bounds.size < 440
+    assert np.isfinite(found.bounds).all()
+    assert f"stopped early, after {found.bounds.size} steps" in found.report()
+    rising = stopped_after(*noisy(0.5), 440, stop=plateau(40))
+    assert not bool(rising.stopped)
+    assert rising.bounds.size == 440
+    falling = stopped_after(*noisy(0.5), 440, stop=plateau(40), minimize=True)  # a loss, descended
+    assert not bool(falling.stopped)
+
+
+def test_the_rule_is_its_formula() -> None:
+    """Windows by NumPy, with estimates left out that are not finite."""
+    rng = np.random.default_rng(1)
+    rule, values = plateau(20, tolerance=0.01, z=1.0), rng.normal(0.02 * np.arange(400.0), 1.0)
+    values[rng.random(400) < 0.1] = np.nan
+    seen, decided = rule.init(), []
+    update = jax.jit(rule.update)
+    for i, v in enumerate(values):
+        seen, stop = update(seen, i, jnp.asarray(v))
+        decided.append(bool(stop))
+    expected = np.zeros(400, bool)
+    for end in range(40, 401, 20):
+        old, new = (
+            x[np.isfinite(x)] for x in (values[end - 40 : end - 20], values[end - 20 : end])
+        )
+        error = np.sqrt(old.var(ddof=1) / old.size + new.var(ddof=1) / new.size)
+        expected[end - 1] = new.mean() - old.mean() <= max(0.01, error)
+    assert decided == expected.tolist()
+    assert 0 < sum(decided) < 19
+
+
+def test_a_tolerance_stops_what_has_no_noise() -> None:
+    """The mean of closed-form bounds: it always rises, by less and less."""
+    run = lambda stop: fit(  # noqa: E731
+        KEY,
+        lambda key, p: closed_form(p),
+        {"loc": 0.0, "scale": 1.0},
+        optax.sgd(0.05),
+        1000,
+        stop=stop,
+        progress=False,
+    )
+    found = run(plateau(20, tolerance=1e-3))
+    windows = np.asarray(found.bounds, float).reshape(-1, 20).mean(1)
+    rises = np.diff(windows)
+    assert bool(found.stopped)
+    assert rises[-1] <= 1e-3
+    assert (rises[:-1] > 1e-3).all()
+
+
+def test_stopping_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (7, 40, 1000):
+        monkeypatch.setattr(runner_module, "FIRST_CHUNK", size)
+        monkeypatch.setattr(runner_module, "_next_size", lambda *_, size=size: size)
+        found.append(stopped_after(*noisy(0.0), 440, stop=plateau(40)))
+    assert all(np.array_equal(found[0].bounds, other.bounds) for other in found[1:])
+    assert all(float(found[0].params) == float(other.params) for other in found[1:])
+
+
+def test_stopping_under_vmap() -> None:
+    """Each lane by itself: those that are done wait, and what they did not do is NaN."""
+
+    def go(key: Any) -> Any:
+        objective, optimizer = noisy(0.0)
+        found = fit(key, objective, 0.0, optimizer, 200, stop=plateau(10, z=0.0), progress=False)
+        return found.bounds, found.stopped, found.params
+
+    keys = jax.random.split(KEY, 6)
+    bounds, stopped, _ = jax.vmap(go)(keys)
+    sizes = np.isfinite(bounds).sum(1)
+    assert len(set(sizes)) > 1
+    for key, row, n, end in zip(keys, bounds, sizes, stopped, strict=True):
+        alone, alone_end, _ = go(key)
+        assert alone.size == n
+        assert bool(end) == bool(alone_end)
+        np.testing.assert_allclose(row[:n], alone, rtol=1e-6)
+
+
+def test_a_rule_that_makes_no_sense() -> None:
+    with pytest.raises(WeftError, match="window must be an integer"):
+        plateau(1)
+    with pytest.raises(WeftError, match="tolerance must be a number, 0 at least"):
+        plateau(10, tolerance=-1.0)
+
+
+# --- restarts
+# ----------------------------------------------------------------------------------------------------------
+
+
+def two_hills(key: Any, params: Any) -> Any:
+    """Maxima near -2 (of 1) and 2 (of 3), in noise."""
+    x = params["x"]
+    hills = 1.0 * jnp.exp(-((x + 2.0) ** 2)) + 3.0 * jnp.exp(-((x - 2.0) ** 2))
+    return hills + 0.1 * jax.random.normal(key)
+
+
+def anywhere(key: Any) -> Any:
+    return {"x": jax.random.uniform(key, minval=-3.0, maxval=3.0), "unit": fixed(1.0)}
+
+
+def test_the_best_restart_is_kept() -> None:
+    key = jax.random.key(1)
+    found = fit(key, two_hills, anywhere, optax.adam(0.05), 300, num_restarts=8, progress=False)
+    ends = np.asarray(found.restarts.bounds)
+    low, high = abs(ends - 1.0) < 0.1, abs(ends - 3.0) < 0.1  # standard error 0.01
+    assert (low | high).all()
+    assert low.any()
+    assert high.any()
+    assert int(found.restarts.best) == ends.argmax()
+    assert abs(float(found.params["x"]) - 2.0) < 0.05
+    assert found.bounds.shape == (300,)
+    assert f"best of 8 restarts: {high.sum()} of them ended" in found.report()
+    loss = fit(
+        key,
+        lambda k, p: -two_hills(k, p),
+        anywhere,
+        optax.adam(0.05),
+        300,
+        num_restarts=8,
+        minimize=True,
+        progress=False,
+    )
+    np.testing.assert_allclose(loss.params["x"], found.params["x"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [None, plateau(20, z=0.0)], ids=["whole", "stopped"])
+def test_restarts_are_fits_of_their_own(stop: Any) -> None:
+    """Each equals a fit alone with one of the split keys, minibatches and early stops included."""
+    data = jnp.arange(12.0)
+
+    def objective(key: Any, params: Any, rows: Any) -> Any:
+        return two_hills(key, params) + 0.01 * rows.mean()
+
+    settings = {"data": data, "batch_size": 4, "stop": stop, "progress": False}
+    found = fit(KEY, objective, anywhere, optax.adam(0.05), 100, num_restarts=4, **settings)
+    best = int(found.restarts.best)
+    alone = fit(
+        jax.random.split(KEY, 4)[best], objective, anywhere, optax.adam(0.05), 100, **settings
+    )
+    np.testing.assert_allclose(found.bounds, alone.bounds, rtol=1e-5)
+    np.testing.assert_allclose(found.params["x"], alone.params["x"], rtol=1e-5)
+    assert bool(found.stopped) == bool(alone.stopped)
+
+
+def test_restarts_compile_once() -> None:
+    def go(num: int) -> int:
+        with counting() as count:
+            fit(KEY, two_hills, anywhere, optax.adam(0.05), 5, num_restarts=num, progress=False)
+        return count.compilations
+
+    go(2)  # what else there is to compile
+    assert go(2) == 0
+
+
+def test_restarts_of_which_some_begin_nowhere() -> None:
+    def objective(key: Any, params: Any) -> Any:
+        return -((params - 1.0) ** 2) + 0.0 * jnp.log(params)
+
+    init = lambda key: jax.random.normal(key)  # noqa: E731
+    found = fit(KEY, objective, init, optax.adam(0.05), 200, num_restarts=8, progress=False)
+    assert 0 < np.isfinite(found.restarts.bounds).sum() < 8
+    assert abs(float(found.params) - 1.0) < 0.05
+    with pytest.raises(DensityError, match="first bound is nan"):
+        fit(KEY, objective, lambda key: -1.0, optax.adam(0.05), 9, num_restarts=2, progress=False)
+
+
+def test_restarts_under_vmap() -> None:
+    def go(key: Any) -> Any:
+        found = fit(key, two_hills, anywhere, optax.adam(0.1), 100, num_restarts=3, progress=False)
+        return found.params["x"], found.restarts.best
+
+    keys = jax.random.split(KEY, 2)
+    for together, alone in zip(jax.vmap(go)(keys), zip(*map(go, keys), strict=True), strict=True):
+        np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+def test_where_restarts_begin() -> None:
+    with pytest.raises(WeftError, match=r"would all begin at the same parameters.*jittered"):
+        fit(KEY, two_hills, {"x": 0.0}, optax.adam(0.1), 5, num_restarts=3)
+    with pytest.raises(WeftError, match="goes on with one fit"):
+        fit(KEY, two_hills, anywhere, optax.adam(0.1), 5, num_restarts=3, state=())
+    params = {
+        "x": 1.0,
+        "s": constrained(2.0, constraints.positive),
+        "net": eqx.nn.Linear(2, 2, key=KEY),
+    }
+    init = jittered({**params, "n": 3}, scale=0.5)
+    one, two = init(jax.random.key(1)), init(jax.random.key(2))
+    assert one["n"] == 3
+    assert float(one["s"].value) > 0
+    assert float(one["x"]) != float(two["x"])
+    moves = jax.vmap(lambda k: jittered(jnp.zeros(50), 0.5)(k))(jax.random.split(KEY, 100))
+    # 5000 normal draws: the standard deviation's own error is 0.5 / sqrt(10000).
+    assert abs(float(moves.std()) - 0.5) < BAND * 0.005
+
+
+def test_clipping_and_schedules_are_optax() -> None:
+    """Step by step by hand, on an objective without noise whose gradient is clipped at the start."""
+    rate = optax.exponential_decay(0.5, 2, 0.5)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+    objective = lambda key, p: -jnp.sum(p["a"] ** 4) - p["b"] ** 2  # noqa: E731
+    params = {"a": jnp.array([3.0, -2.0]), "b": jnp.float32(1.0)}
+    found = fit(KEY, objective, params, optimizer, 6, progress=False)
+    state = optimizer.init(params)
+    for _ in range(6):
+        slope = jax.grad(lambda p: -objective(None, p))(params)
+        updates, state = optimizer.update(slope, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(found.params["a"], params["a"], rtol=1e-5)
+    np.testing.assert_allclose(found.params["b"], params["b"], rtol=1e-5)
 
 
 # --- minibatches
