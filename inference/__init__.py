@@ -6,6 +6,12 @@ from .algorithm import State as State
 from .enumeration import enumeration as enumeration
 from .fit import fit as fit
 from .fitted import Fit as Fit
+from .guides import flow as flow
+from .guides import full_rank as full_rank
+from .guides import laplace as laplace
+from .guides import low_rank as low_rank
+from .guides import mean_field as mean_field
+from .guides import structured as structured
 from .hmc import hmc as hmc
 from .hmc import nuts as nuts
 from .importance import importance as importance
