@@ -83,25 +83,35 @@ class Start:
         return unwrap(eqx.combine(free, self.rest_skeleton.unpack(self.rest[i])))
 
 
-def jittered(params: Any, scale: float = 1.0) -> Callable[[PRNGKeyArray], Any]:
+def jittered(params: Any, scale: float = 1.0) -> Callable[..., Any]:
     """Parameters moved at random, for the restarts of a fit.
 
     Args:
-        params: a pytree of parameters, as `fit` takes it.
+        params: a pytree of parameters, as `fit` takes it. Or a function from a target to a guide and
+            its parameters, such as `mean_field`.
         scale: standard deviation of the normal noise that is added to every number that is
             optimised; to a constrained one on the unconstrained scale.
 
     Returns:
-        A function `init(key)` of the parameters.
+        A function `init(key)` of the parameters. Or the function from a target, with such an `init`
+        in place of the parameters: `variational(jittered(mean_field), num_restarts=5)`.
 
     Example:
         >>> import jax
         >>> from weft.inference import fixed, jittered
         >>> init = jittered({"loc": 0.0, "prior": fixed(1.0)}, scale=0.1)
         >>> moved = init(jax.random.key(0))
-        >>> bool(0 < abs(moved["loc"]) < 1), moved["prior"].value
-        (True, Array(1., dtype=float32, weak_type=True))
+        >>> bool(0 < abs(moved["loc"]) < 1), float(moved["prior"].value)
+        (True, 1.0)
     """
+    if callable(params) and jax.tree_util.all_leaves([params]):
+        make = params
+
+        def made(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            guide, begin = make(*args, **kwargs)
+            return guide, jittered(begin, scale)
+
+        return made
 
     def init(key: PRNGKeyArray) -> Any:
         free, rest = partition(params)
