@@ -6,6 +6,7 @@ from .algorithm import State as State
 from .enumeration import enumeration as enumeration
 from .fit import fit as fit
 from .fitted import Fit as Fit
+from .fitted import Restarts as Restarts
 from .guides import flow as flow
 from .guides import full_rank as full_rank
 from .guides import laplace as laplace
@@ -16,10 +17,13 @@ from .hmc import hmc as hmc
 from .hmc import nuts as nuts
 from .importance import importance as importance
 from .initial import InitStrategy as InitStrategy
+from .objectives import diwhvi as diwhvi
 from .objectives import elbo as elbo
 from .objectives import eubo as eubo
 from .objectives import forward_kl as forward_kl
+from .objectives import hvi as hvi
 from .objectives import iwelbo as iwelbo
+from .objectives import iwhvi as iwhvi
 from .objectives import log_variance as log_variance
 from .objectives import renyi as renyi
 from .objectives import rws as rws
@@ -31,4 +35,7 @@ from .parameters import fixed as fixed
 from .recovery import recover as recover
 from .results import Draws as Draws
 from .results import Particles as Particles
+from .starts import jittered as jittered
+from .stopping import plateau as plateau
 from .storage import load as load
+from .variational import variational as variational

@@ -66,6 +66,11 @@ class enumeration(Algorithm):
     def check(self, target: Target, init: Any = None) -> None:
         if init is not None:
             raise WeftError("enumeration has no starting point: it visits every value")
+        if target.program.estimated:
+            raise DensityError(
+                f"enumeration is exact, and the density of {target.program.name!r} is estimated: sum out what "
+                "it integrates (marginalize), or use importance sampling"
+            )
         endless = [a for a in target.latents if target.sites[a].values is None]
         if endless:
             what = ", ".join(

@@ -131,6 +131,11 @@ def log_ratio(
             return target.log_density(trace.choices, key) - trace.log_density
         return target.log_density(choices) - program.log_density(choices)
     choices = trace.choices if choices is None else choices
+    if target.program.estimated:
+        raise DensityError(
+            f"the density of {target.program.name!r} is estimated, and choices of it may be idle (in a branch, or masked): "
+            "weights of such a target are not known yet"
+        )
     against, log_p = target.generate(jax.random.key(0), choices)  # nothing is left to draw
     log_q = jnp.zeros(())
     for address, term in flatten(program.log_densities(choices)).items():

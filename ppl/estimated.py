@@ -9,8 +9,8 @@ place of densities (Andrieu and Roberts 2009): a draw's density stands in a deno
 What integrates is an inference algorithm, any object with two methods that are called while a program is staged and may
 make choices:
 
-- ``draw_posterior(target) -> (choices, log_density, log_evidence)``: a draw by the algorithm's law, $\log g$ of it under
-  the target, and $\log \hat Z$ with $\mathbb{E}[\hat Z] = Z$;
+- ``draw_posterior(target) -> (choices, log_density, log_evidence)``: a draw by the algorithm's law, $\log g$ of it
+  under the target, and $\log \hat Z$ with $\mathbb{E}[\hat Z] = Z$;
 - ``conditional_evidence(target, choices, log_density) -> log_evidence``: $\log \hat Z$ of a run in which the given
   choices, whose $\log g$ is known, were drawn.
 """
@@ -28,15 +28,17 @@ from .addresses import Address, dotted, flatten, select, unflatten
 from .control import estimated_p
 from .dependence import returned
 from .errors import DensityError, ModelError
+from .handlers import Given, conditioned
+from .interpreter import Context, Handler, interpret, look_up
 from .language import draw
 from .models import Model
 from .packing import pack
 from .programs import Program
+from .sites import Site
 from .specs import Constant
 from .staging import stage
 from .structure import SiteInfo
 from .targets import Target
-from .transforms import do
 
 
 class Sampler(Protocol):
@@ -110,9 +112,10 @@ def marginal(program: Program, keep: Address | Iterable[Address], by: Sampler) -
         return program
     read = returned(program.code()[0].jaxpr) & set(others)
     if read:
+        names = ", ".join(map(repr, sorted(read)))
         raise ModelError(
-            f"marginal: the program {program.name!r} returns what it computes from {', '.join(map(repr, sorted(read)))}, "
-            "which is integrated out: return what is kept, or nothing"
+            f"marginal: the program {program.name!r} returns what it computes from {names}, which is integrated out: "
+            "return what is kept, or nothing"
         )
     return Model(_Marginal(kept), f"marginal of {program.name}")(program, by)
 
@@ -211,7 +214,24 @@ class _Normalized(eqx.Module):
 def returned_value(program: Program, choices: Mapping[str, Any]) -> Any:
     """What a program returns when all of its choices are set."""
     code, args = program.code()
-    return do(code, choices)(*args)
+    given = unflatten({a: Given(x) for a, x in choices.items()})
+    outs, _, _ = interpret(code.jaxpr, args, _Values(), None, given)
+    return jax.tree.unflatten(code.out_tree, outs)
+
+
+class _Values(Handler):
+    """Takes the values that are given, and weighs nothing."""
+
+    records = False
+
+    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, None, dict[str, Any]]:
+        if site.spec.kind == "sample":
+            return conditioned(site, given).value.astype(site.spec.dtype), None, {}
+        return site.part("value" if site.spec.kind == "deterministic" else "weight"), None, {}
+
+    def estimated(self, eqn: Any, args: list[Any], context: Context) -> Any:
+        sites = eqn.params["sites"].value
+        return [look_up(context.given, a).value.astype(i.dtype) for a, i in sites], {}, {}
 
 
 def choose(

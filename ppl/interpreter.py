@@ -87,8 +87,8 @@ class Handler:
     ) -> tuple[list[Any], Records, dict[str, Any]]:
         """Choices whose density is estimated."""
         raise DensityError(
-            f"the density of {eqn.params['name']!r} is an estimate, drawn anew at each evaluation, and here an exact one "
-            "is needed: sum its choices out exactly (marginalize), or take an algorithm that weighs (importance)"
+            f"the density of {eqn.params['name']!r} is an estimate, drawn anew at each evaluation, and here an exact "
+            "one is needed: sum its choices out exactly (marginalize), or take an algorithm that weighs (importance)"
         )
 
     def loop(

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from .compat import ShapedArray
 from .control import scope_p
 from .errors import ModelError
-from .handlers import Evaluate
 from .models import check_name
 from .programs import Program, run_inside
 from .sites import bind_site
 from .specs import SiteSpec, sample_spec
 from .staging import used
-from .traces import Trace, run_program
+from .traces import Trace
 
 
 def sample(

@@ -191,11 +191,11 @@ class Program(printing.Printed):
             ObservationError: for one that does not fit its site.
             DensityError: if the program has no density.
         """
+        self.require_density()
         return self.log_density_of(self._entries(choices, complete=True), key)
 
     def log_density_of(self, given: dict[str, Any], key: jax.Array | None = None) -> jax.Array:
         """The same, of entries by name. An estimated density has its randomness from a program that is being staged."""
-        self.require_density()
         if self.estimated and key is None and staging():
             return run_inside(self, given)[0].log_density
         key = None if key is None else as_key(key)

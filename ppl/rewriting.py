@@ -79,8 +79,8 @@ class Rewrite(Handler):
 def out_of_reach(address: str) -> ModelError:
     """The error for a transform of a choice whose density is estimated."""
     return ModelError(
-        f"the choice {address!r} has an estimated density, which no transform but scale reaches: transform the program "
-        "that is handed to marginal or normalize, or give the value with given()"
+        f"the choice {address!r} has an estimated density, which only scale and do reach, and do only with all of its "
+        "choices: transform the program that is handed to marginal or normalize, or give the value with given()"
     )
 
 

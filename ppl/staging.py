@@ -138,7 +138,7 @@ def _same(a: Any, b: Any) -> bool:
         )
     if isinstance(a, float):
         return a == b or (a != a and b != b)
-    if callable(a):
+    if callable(a) or type(a).__name__ == "WrappedFun":
         return a == b or _code_of(a) == _code_of(b)
     return bool(a == b)
 
@@ -170,7 +170,9 @@ def _code_of(f: Any, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
     if hasattr(f, "__wrapped__"):
         return _code_of(f.__wrapped__, seen)
     try:
-        return (type(f), hash(f)) if not hasattr(f, "__dict__") else (type(f),)
+        # Tags and traces of JAX hash by identity, and are others at each trace.
+        by_value = not hasattr(f, "__dict__") and type(f).__hash__ is not object.__hash__
+        return (type(f), hash(f)) if by_value else (type(f),)
     except TypeError:
         return (type(f),)
 

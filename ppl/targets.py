@@ -81,6 +81,7 @@ class Target(printing.Printed, eqx.Module):
                 ignored.
             key: for programs whose density is estimated.
         """
+        self.program.require_density()
         return self.program.log_density_of(unflatten(self.complete(latents)), key)
 
     def log_densities(

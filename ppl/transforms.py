@@ -20,7 +20,7 @@ from .compat import Tracer
 from .control import estimated_p
 from .errors import AddressError, ObservationError
 from .handlers import Given
-from .interpreter import Context, Handler, Records
+from .interpreter import Context, Handler, Records, look_up
 from .models import check_name
 from .observations import Observed, as_array, entries
 from .rewriting import Rewrite, Transformed, out_of_reach, rebind_scope, transform
@@ -115,6 +115,21 @@ class _Set(Rewrite):
         if given is None:
             return self.emit(site), None, {}
         return jnp.asarray(given.value).astype(site.spec.dtype), None, {}
+
+    def estimated(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        given = [look_up(context.given, address) for address, _ in eqn.params["sites"].value]
+        if any(g is None for g in given):
+            return super().estimated(eqn, args, context)
+        return (
+            [
+                jnp.asarray(g.value).astype(v.aval.dtype)
+                for g, v in zip(given, eqn.outvars, strict=True)
+            ],
+            {},
+            {},
+        )
 
 
 class _Do(Transformed):

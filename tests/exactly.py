@@ -23,16 +23,17 @@ def exact_mean(f, *args):
     jaxpr, consts = consts_first(jax.make_jaxpr(run)(*operands))
     jaxpr, operands = needed(jaxpr), [*consts, *operands]
     sizes = list(_copies(jaxpr))
-    total = None
-    for joint in itertools.product(*(range(n) for copies, n in sizes for _ in range(copies))):
-        chosen, rest = [], list(joint)
-        for copies, _ in sizes:
-            chosen.append(np.array([rest.pop(0) for _ in range(copies)]))
+    joint = itertools.product(*(range(n) for copies, n in sizes for _ in range(copies)))
+    ends = np.cumsum([0, *(copies for copies, _ in sizes)])
+
+    def weighed(joint):
+        chosen = iter([joint[i:j] for i, j in itertools.pairwise(ends)])
         log_q = [jnp.zeros(())]
-        outs = _evaluate(jaxpr, operands, iter(chosen), log_q)
-        weighed = [jnp.exp(sum(log_q)) * o for o in outs]
-        total = weighed if total is None else [a + b for a, b in zip(total, weighed, strict=True)]
-    return jax.tree.unflatten(code.out_tree, total)
+        outs = _evaluate(jaxpr, operands, chosen, log_q)
+        return [jnp.exp(sum(log_q)) * o for o in outs]
+
+    terms = jax.vmap(weighed)(jnp.asarray(list(joint), int))
+    return jax.tree.unflatten(code.out_tree, [jnp.sum(t, 0) for t in terms])
 
 
 def _copies(jaxpr):
