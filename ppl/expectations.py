@@ -17,6 +17,7 @@ from .handlers import Evaluate
 from .interpreter import interpret
 from .models import Model
 from .rewriting import stage_call
+from .sensitivity import probing
 from .sites import site_p
 from .surrogates import Evaluator
 
@@ -33,18 +34,21 @@ class Expectation(eqx.Module):
 
     def __call__(self, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
         code, operands = stage_call(self.function, args, kwargs)
-        needs_marks = _marked(code.jaxpr)
+        probe = probing()  # only while an estimator is examined
+        needs_marks = _marked(code.jaxpr) and not (probe and probe.moves)
 
-        def evaluate(key: jax.Array, *operands: Any) -> list[Any]:
-            handler = Evaluate(None, gradients=True)
+        def evaluate(key: Any, *operands: Any) -> list[Any]:
+            handler = probe.handler() if probe else Evaluate(None, gradients=True)
             return interpret(code.jaxpr, list(operands), handler, key)[0]
 
-        def estimate(key: jax.Array, axis: str | None = None) -> list[Any]:
+        def estimate(key: Any, axis: str | None = None) -> list[Any]:
+            key = probe.keys(code.jaxpr, key) if probe else key
             if not needs_marks:
                 return evaluate(key, *operands)
             jaxpr, consts = consts_first(jax.make_jaxpr(evaluate)(key, *operands))
             # A choice that nothing needs has no term, and is not enumerated.
-            return Evaluator(axis, self.max_terms)(needed(jaxpr), [*consts, key, *operands])
+            evaluator = Evaluator(axis, self.max_terms)
+            return evaluator(needed(jaxpr), [*consts, *jax.tree.leaves(key), *operands])
 
         key = as_key(key)
         if self.num_samples == 1:

@@ -154,7 +154,7 @@ class Evaluate(Handler):
         num_given = 0 if structure is None else structure.num_leaves
         args, leaves = args[: len(args) - num_given], args[len(args) - num_given :]
         given = {} if structure is None else jax.tree.unflatten(structure, leaves)
-        handler = Evaluate("value", self.gradients)
+        handler = dataclasses.replace(self, record="value")
         trace, terms = run_program(eqn.params["jaxpr"], args, handler, key, given)
         return jax.tree.leaves((trace, terms["log_weight"])), {"log_density": jnp.nan}
 
@@ -170,7 +170,7 @@ class Evaluate(Handler):
         first, second = params["consts"]
         operands = arrays[first + second :]
         given = [look_up(context.given, address) for address, _ in sites]
-        inside = Evaluate(None, self.gradients)
+        inside = dataclasses.replace(self, record=None)
         if all(g is None for g in given):
             outs, _, _ = interpret(params["simulate"], [*arrays[:first], *operands], inside, key)
             *values, density = outs
@@ -206,7 +206,7 @@ class Evaluate(Handler):
         self, eqn: Any, args: list[Any], context: Context
     ) -> tuple[list[Any], Records, dict[str, Any]]:
         outs, records, _ = walk_while(
-            eqn, args, dataclasses.replace(context, handler=Evaluate(None, self.gradients))
+            eqn, args, dataclasses.replace(context, handler=dataclasses.replace(self, record=None))
         )
         return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}
 
