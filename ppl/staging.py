@@ -143,38 +143,40 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _code_of(f: Any, seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
+def _code_of(f: Any, seen: frozenset[int] = frozenset(), internal: bool = True) -> tuple[Any, ...]:
     """What a callable among the parameters of an equation is made of.
 
-    Rules of custom derivatives are wrapped anew at each trace, around the same functions.
+    Rules of custom derivatives are wrapped anew at each trace, around the same functions. JAX's own wrappers
+    (``internal``) close over traces, tags and caches, others each time; what a user's rule closes over counts.
     """
     if id(f) in seen or len(seen) > 40:
         return ()
     seen = seen | {id(f)}
     if isinstance(f, types.FunctionType):
+        of_jax = str(f.__globals__.get("__name__")).split(".")[0] == "jax"
         cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
-        return (f.__code__, *(_code_of(c, seen) for c in cells))
+        return (f.__code__, *(_code_of(c, seen, of_jax) for c in cells))
     if isinstance(f, types.MethodType):
-        return (f.__func__.__code__, _code_of(f.__self__, seen))
+        return (f.__func__.__code__, _code_of(f.__self__, seen, internal))
     if type(f).__name__ == "WrappedFun":
-        return tuple(
-            _code_of(x, seen)
-            for x in (f.f, *(t[0] for t in f.transforms), *(t[1] for t in f.transforms))
-        )
+        parts = (f.f, *(t[0] for t in f.transforms), *(t[1] for t in f.transforms))
+        return tuple(_code_of(x, seen, internal) for x in parts)
     if isinstance(f, (tuple, list)):
-        return tuple(_code_of(x, seen) for x in f)
+        return tuple(_code_of(x, seen, internal) for x in f)
     if isinstance(f, (bool, int, float, str, bytes, type(None), type)):
         return (f,)
+    if isinstance(f, (jax.Array, np.ndarray)):
+        return (id(f),)
     if is_jaxpr(f):
         return (_outline(f),)
     if hasattr(f, "__wrapped__"):
-        return _code_of(f.__wrapped__, seen)
-    try:
-        # Tags and traces of JAX hash by identity, and are others at each trace.
-        by_value = not hasattr(f, "__dict__") and type(f).__hash__ is not object.__hash__
-        return (type(f), hash(f)) if by_value else (type(f),)
-    except TypeError:
+        return _code_of(f.__wrapped__, seen, internal)
+    if internal and (type(f).__hash__ is object.__hash__ or isinstance(f, dict)):
         return (type(f),)
+    try:
+        return (type(f), hash(f))
+    except TypeError:
+        return (type(f), id(f))
 
 
 def _filled(cell: Any) -> bool:

@@ -221,6 +221,32 @@ def test_second_fit_compiles_nothing() -> None:
     assert first.params["loc"] != second.params["loc"]
 
 
+def test_second_fit_of_vmapped_tasks_compiles_nothing() -> None:
+    """Rules of custom derivatives (here xlogy's) are wrapped anew under each vmap."""
+
+    @gen
+    def coins() -> None:
+        sample("y", dist.Normal(sample("on", dist.Bernoulli(0.3)), 1.0))
+
+    @gen
+    def guess(params: Any, y: Any) -> None:
+        sample("on", dist.Bernoulli(jax.nn.sigmoid(params * y)), grad=gradients.enum)
+
+    one = elbo(lambda params, y: coins().given({"y": y}), guess)
+
+    def go() -> Any:
+        def mean(key: Any, params: Any, y: Any) -> Any:
+            keys = jax.random.split(key, len(y))
+            return jnp.mean(jax.vmap(one, (0, None, 0))(keys, params, y))
+
+        return fit(KEY, mean, 0.1, optax.adam(0.01), 2, jnp.arange(3.0), progress=False)
+
+    go()
+    with counting() as count:
+        go()
+    assert count.compilations == 0
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 6, 100):
