@@ -27,15 +27,16 @@ from benchmarks.marginals import (
 from benchmarks.workloads import WORKLOADS
 
 OPERATIONS = ("log density", "gradient", "simulate")
+LAYOUTS = ("one site", "vmap", "per image", "gradients per image")
+GRADIENTS = tuple(f"bound's gradient, {layout}" for layout in LAYOUTS)
 CASES = [
     (workload, operation)
     for workload, operations in {
         "eight schools": OPERATIONS,
         "logistic regression, 10,000 rows": OPERATIONS,
         "state-space model, 8 steps unrolled": OPERATIONS,
-        "variational autoencoder": tuple(
-            f"bound's gradient, {layout}" for layout in ("one site", "vmap", "per image")
-        ),
+        "variational autoencoder": GRADIENTS,
+        "variational autoencoder, 10 latents": GRADIENTS,
     }.items()
     for operation in operations
 ]
