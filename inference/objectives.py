@@ -20,11 +20,15 @@ from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.compat import as_key
 from weft.ppl.errors import GradientError, WeftError
 from weft.ppl.gradients import with_baselines
+from weft.ppl.packing import is_traced
 
 from .importance import importance
 from .weights import check_proposal, log_ratio
 
-stop = jax.lax.stop_gradient
+
+def stop(tree: Any) -> Any:
+    """The same, of no derivative; networks hold functions beside arrays."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_traced(x) else x, tree)
 
 
 class Objective(eqx.Module):

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +168,23 @@ def test_renyi_lies_between() -> None:
     error = values.std() / np.sqrt(2_000) + abs(bias) / 10 + 1e-5
     assert abs(values.mean() - exact - bias) < 5 * error
     assert exact_elbo(PHI) < exact < dist.Normal(0.0, np.sqrt(2.0)).log_prob(Y)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [wake_phi, rws, eubo, log_variance, lambda t, g: elbo(t, g, sticking_the_landing=True)],
+)
+def test_networks_among_the_parameters(objective: Any) -> None:
+    """An activation function is a leaf, too."""
+    net = eqx.nn.MLP(1, 1, 2, 1, key=KEY)
+    amortised = gen(lambda net, y: sample("x", dist.Normal(net(y[None])[0], 1.0)))
+
+    def bound(net: Any) -> Any:
+        return objective(lambda _, y: model().given({"y": y}), amortised)(KEY, net, jnp.array(Y))
+
+    value, slope = eqx.filter_value_and_grad(bound)(net)
+    assert np.isfinite(value)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
 def test_wake_phases_at_the_posterior() -> None:
