@@ -1,6 +1,6 @@
 r"""Gradient strategies: how an expectation is differentiated through a choice.
 
-For a choice $x \sim q_\theta$ and the rest of the program $k$, each strategy gives an estimator of
+For a choice $x \sim q_\theta$ and the rest of the program $k$, each strategy but ``gumbel`` gives an estimator of
 $\nabla_\theta\, \mathbb{E}[k(x)]$ that is unbiased whatever the strategies of all other choices are (Lew et al. 2023,
 "ADEV: Sound automatic differentiation of expected values"). Strategies are values, given at a site,
 ``sample(name, d, grad=gradients.mvd)``, or from outside with ``with_gradients``; they change no law, and matter to
@@ -13,6 +13,7 @@ $\nabla_\theta\, \mathbb{E}[k(x)]$ that is unbiased whatever the strategies of a
 | `enum` | finitely many values; not in a scan | none from this choice |
 | `mvd` | a law from the list; not in a scan; derivatives of first order | low, for two runs of the rest a parameter |
 | `reweight` | a proposal that covers the law | by the weights |
+| `gumbel` | Bernoulli, or Multinomial of one trial, used by arithmetic | low, but **biased** |
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from .conjugacy import base_of
 from .errors import GradientError
+from .implicit import follow
 from .sites import Site, lane_shape
 from .surrogates import mark
 from .surrogates import with_baselines as with_baselines
@@ -48,13 +50,19 @@ class Strategy(eqx.Module):
 
 
 class Reparam(Strategy):
-    """The pathwise derivative: the draw is a differentiable function of the parameters and of noise."""
+    """The pathwise derivative: the draw is a differentiable function of the parameters and of noise.
+
+    Where its sampler is none, it follows the distribution function (mixtures on the line, von Mises).
+    """
 
     def fits(self, site: Site) -> bool:
         return site.spec.reparametrised
 
     def draw(self, site: Site, key: jax.Array) -> jax.Array:
-        return site.draw(key)
+        value = site.draw(key)
+        if not site.spec.implicit:
+            return value
+        return site.over_lanes(lambda payload, x: follow(payload["d"], x), value)
 
 
 class Learned(eqx.Module):
@@ -187,7 +195,52 @@ class Reweight(Strategy):
         return mark("reweight", site, [value, log_weight])
 
 
+class Gumbel(Strategy):
+    r"""Straight through the Gumbel-softmax relaxation (Jang, Gu and Poole 2017; Maddison et al. 2017): **biased**.
+
+    The draw is exact; its derivative is that of $\operatorname{softmax}((\log q + g) / T)$ at the same noise $g$. The
+    gradient is wrong on average, the more so the higher the temperature and the less linear the rest of the program;
+    its variance grows as the temperature falls. For Bernoulli, and for ``Multinomial(1, probs, total_count_max=1)``, a
+    categorical choice by its indicators. The draw must be used by arithmetic.
+
+    Attributes:
+        temperature: T.
+    """
+
+    temperature: Any = 0.5
+    biased = True
+
+    def __call__(self, temperature: Any = 0.5) -> Gumbel:
+        """The strategy at a temperature."""
+        return Gumbel(temperature)
+
+    def fits(self, site: Site) -> bool:
+        d = base_of(_distribution(site))
+        if isinstance(d, (dist.MultinomialProbs, dist.MultinomialLogits)):
+            return d.total_count_max == 1
+        return isinstance(d, (dist.BernoulliProbs, dist.BernoulliLogits))
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, lane_shape(site.lanes))
+
+        def one(payload: Any, key: Any) -> tuple[Any, Any]:
+            d, temperature = base_of(payload["d"]), payload["grad"].temperature
+            if isinstance(d, (dist.BernoulliProbs, dist.BernoulliLogits)):
+                logits = jnp.broadcast_to(d.logits, site.spec.shape)
+                noisy = logits + jax.random.logistic(key, logits.shape)
+                return noisy > 0, jax.nn.sigmoid(noisy / temperature)
+            logits = jnp.broadcast_to(d.logits, site.spec.shape)
+            noisy = logits + jax.random.gumbel(key, logits.shape)
+            hard = jax.nn.one_hot(jnp.argmax(noisy, -1), logits.shape[-1])
+            return hard, jax.nn.softmax(noisy / temperature)
+
+        hard, soft = site.over_lanes(one, keys)
+        value = jax.lax.stop_gradient(hard).astype(site.spec.dtype)
+        return mark("gumbel", site, [value, value + (soft - jax.lax.stop_gradient(soft))])
+
+
 reparam, score, enum, mvd, reweight = Reparam(), Score(), Enum(), Mvd(), Reweight()
+gumbel = Gumbel()
 
 
 def learned(baseline: Any, *inputs: Any) -> Learned:
@@ -226,7 +279,7 @@ def chosen(site: Site) -> Strategy:
     if not isinstance(asked, Strategy):
         raise GradientError(
             f"site {_address(site)!r}: grad={asked!r} is no gradient strategy; they are in weft.gradients: reparam, "
-            "score, enum, mvd, reweight"
+            "score, enum, mvd, reweight, gumbel"
         )
     if not asked.fits(site):
         raise GradientError(
@@ -248,7 +301,8 @@ def marked(params: Mapping[str, Any]) -> bool:
 
 def fitting(site: Site) -> list[str]:
     """The names of the strategies that a site's distribution allows."""
-    return [type(s).__name__.lower() for s in (reparam, score, enum, mvd, reweight) if s.fits(site)]
+    strategies = (reparam, score, enum, mvd, reweight, gumbel)
+    return [type(s).__name__.lower() for s in strategies if s.fits(site)]
 
 
 def _strategy(site: Site) -> Any:

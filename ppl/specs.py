@@ -15,6 +15,7 @@ import numpyro.distributions as dist
 
 from .compat import Tracer
 from .errors import ModelError
+from .implicit import is_implicit
 from .packing import Skeleton, is_number, pack
 
 
@@ -56,6 +57,7 @@ class SiteSpec:
     values: Constant | None = None
     discrete: bool = False
     reparametrised: bool = False
+    implicit: bool = False  # through its distribution function
     takes_sample_shape: bool = False
     num_distribution_arrays: int = 0
     hidden: bool = False
@@ -136,6 +138,7 @@ def _sample_spec(
             stated[attribute] = getattr(d, attribute, None)
         stated["takes_sample_shape"] = "sample_shape" in inspect.signature(d.sample).parameters
         stated["discrete"] = is_discrete(d)
+        stated["implicit"] = not stated["discrete"] and is_implicit(d)
         return jnp.asarray(d.sample(key))
 
     unsampled = ""
@@ -178,7 +181,7 @@ def _sample_spec(
             dtype = (
                 jnp.result_type(int if stated["discrete"] else float) if dtype is None else dtype
             )
-    rsample = stated.get("has_rsample")
+    differentiable = bool(stated.get("has_rsample")) or stated.get("implicit", False)
     return SiteSpec(
         name=name,
         kind="sample",
@@ -189,7 +192,8 @@ def _sample_spec(
         support=support,
         values=values,
         discrete=stated["discrete"] or not jnp.issubdtype(dtype, jnp.inexact),
-        reparametrised=bool(rsample) and jnp.issubdtype(dtype, jnp.inexact),
+        reparametrised=differentiable and jnp.issubdtype(dtype, jnp.inexact),
+        implicit=not stated.get("has_rsample") and stated.get("implicit", False),
         takes_sample_shape=stated["takes_sample_shape"],
         num_distribution_arrays=len(arrays),
         unsampled=unsampled,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from .compat import (
     open_jaxpr,
     scan_p,
     scan_sizes,
+    where_in_source,
 )
 from .errors import GradientError
 from .lifting import Unaligned, align
@@ -145,9 +147,12 @@ Places = tuple["int | None", ...]
 
 
 class Node:
-    """A value, the effects it depends on (with the places of their axes), and how it was computed."""
+    """A value, the effects it depends on (with the places of their axes), and how it was computed.
 
-    __slots__ = ("deps", "eqn", "inputs", "number", "out", "value")
+    ``relaxed`` is, of an integer that a relaxed draw determines, the same number as a float with derivatives.
+    """
+
+    __slots__ = ("deps", "eqn", "inputs", "number", "out", "relaxed", "value")
     made = itertools.count()
 
     def __init__(
@@ -157,8 +162,9 @@ class Node:
         eqn: Any = None,
         inputs: Sequence[Node] = (),
         out: int = 0,
+        relaxed: Any = None,
     ) -> None:
-        self.value, self.deps = value, deps or {}
+        self.value, self.deps, self.relaxed = value, deps or {}, relaxed
         self.eqn, self.inputs, self.out = eqn, inputs, out
         self.number = next(Node.made)
 
@@ -274,6 +280,8 @@ class Evaluator:
         """An equation in which no mark needs a tail."""
         if eqn.primitive is mark_p:
             return [self.marked(eqn, inputs)]
+        if any(n.relaxed is not None for n in inputs):
+            return self.relaxed(eqn, inputs)
         dependent = any(n.deps for n in inputs) and (self.weighs or not self.pure)
         if eqn.primitive.name in CALLS and (marked or dependent):
             return self.run(inner_jaxprs(eqn)[0], inputs, lambda outs: outs)
@@ -296,6 +304,8 @@ class Evaluator:
         draw, term, *baselines = (n.value for n in inputs)
         if self.pure and eqn.params["kind"] != "reweight":
             return Node(draw, _through(inputs, draw.ndim))
+        if eqn.params["kind"] == "gumbel":
+            return Node(draw, _through(inputs, draw.ndim), relaxed=term)
         effect = Effect(term)
         if eqn.params["kind"] == "reweight":
             effect = Effect(jnp.zeros_like(term), term)
@@ -308,6 +318,34 @@ class Evaluator:
         self.effects.append(effect)
         return Node(draw, {**_through(inputs, term.ndim), effect: tuple(range(term.ndim))})
 
+    def relaxed(self, eqn: Any, inputs: list[Node]) -> Sequence[Node]:
+        """An equation of relaxed integers: sums, products and changes of shape carry their derivatives to floats."""
+        name = eqn.primitive.name
+        if name in CALLS:
+            return self.run(inner_jaxprs(eqn)[0], inputs, lambda outs: outs)
+        data = inputs[1:] if name == "select_n" else inputs
+        if _of_a_density(
+            eqn
+        ):  # what its formula decides by the value has no part in its derivative
+            values = bind(eqn, [n.value for n in inputs])
+            return [Node(v, d) for v, d in zip(values, _spread(eqn, inputs), strict=True)]
+        if name not in CARRIES or any(n.relaxed is not None for n in inputs if n not in data):
+            raise _not_carried(eqn)
+        floats = [
+            n.value if n not in data else n.relaxed if n.relaxed is not None else 1.0 * n.value
+            for n in inputs
+        ]
+        (deps,) = _spread(eqn, inputs)
+        if name != "convert_element_type":
+            (value,) = bind(eqn, [n.value for n in inputs])
+            return [Node(value, deps, relaxed=bind(eqn, floats)[0])]
+        dtype = eqn.params["new_dtype"]
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return [Node(floats[0].astype(dtype), deps)]
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise _not_carried(eqn)
+        return [Node(inputs[0].value.astype(dtype), deps, relaxed=floats[0])]
+
     def inside(self, eqn: Any, inputs: list[Node]) -> list[Node]:
         """A scan, a branch or a checkpoint that holds score terms: their sums come out beside its results."""
         values = [n.value for n in inputs]
@@ -316,6 +354,8 @@ class Evaluator:
             inner = Evaluator(None, self.max_terms)
             inner.pure, inner.weighs = self.pure, self.weighs
             outs = inner.run(jaxpr, [Node(a) for a in args], lambda outs: outs)
+            if any(n.relaxed is not None for n in outs):
+                raise _not_carried(eqn)
             return [n.value for n in outs], _totals(inner.effects)
 
         params = eqn.params
@@ -529,6 +569,23 @@ LINEAR = frozenset(_ANY.split())
 """Equations that are linear in all their operands together."""
 LINEAR_IN = {"div": (0,), "gather": (0,), "dynamic_slice": (0,), "select_n": None}
 """And those that are in some: the places of these; None for all but the first."""
+
+
+CARRIES = LINEAR | {"mul", "select_n"}
+"""Equations through which a relaxed integer has derivatives."""
+
+
+def _of_a_density(eqn: Any) -> bool:
+    """Whether a comparison or the like stands in one of NumPyro's distributions."""
+    library = f"{os.sep}numpyro{os.sep}" in where_in_source(eqn)
+    return library and eqn.primitive.name not in CARRIES
+
+
+def _not_carried(eqn: Any) -> GradientError:
+    return GradientError(
+        f"a choice with the strategy gumbel goes as an integer into {_a(eqn)}{where_in_source(eqn)}, which has no "
+        "derivative: write it by arithmetic, such as b * x + (1 - b) * y, or take enum, mvd or score there"
+    )
 
 
 def _is_linear(node: Node) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from weft.inference import elbo, enumeration, fit, hvi, importance, iwhvi, nuts
 from weft.ppl import AddressError, DensityError, GradientError, ModelError
 
-from tests.exactly import exact_mean
+from exactly import exact_mean
 from weft import (
     block,
     condition,

@@ -328,3 +328,137 @@ def test_several_results() -> None:
     slope = jax.vmap(jax.grad(lambda k, t: expect(program)(k, t)["both"][1], argnums=1), (0, None))
     slopes = slope(jax.random.split(KEY, 20_000), 1.5)
     assert abs(slopes.mean() - 4 * 1.5) < 5 * slopes.std() / np.sqrt(len(slopes))
+
+
+# --- implicit reparametrisation, and the biased relaxation ------------------------------------------------------------
+
+
+def on_line(d: Any, f: Any, low: float, high: float) -> Any:
+    """The mean of f under a law, by the trapezium rule."""
+    x = jnp.linspace(low, high, 40_001)[1:-1]
+    return jnp.sum(jnp.exp(d.log_prob(x)) * f(x)) * (high - low) / 40_000
+
+
+IMPLICIT = {
+    "mixture of one family": (
+        lambda t: dist.MixtureSameFamily(
+            dist.Categorical(probs=jnp.stack([t, 1 - t])),
+            dist.Normal(t * jnp.array([-1.0, 2.0]), jnp.array([1.0, 0.5])),
+        ),
+        (-12.0, 12.0),
+    ),
+    "mixture of several": (
+        lambda t: dist.MixtureGeneral(
+            dist.Categorical(probs=jnp.stack([t, 1 - t])),
+            [dist.Normal(-t, 1.0), dist.Laplace(t, 0.5)],
+        ),
+        (-16.0, 16.0),
+    ),
+    "mixture of gammas": (
+        lambda t: dist.MixtureSameFamily(
+            dist.Categorical(probs=jnp.stack([t, 1 - t])),
+            dist.Gamma(jnp.array([1.5, 3.0]) + t, 1.5),
+        ),
+        (0.0, 40.0),
+    ),
+    "von Mises": (lambda t: dist.VonMises(t, 3.0 * t), (-np.pi, np.pi)),
+    "narrow von Mises": (lambda t: dist.VonMises(t, 100.0 * t), (-np.pi, np.pi)),
+    "wide von Mises": (lambda t: dist.VonMises(t, 0.1 * t), (-np.pi, np.pi)),
+    "gamma": (lambda t: dist.Gamma(t + 1.0, 1.3), (0.0, 40.0)),
+    "beta": (lambda t: dist.Beta(1.0 + t, 2.0), (0.0, 1.0)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMPLICIT)
+def test_paths_through_draws_without_derivatives(name: str) -> None:
+    """Against quadrature; the default where the sampler has no derivative, and of second order, too."""
+    make, (low, high) = IMPLICIT[name]
+    cost = lambda x: jnp.sin(x) + jnp.cos(2 * x)  # noqa: E731  (of one turn, for the circle)
+    program = lambda t: cost(sample("x", make(t)))  # noqa: E731
+    exact = lambda t: on_line(make(t), cost, low, high)  # noqa: E731
+    agree(program, THETA, exact)
+    if name in ("gamma", "beta"):  # JAX has first derivatives of these draws only
+        return
+    keys = jax.random.split(KEY, 20_000)
+    curve = jax.vmap(jax.grad(jax.grad(expect(program), argnums=1), argnums=1), (0, None))
+    found, wanted = curve(keys, THETA), jax.grad(jax.grad(exact))(THETA)
+    assert abs(found.mean() - wanted) < 5 * found.std() / np.sqrt(len(keys)) + 1e-3 * abs(wanted)
+
+
+@pytest.mark.slow
+def test_paths_through_simplexes() -> None:
+    """Dirichlet draws: the mean of the square of a weight is known."""
+    cost = lambda t: sample("x", dist.Dirichlet(t * jnp.array([1.0, 2.0, 3.0])))[0] ** 2  # noqa: E731
+    agree(cost, 1.5, lambda t: t * (t + 1) / (6 * t * (6 * t + 1)))
+
+
+def test_a_law_without_a_path_has_a_score() -> None:
+    """The distribution function of a mixture of betas has no derivative in JAX: the default is the score function."""
+
+    @gen
+    def betas() -> None:
+        components = dist.Beta(jnp.array([1.0, 2.0]), 2.0)
+        sample("x", dist.MixtureSameFamily(dist.Categorical(probs=jnp.full(2, 0.5)), components))
+
+    assert not betas().sites["x"].reparametrised
+
+
+@pytest.mark.slow
+def test_gumbel_is_the_straight_through_estimator() -> None:
+    """Its value is unbiased, its derivative that of the relaxation: by quadrature over the noise."""
+    noise = np.log(np.linspace(0, 1, 200_001)[1:-1])
+    noise = noise - np.log1p(-np.exp(noise))
+
+    def relaxed(logit: Any, temperature: float) -> Any:
+        """The mean of 2 s(b) over the noise, with the slope of the relaxed b for that of b."""
+        noisy = logit + noise
+        slope = jax.nn.sigmoid(noisy / temperature)
+        hard = noisy > 0
+        return jnp.mean((2 * hard - 0.6) * (slope - lax.stop_gradient(slope)))
+
+    keys = jax.random.split(KEY, 20_000)
+    for temperature in (0.3, 1.0):
+
+        def program(logit: Any, temperature: float = temperature) -> Any:
+            by = gradients.gumbel(temperature)
+            b = sample("b", dist.Bernoulli(logits=logit), grad=by)
+            return (jnp.array([b, b])[0].reshape(1) - 0.3)[0] ** 2
+
+        both = jax.vmap(jax.value_and_grad(expect(program), argnums=1), (0, None))(keys, 0.4)
+        p = jax.nn.sigmoid(0.4)
+        wanted = (p * 0.49 + (1 - p) * 0.09, jax.grad(relaxed)(0.4, temperature))
+        for found, exact in zip(both, wanted, strict=True):
+            assert abs(found.mean() - exact) < 5 * found.std() / np.sqrt(len(keys))
+    unbiased = 0.4 * p * (1 - p)
+    assert abs(wanted[1] - unbiased) > 0.005  # it says of itself that it is biased
+    assert gradients.gumbel.biased
+
+
+@pytest.mark.slow
+def test_gumbel_of_indicators() -> None:
+    def program(t: Any) -> Any:
+        probs = jnp.stack([t, 1 - 2 * t, t])
+        z = sample("z", dist.Multinomial(1, probs, total_count_max=1), grad=gradients.gumbel(0.5))
+        return jnp.sum(z * jnp.array([1.0, 2.0, 4.0]))
+
+    def by_hand(key: Any, t: Any) -> Any:
+        noisy = jnp.log(jnp.stack([t, 1 - 2 * t, t])) + jax.random.gumbel(key, (3,))
+        return jnp.sum(jax.nn.softmax(noisy / 0.5) * jnp.array([1.0, 2.0, 4.0]))
+
+    keys = jax.random.split(KEY, 20_000)
+    found = jax.vmap(jax.grad(expect(program), argnums=1), (0, None))(keys, 0.3)
+    wanted = jax.vmap(jax.grad(by_hand, argnums=1), (0, None))(keys, 0.3)
+    error = np.hypot(found.std(), wanted.std()) / np.sqrt(len(keys))
+    assert abs(found.mean() - wanted.mean()) < 5 * error
+
+
+def test_gumbel_where_it_has_no_derivative() -> None:
+    def compared(p: Any) -> Any:
+        b = sample("b", dist.Bernoulli(p), grad=gradients.gumbel)
+        return jnp.where(b == 1, 3.0, p)
+
+    with pytest.raises(GradientError, match=r"'eq' .*test_gradients.*arithmetic"):
+        expect(compared)(KEY, 0.3)
+    with pytest.raises(GradientError, match="gumbel does not fit Poisson"):
+        expect(lambda t: sample("n", dist.Poisson(t), grad=gradients.gumbel))(KEY, 0.3)

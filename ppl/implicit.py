@@ -1,0 +1,114 @@
+r"""Implicit reparametrisation: the path through a draw whose sampler has no derivative.
+
+A draw $x$ of a continuous law on the line with distribution function $F_\theta$ moves so that $F_\theta(x)$ stays,
+
+$$\frac{dx}{d\theta} = -\frac{\partial F_\theta(x) / \partial\theta}{p_\theta(x)}$$
+
+(Figurnov, Mohamed and Mnih 2018, equation 5). That gives mixtures, whose $F$ is the mean of their components', and the
+von Mises law, whose $F$ is an integral. Draws of gamma, beta, Dirichlet and Student laws have such derivatives in JAX
+already.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import i0e, i1e
+
+from .packing import is_number, pack
+
+
+def is_implicit(d: Any) -> bool:
+    """Whether draws can follow the parameters of a law through its distribution function."""
+    base = _elementwise(d)
+    if isinstance(base, dist.VonMises):
+        return True
+    if base is None or type(base).cdf is dist.Distribution.cdf:
+        return False
+    arrays, skeleton = pack(base, is_number)
+
+    def moved(*arrays: Any) -> Any:
+        tangents = [
+            jnp.ones_like(a)
+            if jnp.issubdtype(a.dtype, jnp.inexact)
+            else np.zeros(a.shape, jax.dtypes.float0)
+            for a in arrays
+        ]
+        x = jnp.zeros(base.batch_shape)
+        return jax.jvp(lambda *a: skeleton.unpack(a).cdf(x), arrays, tangents)
+
+    try:  # not every distribution function can be computed, or has derivatives
+        jax.eval_shape(moved, *arrays)
+    except Exception:
+        return False
+    return True
+
+
+def follow(d: Any, x: jax.Array) -> jax.Array:
+    """A draw of a law, with derivatives with respect to its parameters."""
+    base = _elementwise(d)
+    x = jax.lax.stop_gradient(x)
+    return _around_circle(base, x) if isinstance(base, dist.VonMises) else _along_cdf(base, x)
+
+
+def _elementwise(d: Any) -> Any:
+    """The law of single elements; None, if they are not independent numbers on the line."""
+    while isinstance(d, dist.Independent):
+        d = d.base_dist
+    plain = isinstance(d, dist.Distribution) and not isinstance(d, dist.MaskedDistribution)
+    return d if plain and d.event_shape == () else None
+
+
+def _along_cdf(d: Any, x: jax.Array) -> jax.Array:
+    arrays, skeleton = pack(d, is_number)
+
+    @jax.custom_jvp
+    def value(x: Any, *arrays: Any) -> Any:
+        return x
+
+    @value.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        x = value(*primals)  # moves with the parameters when it is differentiated again
+        d = skeleton.unpack(primals[1:])
+        _, moved = jax.jvp(lambda *a: skeleton.unpack(a).cdf(x), primals[1:], tangents[1:])
+        return x, -moved / jnp.exp(d.log_prob(x))
+
+    return value(x, *arrays)
+
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def _around_circle(d: dist.VonMises, x: jax.Array) -> jax.Array:
+    r"""Of a von Mises draw $x = \mu + z$, with $dx/d\mu = 1$ and $dz/d\kappa$ by quadrature."""
+    loc, concentration = d.loc, d.concentration
+    turn = 2 * math.pi
+    z = (x - jax.lax.stop_gradient(loc) + math.pi) % turn - math.pi
+    moved = _angle(z, jnp.broadcast_to(concentration, x.shape))
+    stop = jax.lax.stop_gradient
+    return x + (moved - stop(moved)) + (loc - stop(loc))
+
+
+@jax.custom_jvp
+def _angle(z: jax.Array, concentration: jax.Array) -> jax.Array:
+    return z
+
+
+@_angle.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    r"""$dz/d\kappa = \int_z^\pi (\cos t - I_1/I_0(\kappa))\, e^{\kappa (\cos t - \cos z)}\, dt$ for $z > 0$."""
+    z, kappa = _angle(*primals), primals[1]
+    size = jnp.abs(z)
+    # Twelve standard deviations further the integrand is below exp(-72) of what it is at z.
+    width = jnp.minimum(math.pi - size, 12 / jnp.sqrt(kappa))
+    t = size[..., None] + width[..., None] * (jnp.asarray(NODES, z.dtype) + 1) / 2
+    kappa = kappa[..., None]
+    mean = i1e(kappa) / i0e(kappa)
+    integrand = (jnp.cos(t) - mean) * jnp.exp(kappa * (jnp.cos(t) - jnp.cos(size[..., None])))
+    integral = jnp.sum(jnp.asarray(WEIGHTS, z.dtype) * integrand, -1) * width / 2
+    return z, jnp.sign(z) * integral * tangents[1]
