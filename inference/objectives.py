@@ -332,7 +332,8 @@ def over_auxiliary(
     if not set(target.latents) < set(guide.latents):
         return guide  # nothing to integrate out, or an error that is told with both lists
     proposal = None if reverse is None else lambda kept: reverse(kept.observed)
-    return marginal(guide, target.latents, by=importance(proposal, num_auxiliary))
+    by = importance(proposal=proposal, num_particles=num_auxiliary)
+    return marginal(guide, keep=target.latents, by=by)
 
 
 class hvi(elbo):

@@ -224,12 +224,12 @@ class Gumbel(Strategy):
         keys = jax.random.split(key, lane_shape(site.lanes))
 
         def one(payload: Any, key: Any) -> tuple[Any, Any]:
-            d, temperature = base_of(payload["d"]), payload["grad"].temperature
+            d: Any = base_of(payload["d"])
+            temperature = payload["grad"].temperature
+            logits: Any = jnp.broadcast_to(d.logits, site.spec.shape)
             if isinstance(d, (dist.BernoulliProbs, dist.BernoulliLogits)):
-                logits = jnp.broadcast_to(d.logits, site.spec.shape)
                 noisy = logits + jax.random.logistic(key, logits.shape)
                 return noisy > 0, jax.nn.sigmoid(noisy / temperature)
-            logits = jnp.broadcast_to(d.logits, site.spec.shape)
             noisy = logits + jax.random.gumbel(key, logits.shape)
             hard = jax.nn.one_hot(jnp.argmax(noisy, -1), logits.shape[-1])
             return hard, jax.nn.softmax(noisy / temperature)

@@ -84,7 +84,7 @@ def _along_cdf(d: Any, x: jax.Array) -> jax.Array:
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
-def _around_circle(d: dist.VonMises, x: jax.Array) -> jax.Array:
+def _around_circle(d: Any, x: jax.Array) -> jax.Array:
     r"""Of a von Mises draw $x = \mu + z$, with $dx/d\mu = 1$ and $dz/d\kappa$ by quadrature."""
     loc, concentration = d.loc, d.concentration
     turn = 2 * math.pi
