@@ -788,7 +788,7 @@ def _refuse_supports(name: str, target: Target) -> None:
 
 def _begin(name: str, target: Target, init: Any, key: PRNGKeyArray) -> dict[str, Array]:
     """The unconstrained elements to begin at: those of `init`, else the median of draws of the prior."""
-    space = target.unconstrain()
+    space, z = target.unconstrain(), None
     if init is not None:
         check_init(init, target, 1)
         for address, value in flatten(init).items():
@@ -799,13 +799,17 @@ def _begin(name: str, target: Target, init: Any, key: PRNGKeyArray) -> dict[str,
                 )
     given = flatten(init)
     if set(given) != set(target.latents):
-        draws = jax.vmap(space.init)(jax.random.split(key, NUM_PRIOR_DRAWS))
-        z = jax.tree.map(lambda x: jnp.nanmedian(x, 0), draws)
+        z = _median(target, jax.random.split(key, NUM_PRIOR_DRAWS))
         given = {**flatten(space.to_choices(z)), **given} if given else None
-    else:
-        z = None
     found = flatten(z if given is None else space.from_choices(unflatten(given)))
     return {a: jnp.asarray(found[a], jnp.result_type(float)) for a in target.latents}
+
+
+@eqx.filter_jit
+def _median(target: Target, keys: Array) -> Any:
+    """The median of draws of the prior, element by element on the unconstrained scale."""
+    draws = jax.vmap(target.unconstrain().init)(keys)
+    return jax.tree.map(lambda x: jnp.nanmedian(x, 0), draws)
 
 
 # --- the guides ----------------------------------------------------------------------------------
