@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
 
@@ -33,6 +34,7 @@ from .compat import (
     Literal,
     Primitive,
     ShapedArray,
+    Tracer,
     bind,
     cond_p,
     inner_jaxprs,
@@ -418,7 +420,12 @@ class Evaluator:
         if self.axis is not None:
             n = jax.lax.psum(1, self.axis)
             others = stop((jax.lax.psum(cost, self.axis) - cost) / (n - 1))
-        return _box(_total(node, "log_q")) * (cost - others) + others
+            others = jnp.where(jnp.isfinite(others), others, 0)
+        # Costs that are not finite are mostly those of a `where` that does not choose them: no score term, since zero
+        # times infinity would be its derivative.
+        finite = jnp.isfinite(cost)
+        boxed = _box(_total(node, "log_q")) * (jnp.where(finite, cost, 0) - others) + others
+        return jnp.where(finite, boxed, cost)
 
     # -- strategies that need the tail
 
@@ -594,12 +601,25 @@ def _is_linear(node: Node) -> bool:
     name, places = node.eqn.primitive.name, [i for i, n in enumerate(node.inputs) if n.deps]
     if name in LINEAR:
         return True
+    if name in ("mul", "div") and any(map(_infinite, node.inputs)):
+        return False  # guarded by a `where`, as in NumPyro's Bernoulli: its derivative must not meet a zero
     if name in ("mul", "dot_general"):
         return len(places) == 1
     if name in LINEAR_IN:
         allowed = LINEAR_IN[name] or range(1, len(node.inputs))
         return all(i in allowed for i in places)
     return False
+
+
+def _infinite(node: Node) -> bool:
+    """Whether a value is known, and holds an infinity."""
+    x = node.value
+    return (
+        not node.deps
+        and not isinstance(x, Tracer)
+        and _real(x)
+        and bool(np.any(np.isinf(np.asarray(x))))
+    )
 
 
 def _linearly(out: Node, leaf: Callable[[Node], Any], constant: Callable[[Node], Any]) -> Any:

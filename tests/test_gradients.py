@@ -462,3 +462,26 @@ def test_gumbel_where_it_has_no_derivative() -> None:
         expect(compared)(KEY, 0.3)
     with pytest.raises(GradientError, match="gumbel does not fit Poisson"):
         expect(lambda t: sample("n", dist.Poisson(t), grad=gradients.gumbel))(KEY, 0.3)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_score_of_costs_that_are_guarded(num_samples: int) -> None:
+    """NumPyro's Bernoulli multiplies by infinity in a `where` that never chooses it; so may any guard.
+
+    E[log q(z) + guarded] has the derivative s (1 - s) (l + 2) at the logit l, s its probability.
+    """
+
+    def cost(logit: Any) -> Any:
+        trace = draw(gen(lambda x: sample("z", dist.Bernoulli(logits=x)))(logit))
+        z = 1.0 * trace.value
+        guarded = jnp.where(z >= 0, 2.0 * z, jnp.log(z - 1.0))
+        return trace.log_density + guarded
+
+    logit, keys = 0.3, jax.random.split(jax.random.key(3), 4000)
+    slopes = jax.jit(jax.vmap(jax.grad(expect(cost, num_samples), argnums=1), (0, None)))(
+        keys, logit
+    )
+    s = 1 / (1 + np.exp(-logit))
+    exact = s * (1 - s) * (2.0 + logit)
+    assert np.isfinite(slopes).all()
+    assert abs(float(slopes.mean()) - exact) < 5 * float(slopes.std()) / 4000**0.5
