@@ -132,7 +132,8 @@ def fit(
         num_restarts: how many fits are made; more than one need `params` to be a function of a key.
         stop: a rule to stop early by, `plateau(window)`. Under `jit` or `vmap` the steps that are
             not made are NaN at the end of `Fit.bounds`; elsewhere it is cut there.
-        state: the state of the optimiser to go on with, from an earlier `Fit.state`.
+        state: the state of the optimiser to go on with, from an earlier fit: `fit(key, objective,
+            before.wrapped, optimizer, num_steps, state=before.state)`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -256,8 +257,9 @@ def fit(
         carry, rest = jax.tree.map(lambda x: x[restarts.best], (carry, rest))
     free, optimizer_state = start.skeleton.unpack(carry.moving)
     bounds = carry.bounds
+    wrapped = eqx.combine(free, start.rest_skeleton.unpack(rest))
     return Fit(
-        params=unwrap(eqx.combine(free, start.rest_skeleton.unpack(rest))),
+        params=unwrap(wrapped),
         bounds=bounds[: int(carry.num_done)] if concrete else bounds,
         state=optimizer_state,
         num_skipped=carry.num_skipped,
@@ -268,6 +270,7 @@ def fit(
         key=jax.random.fold_in(key, 2),
         stopped=carry.stopped,
         restarts=restarts,
+        wrapped=wrapped,
     )
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl import Program, Target
 from weft.ppl.compat import Tracer
-from weft.ppl.errors import WeftError
+from weft.ppl.errors import DensityError, WeftError
 
 from .diagnostics import khat_threshold
+from .gradient_report import GradientReport, gradient_report
 
 
 class Restarts(eqx.Module):
@@ -46,6 +47,7 @@ class Fit(eqx.Module):
         key: for `report`.
         stopped: whether it was stopped early.
         restarts: how all restarts ended, if there were several; what else is here is of the best.
+        wrapped: the parameters as `fit` takes them, to go on from.
     """
 
     params: Any
@@ -59,6 +61,7 @@ class Fit(eqx.Module):
     key: PRNGKeyArray | None = None
     stopped: Bool[Array, ""] | bool = False
     restarts: Restarts | None = None
+    wrapped: Any = None
 
     @property
     def guide(self) -> Program:
@@ -78,15 +81,27 @@ class Fit(eqx.Module):
         """
         return self._pair()[0]
 
-    def report(self, num_particles: int = 1000) -> str:
+    def report(self, num_particles: int = 1000, num_gradients: int = 200) -> str:
         """The fit in words: whether it converged, what went wrong, how far the guide can be
-        trusted.
+        trusted, and where the noise of its gradients comes from.
+
+        - The course of the bound, the steps that were skipped, an early stop, the other restarts.
+        - From weights `w = p / q` of draws of the guide: the ELBO, mean log w; the
+          importance-weighted bound, log mean w; the gap between them, which estimates KL(q || p)
+          from below, with its standard error; and the Pareto k-hat of the weights.
+        - The gradient report at the last parameters (see `gradient_report`).
 
         Args:
-            num_particles: draws of the guide for its check by importance weights (Pareto k-hat).
+            num_particles: draws of the guide for its check by importance weights.
+            num_gradients: gradients drawn for the gradient report, and as many again for each
+                choice; 0 leaves it out.
 
         Returns:
             A few lines of text.
+
+        References:
+            Burda, Grosse and Salakhutdinov (2016), equation 8, for the bound; Yao, Vehtari, Simpson
+            and Gelman (2018) for k-hat as a check of variational inference.
         """
         bounds = np.asarray(self.bounds, float)
         lines = [_course(bounds, self.minimize)]
@@ -102,7 +117,32 @@ class Fit(eqx.Module):
                 f"{skipped} of {self.bounds.size} steps were skipped: the bound or its gradient was not finite."
             )
         lines.append(self._check(num_particles))
+        if num_gradients and self.objective is not None and self.key is not None:
+            found = self.gradient_report(num_gradients)
+            lines.append(repr(found) if found.rows else "")
         return "\n".join(line for line in lines if line)
+
+    def gradient_report(self, num_samples: int = 200) -> GradientReport:
+        """Where the noise of the gradient at the last parameters comes from.
+
+        See `gradient_report`, the function.
+
+        Raises:
+            WeftError: if the fit was loaded from a file, which holds no objective.
+        """
+        if self.objective is None or self.key is None:
+            raise WeftError(
+                "this fit was loaded from a file, which holds no code: "
+                "gradient_report(key, objective, params) is there"
+            )
+        return gradient_report(
+            jax.random.fold_in(self.key, 1),
+            self.objective,
+            self.params if self.wrapped is None else self.wrapped,
+            *self.data,
+            num_samples=num_samples,
+            batch_size=self.batch_size,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write parameters, bounds and the optimiser's state to one file; `weft.inference.load`
@@ -117,13 +157,19 @@ class Fit(eqx.Module):
             "bounds": self.bounds,
             "num_skipped": self.num_skipped,
             "state": jax.tree.leaves(self.state),
+            "stopped": np.asarray(self.stopped),
+            "restarts": None
+            if self.restarts is None
+            else [self.restarts.bounds, self.restarts.errors, self.restarts.best],
         }
         write(path, "fit", tree, {"minimize": self.minimize, "batch_size": self.batch_size})
 
     @classmethod
     def from_saved(cls, saved: Any, target: Target | None = None) -> Fit:
         """The fit of a file; without its objective, hence without a guide. `state` comes as its leaves."""
-        return cls(**saved.tree, **saved.meta)
+        tree = dict(saved.tree)
+        restarts = tree.pop("restarts", None)  # files of earlier versions have none
+        return cls(**tree, **saved.meta, restarts=None if restarts is None else Restarts(*restarts))
 
     def _pair(self) -> tuple[Target, Program]:
         if not hasattr(self.objective, "at"):
@@ -145,16 +191,21 @@ class Fit(eqx.Module):
         from .importance import importance
 
         target, guide = self._pair()
-        particles = importance(guide, num_particles).run(self.key, target, progress=False)
+        try:
+            particles = importance(guide, num_particles).run(self.key, target, progress=False)
+        except DensityError as error:
+            return f"Not checked by weights: {error}."
         khat, n = float(particles.khat()), num_particles
         limit = khat_threshold(n)
         if khat < limit:
             verdict = "its draws, weighted, can be trusted: importance(fit.guide)"
         else:
             verdict = "it misses the target's tails or shape; do not trust weighted draws; take a richer guide, or nuts"
-        return (
-            f"Guide against target, by {n} weighted draws: k-hat {khat:.2f} (limit {limit:.2f}), {verdict}. "
-            f"Log evidence {float(particles.log_evidence):.4g} by importance sampling."
+        return "\n".join(
+            [
+                _bounds(np.asarray(particles.log_weights, float)),
+                f"Guide against target, by {n} weighted draws: k-hat {khat:.2f} (limit {limit:.2f}), {verdict}.",
+            ]
         )
 
     def __repr__(self) -> str:
@@ -211,6 +262,24 @@ def _course(bounds: np.ndarray, minimize: bool) -> str:
             "converged cannot be told. Run more steps, or average more draws a step (num_samples)."
         )
     return f"{text} and was level: its trend is {size}. It has converged, as far as it tells."
+
+
+def _bounds(log_w: np.ndarray) -> str:
+    """The bounds that weights give, and the gap between them."""
+    n = log_w.size
+    if not np.isfinite(log_w).all():
+        return f"{(~np.isfinite(log_w)).sum()} of {n} draws of the guide have weight zero: the ELBO is minus infinity."
+    lower = log_w.mean()
+    w = np.exp(log_w - log_w.max())
+    upper = np.log(w.mean()) + log_w.max()
+    # Delta method: log(mean w) moves by w_i / mean w - 1 for each draw.
+    own = w / w.mean() - 1
+    errors = [x.std(ddof=1) / np.sqrt(n) for x in (log_w, own, own - log_w)]
+    return (
+        f"By {n} draws of the guide: ELBO {lower:.5g} +- {errors[0]:.1g}; importance-weighted bound {upper:.5g} +- "
+        f"{errors[1]:.1g}, near the log evidence; the gap, {upper - lower:.2g} +- {errors[2]:.1g} nats, is the "
+        "divergence KL(guide || posterior) or less."
+    )
 
 
 def _spread(restarts: Restarts, minimize: bool) -> str:
