@@ -7,6 +7,8 @@ from .enumeration import enumeration as enumeration
 from .fit import fit as fit
 from .fitted import Fit as Fit
 from .fitted import Restarts as Restarts
+from .gradient_report import GradientReport as GradientReport
+from .gradient_report import gradient_report as gradient_report
 from .guides import flow as flow
 from .guides import full_rank as full_rank
 from .guides import laplace as laplace
