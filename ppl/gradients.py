@@ -121,6 +121,8 @@ class Enum(Strategy):
             listed.reshape(-1, *(1,) * value.ndim), (len(listed), *value.shape)
         )
         log_q = jax.vmap(lambda v: _own_density(site, v))(every)
+        if "where" in site.parts:  # a choice that is not made has the value that it has
+            log_q = jnp.where(_made(site, value) | (every == value), log_q, -jnp.inf)
         return mark(
             "enum", site, [value, jnp.moveaxis(log_q, 0, -1)], values=tuple(listed.tolist())
         )
@@ -320,10 +322,15 @@ def _address(site: Site) -> str:
 
 def _own_density(site: Site, value: jax.Array) -> jax.Array:
     """Log density of a draw by itself: not scaled, and zero where a mask says that it is not made."""
-    own = site.log_prob(value)
     if "where" not in site.parts:
-        return own
-    return site.over_lanes(lambda p, lp: jnp.where(p["where"], lp, 0), own)
+        return site.log_prob(value)
+    own = site.guarded().log_prob(value)
+    return jnp.where(_made(site, own), own, 0)
+
+
+def _made(site: Site, density: jax.Array) -> jax.Array:
+    """Where a mask says that a choice is made, in the shape of a density."""
+    return site.over_lanes(lambda p, lp: jnp.broadcast_to(p["where"], lp.shape), density)
 
 
 # --- measure-valued derivatives ---------------------------------------------------------------------------------------

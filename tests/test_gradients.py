@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 from weft.ppl import GradientError
 
-from weft import draw, expect, gen, gradients, sample, with_gradients
+from weft import draw, expect, gen, gradients, mask, sample, with_gradients
 
 KEY = jax.random.key(3)
 THETA = 0.6
@@ -328,6 +328,23 @@ def test_several_results() -> None:
     slope = jax.vmap(jax.grad(lambda k, t: expect(program)(k, t)["both"][1], argnums=1), (0, None))
     slopes = slope(jax.random.split(KEY, 20_000), 1.5)
     assert abs(slopes.mean() - 4 * 1.5) < 5 * slopes.std() / np.sqrt(len(slopes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [gradients.score, gradients.enum, gradients.mvd])
+def test_choices_that_a_mask_leaves_out(strategy: Any) -> None:
+    """One lane of two is idle, its parameter not a number: the others have their gradient, it has none."""
+
+    @gen
+    def coins(p: Any) -> Any:
+        probs = jnp.stack([p, jnp.nan])
+        return jax.vmap(lambda q: sample("b", dist.Bernoulli(q), grad=strategy))(probs)
+
+    def program(p: Any) -> Any:
+        trace = draw(mask(coins, {"b": jnp.array([True, False])})(p))
+        return 3.0 * trace.value[0] - trace.log_density
+
+    agree(program, 0.3, lambda p: 3 * p - p * jnp.log(p) - (1 - p) * jnp.log(1 - p))
 
 
 # --- implicit reparametrisation, and the biased relaxation ------------------------------------------------------------
