@@ -329,34 +329,32 @@ HEADER = """
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 
+@eqx.filter_jit
+def epoch(variant, key, nets, state, images):
+    """Once through the scenes. Inside `jit` a whole fit is one compiled loop, and is traced once for all epochs."""
+    size = nets.size
+    num_steps = len(images) // size.batch_size
+    objective, optimizer = over_scenes(VARIANTS[variant]), optax.adam(size.rate)
+    found = fit(key, objective, nets, optimizer, num_steps, images, size.batch_size, state=state)
+    return found.params, found.state, jnp.mean(found.bounds)
+
+
 def train(variant: str, seed: int, data: Any, size: Size, verbose: bool) -> Run:
     images, counts = data
     key = jax.random.key(seed)
-    nets, state = Networks(jax.random.fold_in(key, 0), size), None
-    objective = over_scenes(VARIANTS[variant])
-    num_steps = max(len(images) // size.batch_size, 1)
+    nets = Networks(jax.random.fold_in(key, 0), size)
+    state = optax.adam(size.rate).init(eqx.filter(nets, eqx.is_inexact_array))
     run = Run(variant, seed, nets, [], [], [])
-    for epoch in range(size.num_epochs):
-        fit_key, accuracy_key = jax.random.split(jax.random.fold_in(key, 1 + epoch))
+    for i in range(size.num_epochs):
+        fit_key, accuracy_key = jax.random.split(jax.random.fold_in(key, 1 + i))
         begin = time.perf_counter()
-        found = fit(
-            fit_key,
-            objective,
-            nets,
-            optax.adam(size.rate),
-            num_steps,
-            images,
-            min(size.batch_size, len(images)),
-            state=state,
-            progress=False,
-        )
-        nets, state = found.params, found.state
-        run.bounds.append(float(jnp.mean(found.bounds)))
+        nets, state, bound = epoch(variant, fit_key, nets, state, images)
+        run.bounds.append(float(bound))
         run.seconds.append(time.perf_counter() - begin)
         run.accuracies.append(float(accuracy(accuracy_key, nets, images, counts)))
         if verbose:
             print(
-                f"{variant}, seed {seed}, epoch {epoch}: {run.bounds[-1]:.1f}, {run.accuracies[-1]:.3f}, "
+                f"{variant}, seed {seed}, epoch {i}: {run.bounds[-1]:.1f}, {run.accuracies[-1]:.3f}, "
                 f"{run.seconds[-1]:.1f} s",
                 file=sys.stderr,
                 flush=True,
