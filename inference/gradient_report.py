@@ -274,44 +274,36 @@ def _measure(
 
     Also how many draws were finite, and the mean of the gradients.
     """
-    batches, redrawn = f.batches, f.num_addresses + (f.batches.batch_size is not None)
-    num = redrawn + 1
+    batches = f.batches
+    # What is drawn anew: nothing; each address; the batch; and all of it.
+    which = [-1, *range(f.num_addresses)]
+    other_batch = [False] * len(which)
+    if batches.batch_size is not None:
+        which, other_batch = [*which, -1], [*other_batch, True]
+    which, other_batch, num = [*which, -1], [*other_batch, False], len(which)
 
-    def at(key: PRNGKeyArray, which: Any, other_batch: Any) -> list[Array]:
-        own, other = (jax.random.fold_in(key, i) for i in (1, 2))
-        rows_key = jnp.where(other_batch, other, own)
+    def at(case: tuple[PRNGKeyArray, Any, Any]) -> list[Array]:
+        key, which, other_batch = case
+        rows_key = jax.random.fold_in(key, jnp.where(other_batch, 2, 1))
         # Each draw is the first step of an epoch of its own.
         rows = batches.take(batches.shuffle(rows_key, 0, batches.order()), 0)
         return f.code(*f.captured, jax.random.fold_in(key, 0), which, *f.params, *rows)
 
     def draw(total: Any, i: Any) -> Any:
-        key_i, fresh = (jax.random.fold_in(jax.random.fold_in(key, j), i) for j in range(2))
-        g = at(key_i, -1, False)
-
-        def apart(s: Any) -> tuple[Array, list[Array]]:
-            # Past the addresses comes the batch, and last what has all of its keys anew.
-            everything = s == num - 1
-            h = at(
-                jnp.where(everything, fresh, key_i),
-                jnp.where(s < f.num_addresses, s, -1),
-                (s >= f.num_addresses) & ~everything,
-            )
-            distance = sum(
-                (jnp.sum((a - b) ** 2) for a, b in zip(g, h, strict=True)), jnp.zeros(())
-            )
-            return distance / 2, h
-
-        distances = jax.lax.map(lambda s: apart(s)[0], jnp.arange(redrawn, dtype=jnp.int32))
-        whole, h = apart(jnp.int32(num - 1))
-        distances = jnp.append(distances, whole)
+        own, fresh = (jax.random.fold_in(jax.random.fold_in(key, j), i) for j in range(2))
+        keys = jnp.stack([own] * num + [fresh])
+        found = jax.lax.map(at, (keys, jnp.array(which, jnp.int32), jnp.array(other_batch)))
+        apart = [jnp.reshape((x[1:] - x[0]) ** 2, (num, -1)) for x in found]
+        distances = sum((jnp.sum(x, 1) for x in apart), jnp.zeros(num)) / 2
         finite = jnp.all(jnp.isfinite(distances))
         means, squares, good, mean = total
         kept = jnp.where(finite, distances, 0.0)
-        middle = [jnp.where(finite, (a + b) / 2, 0.0) for a, b in zip(g, h, strict=True)]
-        added = [m + x for m, x in zip(mean, middle, strict=True)]
+        added = [
+            m + jnp.where(finite, (x[0] + x[-1]) / 2, 0.0) for m, x in zip(mean, found, strict=True)
+        ]
         return (means + kept, squares + kept**2, good + finite, added), None
 
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(lambda: at(key, -1, False))]
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in jax.eval_shape(at, (key, jnp.int32(0), False))]
     start = (jnp.zeros(num), jnp.zeros(num), jnp.int32(0), zeros)
     (means, squares, good, mean), _ = jax.lax.scan(draw, start, jnp.arange(num_samples))
     n = jnp.maximum(good, 1)

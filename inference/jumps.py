@@ -317,8 +317,9 @@ def _switches(lines: _Lines, key: PRNGKeyArray, num_addresses: int) -> Array:
     """Whether each equation switches between the ends: `(num_addresses, NUM_LINES, equations)`."""
 
     def one(which: Any, i: Any) -> Array:
-        line = (key, which, i)
-        return _differ(lines.places, lines.at(line, 0.0)[1], lines.at(line, 1.0)[1])
+        ends = jax.lax.map(lambda t: lines.at((key, which, i), t)[1], jnp.array([0.0, 1.0]))
+        start, end = (jax.tree.map(lambda x, k=k: x[k], ends) for k in range(2))
+        return _differ(lines.places, start, end)
 
     over = jnp.arange(NUM_LINES, dtype=jnp.uint32)
     return jax.lax.map(
@@ -341,41 +342,34 @@ def _bisect(lines: _Lines, line: tuple[PRNGKeyArray, Any, Any], number: Any) -> 
     """The differences of the objective, and of what enters an equation, over intervals in which it switches."""
     _, first = lines.at(line, 0.0)
 
-    def halve(_: Any, ends: Any) -> Any:
-        low, high = ends
+    def halve(i: Any, state: Any) -> Any:
+        (low, high), coarse = state
         middle = (low + high) / 2
         switched = _differ(lines.places, first, lines.at(line, middle)[1])[number]
-        return jnp.where(switched, low, middle), jnp.where(switched, middle, high)
+        ends = (jnp.where(switched, low, middle), jnp.where(switched, middle, high))
+        return ends, jax.tree.map(lambda c, e: jnp.where(i == COARSE - 1, e, c), coarse, ends)
 
     start = (jnp.zeros(()), jnp.ones(()))
-    coarse = jax.lax.fori_loop(0, COARSE, halve, start)
-    fine = jax.lax.fori_loop(COARSE, FINE, halve, coarse)
+    fine, coarse = jax.lax.fori_loop(0, FINE, halve, (start, start))
+    values, seen = jax.lax.map(lambda t: lines.at(line, t), jnp.stack([*coarse, *fine]))
 
-    def difference(ends: Any) -> Any:
-        (a, seen_a), (b, seen_b) = (lines.at(line, t) for t in ends)
-        inputs = [
-            jnp.max(
-                jnp.stack(
-                    [
-                        jnp.max(jnp.abs(x - y), initial=0.0)
-                        for x, y in zip(seen_a[p][0], seen_b[p][0], strict=True)
-                    ]
-                )
-            )
-            for p in lines.places
-        ]
-        size = [
-            jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in seen_b[p][0]]))
-            for p in lines.places
-        ]
+    def difference(k: int) -> Any:
+        def largest(f: Callable[[Array], Array]) -> Array:
+            return jnp.stack(
+                [
+                    jnp.max(jnp.stack([jnp.max(f(x), initial=0.0) for x in seen[p][0]]))
+                    for p in lines.places
+                ]
+            )[number]
+
         return (
-            jnp.abs(a - b),
-            jnp.maximum(jnp.abs(a), jnp.abs(b)),
-            jnp.stack(inputs)[number],
-            jnp.stack(size)[number],
+            jnp.abs(values[k] - values[k + 1]),
+            jnp.max(jnp.abs(values[k : k + 2])),
+            largest(lambda x: jnp.abs(x[k] - x[k + 1])),
+            largest(lambda x: jnp.abs(x[k])),
         )
 
-    return difference(coarse), difference(fine)
+    return difference(0), difference(2)
 
 
 def _stays(coarse: float, fine: float, size: float) -> bool:
