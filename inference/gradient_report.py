@@ -235,7 +235,8 @@ def gradient_report(
     )
     jumps = find_jumps(jax.random.fold_in(key, 2), value, arrays, choices)
     rows = []
-    for i, address in enumerate([*addresses, *([BATCH] if batch_size is not None else [])]):
+    listed: list[str] = [*addresses, *([BATCH] if batch_size is not None else [])]
+    for i, address in enumerate(listed):
         choice, c = choices.get(address), float(means[i])
         share = c / variance if variance > 0 else 0.0
         rows.append(
