@@ -105,7 +105,7 @@ def jittered(params: Any, scale: float = 1.0) -> Callable[..., Any]:
         (True, 1.0)
     """
     if callable(params) and jax.tree_util.all_leaves([params]):
-        make: Callable[..., tuple[Any, Any]] = params
+        make: Any = params
 
         def made(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             guide, begin = make(*args, **kwargs)
