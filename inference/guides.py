@@ -21,7 +21,9 @@ not have. They differ in the factor:
 | `structured` | linear-Gaussian along the model's own dependences | by the model | by the model |
 | `flow` | autoregressive spline flow | `~ n (h + n) + 3 n h bins` | the same, `n` steps in sequence |
 
-Elements that a choice has in the program but that are no latent choice, since the site is observed
+A choice that is drawn so close to the border of its support that it rounds to it has lost its
+unconstrained value: in single precision an interval resolves `|z| < 15`, and scores are less exact
+near that. Elements that a choice has in the program but that are no latent choice, since the site is observed
 in part, are drawn from N(0, 1) on the unconstrained scale; the objectives leave them out.
 """
 
@@ -389,7 +391,7 @@ def low_rank(
 
     References:
         Ong, Nott and Smith (2018), "Gaussian variational approximation with a factor covariance
-        structure", section 3.
+        structure".
 
     Example:
         >>> import jax, numpyro.distributions as dist
@@ -641,7 +643,7 @@ def laplace(
 
     References:
         Tierney and Kadane (1986), "Accurate approximations for posterior moments and marginal
-        densities", section 2.
+        densities".
 
     Example:
         >>> import jax, numpyro.distributions as dist

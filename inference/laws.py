@@ -115,7 +115,7 @@ class Chain(Law):
 
     loc: Vector
     scale: Vector
-    weights: Float[Array, "T-1 R m m"]
+    weights: Float[Array, "steps R m m"]
     order: Array
 
     def steps(self, z: Vector) -> Float[Array, "T R m"]:

@@ -346,7 +346,7 @@ def test_mean_field_is_fitted_to_its_known_optimum() -> None:
 
 
 def test_low_rank_holds_a_posterior_of_low_rank() -> None:
-    """One direction is seen precisely: the covariance is I - c u u', its complement's factors are three."""
+    """Any covariance of three elements is a multiple of the identity and three factors."""
     guide, params = low_rank(REGRESSION, rank=3)
     floor = np.linalg.eigvalsh(COVARIANCE)[0] / 2
     values, vectors = np.linalg.eigh(COVARIANCE - floor * np.eye(3))
