@@ -35,6 +35,12 @@ from .objectives import wake_theta as wake_theta
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
 from .recovery import recover as recover
+from .resampling import killing as killing
+from .resampling import multinomial as multinomial
+from .resampling import residual as residual
+from .resampling import ssp as ssp
+from .resampling import stratified as stratified
+from .resampling import systematic as systematic
 from .results import Draws as Draws
 from .results import Particles as Particles
 from .starts import jittered as jittered

@@ -125,8 +125,10 @@ class Effect:
     """What draws do to the costs that depend on them.
 
     Attributes:
-        log_q: log density, for every copy along leading axes of the draw.
+        log_q: log density, for every copy along leading axes of the draw. Of the draws of a scan, for every step the
+            sum up to it.
         log_weight: the same for weights that multiply in value, too.
+        whole: of the draws of a scan, log density and log weight of all steps, which what reads several has.
         control: of mean zero, subtracted from a cost once: the baselines' part.
         learned: sum of the baselines that learn, and of their squares.
     """
@@ -135,6 +137,13 @@ class Effect:
     log_weight: Any = None
     control: Any = 0.0
     learned: tuple[Any, Any] | None = None
+    whole: tuple[Any, Any] | None = None
+
+    def sum(self, part: str) -> Any:
+        """Log density, or log weight, of all draws."""
+        if self.whole is not None:
+            return self.whole[part == "log_weight"]
+        return jnp.sum(getattr(self, part))
 
     @property
     def weighs(self) -> bool:
@@ -373,8 +382,17 @@ class Evaluator:
             carry, (ys, totals) = jax.lax.scan(
                 step, carry, xs, params["length"], params["reverse"], params["unroll"]
             )
-            outs, totals = [*carry, *ys], [jnp.sum(t) for t in totals]
-        elif eqn.primitive is cond_p:
+            # What comes out of a step depends on the steps before it.
+            so_far = [jax.lax.cumsum(t, reverse=params["reverse"]) for t in totals[:2]]
+            totals = [jnp.sum(t) for t in totals]
+            effect = Effect(*so_far, totals[2], (totals[3], totals[4]), (totals[0], totals[1]))
+            self.effects.append(effect)
+            places = [(None,)] * num_carry + [(0,)] * len(ys)
+            return [
+                Node(v, {**_through(inputs, 0), effect: p})
+                for v, p in zip([*carry, *ys], places, strict=True)
+            ]
+        if eqn.primitive is cond_p:
             branches = [lambda *a, b=b: body(b, a) for b in params["branches"]]
             outs, totals = jax.lax.switch(values[0], branches, *values[1:])
         elif "prevent_cse" in params:
@@ -517,7 +535,7 @@ class Evaluator:
 def _controlled(cost: Node, per_draw: Node, baselines: Node) -> Node:
     control: Any = 0.0
     for effect, places in per_draw.deps.items():
-        if 0 in places:
+        if 0 in places and effect.whole is None:
             other = tuple(i for i, p in enumerate(places) if p != 0)
             own = jnp.sum(effect.log_q, other)
             control = control + jnp.sum((_box(own) - 1) * stop(baselines.value))
@@ -535,7 +553,9 @@ def _total(node: Node, part: str) -> Any:
         x = getattr(effect, part)
         if x is None:
             continue
-        if x.ndim:
+        if effect.whole is not None and places == (None,):
+            x = effect.sum(part)
+        elif x.ndim:
             x = jnp.sum(x, tuple(i for i, p in enumerate(places) if p is None))
             kept = [p for p in places if p is not None]
             x = jnp.transpose(x, sorted(range(len(kept)), key=kept.__getitem__))
@@ -548,8 +568,8 @@ def _total(node: Node, part: str) -> Any:
 def _totals(effects: Sequence[Effect]) -> list[Any]:
     """Log density, log weight, control and learned baselines of all effects, summed."""
     zero = jnp.zeros(())
-    log_q = sum((jnp.sum(e.log_q) for e in effects), zero)
-    log_weight = sum((jnp.sum(e.log_weight) for e in effects if e.weighs), zero)
+    log_q = sum((e.sum("log_q") for e in effects), zero)
+    log_weight = sum((e.sum("log_weight") for e in effects if e.weighs), zero)
     control = sum((e.control for e in effects), zero)
     learned = [sum((e.learned[i] for e in effects if e.learned), zero) for i in range(2)]
     return [log_q, log_weight, control, *learned]

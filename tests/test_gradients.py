@@ -331,6 +331,46 @@ def test_several_results() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_comes_out_of_a_step_has_the_scores_of_those_before(reverse: bool) -> None:
+    """A scan's outputs against its last carry: the same gradient, less noise.
+
+    With T independent steps of one cost the score of step t multiplies T - t costs in place of T, so that the variance
+    falls to a third; some of it, which neither changes, stays.
+    """
+    num_steps = 20
+
+    def program(t: Any, gather: bool) -> Any:
+        def step(carry: Any, _: Any) -> Any:
+            x = sample("x", dist.Normal(t, 1.0), grad=gradients.score)
+            y = (x - 3.0) ** 2 + 0.1 * x * carry[1]
+            return (carry[0] + y, x), y
+
+        zero = (0.0 * t, 0.0 * t)
+        carry, ys = lax.scan(step, zero, None, length=num_steps, reverse=reverse)
+        return jnp.sum(ys) if gather else carry[0]
+
+    def mean(t: Any) -> Any:
+        return num_steps * ((t - 3.0) ** 2 + 1.0) + 0.1 * (num_steps - 1) * t**2
+
+    apart = agree(lambda t: program(t, True), THETA, mean)
+    together = agree(lambda t: program(t, False), THETA, mean)
+    assert apart < 0.7 * together
+    agree(lambda t: program(t, True) * program_of_lasts(t), THETA, lambda t: mean(t) * t**2)
+
+
+def program_of_lasts(t: Any) -> Any:
+    """Draws of another scan, read out of their order."""
+
+    def step(carry: Any, _: Any) -> Any:
+        x = sample("z", dist.Normal(t, 1.0), grad=gradients.score)
+        return carry, x
+
+    _, xs = lax.scan(step, 0.0, None, length=4)
+    return xs[::-1][0] * xs[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [gradients.score, gradients.enum, gradients.mvd])
 def test_choices_that_a_mask_leaves_out(strategy: Any) -> None:
     """One lane of two is idle, its parameter not a number: the others have their gradient, it has none."""

@@ -1,0 +1,79 @@
+"""Resampling schemes: unbiased counts and the bounds that they promise.
+
+Means over 4,000 keys at 5 standard errors, some 100 comparisons: a run in 15,000 would fail by chance; keys are fixed.
+"""
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from weft.inference import resampling
+
+SCHEMES = ["systematic", "stratified", "multinomial", "residual", "killing", "ssp"]
+WEIGHTS = {
+    "uneven": np.array([0.5, 0.23, 0.12, 0.1, 0.03, 0.02]),
+    "whole": np.array([0.5, 0.0, 0.25, 0.25]),
+    "one": np.array([0.0, 1.0, 0.0]),
+    "even": np.full(5, 0.2),
+}
+
+
+def counts(scheme: str, weights: np.ndarray, num: int, num_keys: int = 4000) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(1), num_keys)
+    draw = jax.jit(
+        jax.vmap(lambda k: getattr(resampling, scheme)(k, jnp.log(jnp.asarray(weights)), num))
+    )
+    found = np.asarray(draw(keys))
+    assert found.shape == (num_keys, num)
+    assert np.all(np.diff(found, axis=1) >= 0)
+    return np.stack([(found == i).sum(1) for i in range(len(weights))], 1)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_counts_are_unbiased(scheme: str, weights: str) -> None:
+    w = WEIGHTS[weights]
+    for num in (len(w),) if scheme == "killing" else (len(w), 7):
+        found = counts(scheme, w, num)
+        error = found.std(0) / np.sqrt(len(found)) + 1e-6
+        assert np.all(np.abs(found.mean(0) - num * w) < 5 * error), (found.mean(0), num * w)
+
+
+def test_variances_of_counts() -> None:
+    """Independent draws have the binomial variance; the others less."""
+    w = WEIGHTS["uneven"]
+    spread = {s: counts(s, w, 6).var(0).sum() for s in SCHEMES}
+    binomial = np.sum(6 * w * (1 - w))
+    assert abs(spread["multinomial"] / binomial - 1) < 0.1  # 4,000 keys: 5 standard errors are .09
+    for scheme in ("systematic", "stratified", "residual", "ssp"):
+        assert spread[scheme] < 0.8 * binomial
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-8.0, 3.0), min_size=20, max_size=20), st.integers(0, 10_000))
+def test_bounds_of_counts(log_weights: list[float], seed: int) -> None:
+    """Within one of n W for systematic and ssp, within two for stratified, the whole part for residual."""
+    log_w = jnp.asarray(log_weights)
+    expected = 20 * np.asarray(jax.nn.softmax(log_w), float)
+    slack = 1e-4  # of cumulated weights in single precision
+    for scheme, bound in (("systematic", 1.0), ("ssp", 1.0), ("stratified", 2.0)):
+        found = getattr(resampling, scheme)(jax.random.key(seed), log_w, 20)
+        count = np.bincount(np.asarray(found), minlength=20)
+        assert np.all(np.abs(count - expected) < bound + slack), scheme
+    found = resampling.residual(jax.random.key(seed), log_w, 20)
+    assert np.all(np.bincount(np.asarray(found), minlength=20) >= np.floor(expected - slack))
+
+
+def test_a_weight_of_zero_has_no_offspring() -> None:
+    log_w = jnp.array([-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf])
+    for scheme in SCHEMES:
+        for seed in range(50):
+            found = getattr(resampling, scheme)(jax.random.key(seed), log_w, 5)
+            assert set(np.asarray(found).tolist()) <= {1, 3}, scheme
+
+
+def test_killing_keeps_places() -> None:
+    with pytest.raises(ValueError, match="5 cannot become 3"):
+        resampling.killing(jax.random.key(0), jnp.zeros(5), 3)
