@@ -133,7 +133,7 @@ def log_ratio(
     choices = trace.choices if choices is None else choices
     if target.program.estimated:
         raise DensityError(
-            f"the density of {target.program.name!r} is estimated, and choices of it may be idle (in a branch, masked): "
+            f"the density of {target.program.name!r} is estimated, and choices of it may be idle (branches, masks): "
             "weights of such a target are not known yet"
         )
     against, log_p = target.generate(jax.random.key(0), choices)  # nothing is left to draw

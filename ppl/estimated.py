@@ -18,7 +18,7 @@ make choices:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -41,6 +41,7 @@ from .structure import SiteInfo
 from .targets import Target
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """An algorithm that can be run inside a program."""
 

@@ -261,7 +261,7 @@ def _check_support(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, 
             )
 
 
-def _over_events(reduce: Any, flags: np.ndarray, info: SiteInfo) -> np.ndarray:
+def _over_events(reduce: Any, flags: Any, info: SiteInfo) -> Any:
     return reduce(flags, axis=tuple(range(len(info.batch_shape), flags.ndim)))
 
 
