@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weft.ppl.gradients import Reparam, Score
+from weft.ppl.gradients import Enum, Reparam, Score
 from weft.ppl.sensitivity import Choice
 
 NOTICED = 0.1
@@ -32,7 +32,7 @@ def advice(choice: Choice | None, share: float, jumps: bool, objective: Any) -> 
     strategy = choice.strategy
     if jumps:
         others = _listed(choice, ("enum", "mvd", "score"))
-        return f"its gradient is biased by the jump: take {others}, or smooth the jump"
+        return f"take {others} in its place, or smooth the jump"
     if getattr(strategy, "biased", False):
         others = _listed(choice, ("enum", "mvd", "score"))
         return f"its gradient is biased by construction: check the fit by {others}"
@@ -40,14 +40,13 @@ def advice(choice: Choice | None, share: float, jumps: bool, objective: Any) -> 
         return ""
     possible = [name for name in choice.fits if not (choice.in_loop and name in ("enum", "mvd"))]
     if isinstance(strategy, Reparam):
-        return (
-            "" if num_samples is None or share < 0.5 else "average more draws a step: num_samples"
-        )
+        if share >= MOSTLY and not getattr(objective, "sticking_the_landing", True):
+            return "take sticking_the_landing=True, if the guide can come near the posterior"
+        return ""
+    more = "average more draws a step: num_samples"
+    if isinstance(strategy, Enum):  # of several copies one at a time, the others at their draws
+        return more
     if "enum" in possible and choice.num_values is not None and choice.num_values <= FEW:
-        if (
-            type(strategy).__name__ == "Enum"
-        ):  # several copies: one at a time, the others at their draws
-            return "average more draws a step: num_samples"
         return f"take gradients.enum: the sum over its {choice.num_values} values has no noise of this choice"
     if isinstance(strategy, Score):
         if "reparam" in possible:
@@ -56,7 +55,7 @@ def advice(choice: Choice | None, share: float, jumps: bool, objective: Any) -> 
             return "take gradients.mvd: two more runs of the rest for each parameter, and far less noise"
         if strategy.baseline is None and num_samples in (None, 1):
             return "give it a baseline: num_samples of 2 or more, or gradients.score(baseline=gradients.learned(...))"
-    return "average more draws a step: num_samples"
+    return more
 
 
 def _listed(choice: Choice, names: tuple[str, ...]) -> str:

@@ -55,7 +55,8 @@ class Row:
         strategy: name of its gradient strategy.
         size: number of scalars.
         variance: `C_s`, and `error` its standard error.
-        share: `C_s / V`.
+        share: `C_s / V`, and `share_error` the standard error of this ratio, or a bit more: both
+            are estimated.
         signal_to_noise: `||E g||^2 / C_s`; infinite where it contributes nothing.
         jumps: where the objective jumps along its reparametrised draw.
         suggestion: what may help, in words; empty if nothing need be done.
@@ -67,6 +68,7 @@ class Row:
     variance: float
     error: float
     share: float
+    share_error: float
     signal_to_noise: float
     jumps: tuple[Jump, ...]
     suggestion: str
@@ -121,7 +123,7 @@ class GradientReport(Printed):
                     r.strategy,
                     str(r.size),
                     f"{r.variance:.3g} +- {r.error:.1g}",
-                    f"{r.share:.0%}",
+                    f"{r.share:.0%} +- {r.share_error:.0%}",
                     f"{r.signal_to_noise:.2g}",
                 ]
                 for r in self.rows
@@ -247,6 +249,7 @@ def gradient_report(
                 c,
                 float(errors[i]),
                 share,
+                share * float(np.hypot(errors[i] / c, errors[-1] / variance)) if share > 0 else 0.0,
                 _ratio(signal, c),
                 jumps.get(address, ()),
                 advice(choice, share, bool(jumps.get(address)), objective),

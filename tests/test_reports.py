@@ -239,7 +239,7 @@ JUMPS = {
 def test_jumps_are_found(name: str) -> None:
     report = of(JUMPS[name], 0.5, 20)
     assert report["x"].jumps
-    assert "biased by the jump" in report["x"].suggestion
+    assert "smooth the jump" in report["x"].suggestion
     assert all("test_reports.py" in jump.where for jump in report["x"].jumps)
 
 
@@ -351,6 +351,17 @@ SUGGESTIONS = {
 @pytest.mark.parametrize("words", SUGGESTIONS)
 def test_suggestions(words: str) -> None:
     assert words in of(SUGGESTIONS[words], 0.3, 50)["z"].suggestion
+
+
+def test_a_biased_strategy_says_so() -> None:
+    report = of(counted(lambda m: dist.Bernoulli(logits=m), grad=gradients.gumbel(0.5)), 0.3, 50)
+    assert "biased by construction" in report["z"].suggestion
+    assert "gradients.enum" in report["z"].suggestion
+
+
+def test_sticking_the_landing_is_suggested() -> None:
+    objective = elbo(model().given({"y": 2.0}), guide)
+    assert "sticking_the_landing" in gradient_report(KEY, objective, PARAMS)["mu"].suggestion
 
 
 def test_in_a_scan_no_tail_is_suggested() -> None:
