@@ -22,6 +22,7 @@ from weft.ppl.compat import Tracer, as_key
 from weft.ppl.errors import AddressError, WeftError
 
 from . import diagnostics, export, record, storage
+from .resampling import systematic
 from .summary import Summary, summarise_draws, summarise_particles
 
 _PRINTED = 5_000_000  # numbers that printing summarises: some seconds
@@ -308,7 +309,7 @@ class Particles(eqx.Module):
                     f"resample: the largest log weight is {largest}, no particle can be drawn by them"
                 )
         count = self.num_particles if num_samples is None else num_samples
-        chosen = _systematic(as_key(key), self.log_weights, count)
+        chosen = _shuffled(as_key(key), self.log_weights, count)
         evidence = self.log_evidence
         if evidence is None:
             evidence = jax.nn.logsumexp(self.log_weights) - jnp.log(self.num_particles)
@@ -441,15 +442,10 @@ class Particles(eqx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _systematic(key: PRNGKeyArray, log_weights: Array, count: int) -> Int[Array, " count"]:
+def _shuffled(key: PRNGKeyArray, log_weights: Array, count: int) -> Int[Array, " count"]:
     """Indices of a systematic resampling, shuffled."""
-    shift, shuffle = jax.random.split(key)
-    heaps = jnp.cumsum(jax.nn.softmax(log_weights))
-    at = (jax.random.uniform(shift, (), heaps.dtype) + jnp.arange(count)) / count * heaps[-1]
-    at = jnp.minimum(
-        at, jnp.nextafter(heaps[-1], 0)
-    )  # rounding must not pass the last positive weight
-    return jax.random.permutation(shuffle, jnp.searchsorted(heaps, at, side="right"))
+    draw, shuffle = jax.random.split(key)
+    return jax.random.permutation(shuffle, systematic(draw, log_weights, count))
 
 
 def _lookup(address: str, *trees: dict[str, Any]) -> Any:
