@@ -21,7 +21,7 @@ from weft.ppl.staging import stage
 
 from .fitted import Fit as Fit
 from .fitted import Restarts as Restarts
-from .minibatches import Minibatches
+from .minibatches import Minibatches, warn_unscaled
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
 from .parameters import unwrap
@@ -126,8 +126,9 @@ def fit(
         data: arrays (or pytrees of them) that share their leading axis, handed to the objective
             after the parameters.
         batch_size: rows of the data in a step, drawn without replacement in epochs of `N //
-            batch_size` steps; all rows if `None`. The objective scales what it sees: `scale(model,
-            {"row": N / batch_size})`.
+            batch_size` steps; all rows if `None`. The target scales what it sees: `scale(model,
+            {"row": N / batch_size})`; one that does not, and has choices that all rows share, is
+            warned of.
         minimize: whether the objective is a loss.
         num_restarts: how many fits are made; more than one need `params` to be a function of a key.
         stop: a rule to stop early by, `plateau(window)`. Under `jit` or `vmap` the steps that are
@@ -179,6 +180,7 @@ def fit(
     check = getattr(objective, "check", None)
     if check is not None:
         check(start.params(0), *batches.example())
+        warn_unscaled(objective, start.params(0), batches)
     step = _step(objective, optimizer, start, batches, minimize)
     code, captured = stage(
         step, [start.keys[0], *start.moving[0], *start.rest[0], *batches.example_arrays()]

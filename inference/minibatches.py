@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
+from weft.ppl.compat import inner_jaxprs, open_jaxpr
 from weft.ppl.errors import WeftError
 from weft.ppl.packing import Skeleton, pack
+from weft.ppl.sites import site_p
 
 
 class Minibatches(eqx.Module):
@@ -101,3 +104,38 @@ class Minibatches(eqx.Module):
         position = jnp.asarray(step) % (self.num_rows // self.batch_size)
         rows = jax.lax.dynamic_slice_in_dim(order, position * self.batch_size, self.batch_size)
         return [x[rows] for x in self.arrays]
+
+
+def warn_unscaled(objective: Any, params: Any, batches: Minibatches) -> None:
+    """Warn of a target of minibatches that counts a batch as if it were all of the data.
+
+    That is right where every choice belongs to a row; with a choice that all rows share, the data
+    must be scaled up against its prior.
+    """
+    n, b = batches.num_rows, batches.batch_size
+    if b is None or b == n or not hasattr(objective, "at"):
+        return
+    target, _ = objective.at(params, *batches.example())
+    shared = [a for a in target.latents if b not in target.sites[a].shape]
+    rows = [a for a, s in target.sites.items() if a in target.data and b in s.shape]
+    weighed = any(s.kind == "factor" for s in target.sites.values())
+    if shared and rows and not weighed and not _scales(target.program.code()[0].jaxpr):
+        axes = [a.name for a in target.sites[rows[0]].axes if a.size == b and a.name]
+        axis = axes[0] if axes else "row"
+        warnings.warn(
+            f"fit: the target counts {b} of {n} rows, while {', '.join(map(repr, shared))} belong to all of them: its "
+            f"bound is not that of the data. Scale the model: scale(model, {{{axis!r}: {n} / {b}}})",
+            stacklevel=3,
+        )
+
+
+def _scales(jaxpr: Any) -> bool:
+    """Whether a site of a program is scaled."""
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if eqn.primitive is site_p:
+            skeleton = eqn.params["skeleton"]
+            if skeleton.unpack([0.0] * skeleton.num_arrays).get("scale") is not None:
+                return True
+        elif eqn.params.get("scaled") or any(map(_scales, inner_jaxprs(eqn))):
+            return True
+    return False

@@ -588,6 +588,42 @@ def test_a_scaled_minibatch_has_the_same_mean() -> None:
     assert "minibatches: not checked" in found.report()
 
 
+def test_a_target_that_is_not_scaled_is_warned_of() -> None:
+    """Unless every choice belongs to a row, where a constant factor is all that is missing."""
+
+    @gen
+    def rows(x: Any, shared: bool) -> None:
+        mu = sample("mu", dist.Normal(0.0, 1.0)) if shared else 0.0
+
+        def row(x: Any) -> None:
+            z = 0.0 if shared else sample("z", dist.Normal(0.0, 1.0))
+            sample("y", dist.Normal(mu + z + 0.0 * x, 1.0))
+
+        jax.vmap(row, axis_name="row")(x)
+
+    @gen
+    def one(params: Any, x: Any) -> None:
+        sample("mu", dist.Normal(params, 1.0))
+
+    @gen
+    def each(params: Any, x: Any) -> None:
+        jax.vmap(lambda _: sample("z", dist.Normal(params, 1.0)), axis_name="row")(x)
+
+    data = jnp.arange(6.0)
+    settings = {"data": data, "batch_size": 2, "progress": False}
+    bare = elbo(lambda params, x: rows(x, True).given({"y": x}), one)
+    with pytest.warns(UserWarning, match=r"counts 2 of 6 rows, while 'mu'.*\{'row': 6 / 2\}"):
+        fit(KEY, bare, 0.0, optax.adam(0.1), 2, **settings)
+    fit(
+        KEY,
+        elbo(lambda params, x: rows(x, False).given({"y": x}), each),
+        0.0,
+        optax.adam(0.1),
+        2,
+        **settings,
+    )
+
+
 def test_data_that_cannot_be_batched() -> None:
     objective = lambda key, params, *batch: params  # noqa: E731
     with pytest.raises(WeftError, match=r"share their leading axis, got shapes \[\(3,\), \(4,\)\]"):
