@@ -383,9 +383,10 @@ class Evaluator:
                 step, carry, xs, params["length"], params["reverse"], params["unroll"]
             )
             # What comes out of a step depends on the steps before it.
-            so_far = [jax.lax.cumsum(t, reverse=params["reverse"]) for t in totals[:2]]
+            log_q, log_weight = (jax.lax.cumsum(t, reverse=params["reverse"]) for t in totals[:2])
             totals = [jnp.sum(t) for t in totals]
-            effect = Effect(*so_far, totals[2], (totals[3], totals[4]), (totals[0], totals[1]))
+            whole, learned = (totals[0], totals[1]), (totals[3], totals[4])
+            effect = Effect(log_q, log_weight, totals[2], learned, whole)
             self.effects.append(effect)
             places = [(None,)] * num_carry + [(0,)] * len(ys)
             return [
