@@ -67,17 +67,17 @@ class Size:
         num_scenes, num_epochs, batch_size, rate: of the training.
     """
 
-    canvas: int = 24
+    canvas: int = 32
     window: int = 8
     what: int = 6
     memory: int = 64
     encoder: tuple[int, ...] = (64,)
     decoder: tuple[int, ...] = (64,)
-    scale: float = 3.0
+    scale: float = 4.0
     spread: float = 0.1
     noise: float = 0.15
     num_scenes: int = 4_000
-    num_epochs: int = 40
+    num_epochs: int = 50
     batch_size: int = 64
     rate: float = 1e-3
 
@@ -90,6 +90,7 @@ FULL = Size(
     memory=256,
     encoder=(200,),
     decoder=(200,),
+    scale=3.0,
     spread=0.2,
     noise=0.3,
     num_scenes=60_000,
@@ -132,7 +133,7 @@ def cut(scene, where, num_to):
 # %% [markdown]
 # ## The scenes
 #
-# Digits are those of scikit-learn, 8 x 8 pixels, one third of the scene wide and put anywhere. A scene is drawn again
+# Digits are those of scikit-learn, 8 x 8 pixels, a quarter of the scene wide and put anywhere. A scene is drawn again
 # until its digits do not overlap.
 
 
