@@ -20,6 +20,8 @@ from weft.ppl import DensityError, ModelError, ObservationError, Program
 
 from weft import gen, repeat, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 # --- the table ------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,8 @@ from weft.ppl.errors import AddressError, DensityError, WeftError
 from programs import quick_compilation
 from weft import gen, gradients, observed, repeat, sample, with_gradients
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 BAND = 5.0
 KEY = jax.random.key(0)
 GUIDES = {

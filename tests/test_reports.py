@@ -33,6 +33,8 @@ from weft.ppl.errors import WeftError
 
 from weft import expect, gen, gradients, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 KEY = jax.random.key(0)
 BAND = 5.5
 

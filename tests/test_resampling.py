@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from weft.inference import resampling
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 SCHEMES = ["systematic", "stratified", "multinomial", "residual", "killing", "ssp"]
 WEIGHTS = {
     "uneven": np.array([0.5, 0.23, 0.12, 0.1, 0.03, 0.02]),
