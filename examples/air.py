@@ -67,17 +67,17 @@ class Size:
         num_scenes, num_epochs, batch_size, rate: of the training.
     """
 
-    canvas: int = 32
+    canvas: int = 28
     window: int = 8
     what: int = 6
     memory: int = 64
     encoder: tuple[int, ...] = (64,)
     decoder: tuple[int, ...] = (64,)
-    scale: float = 4.0
+    scale: float = 3.5
     spread: float = 0.1
-    noise: float = 0.15
+    noise: float = 0.2
     num_scenes: int = 4_000
-    num_epochs: int = 50
+    num_epochs: int = 40
     batch_size: int = 64
     rate: float = 1e-3
 
@@ -133,7 +133,7 @@ def cut(scene, where, num_to):
 # %% [markdown]
 # ## The scenes
 #
-# Digits are those of scikit-learn, 8 x 8 pixels, a quarter of the scene wide and put anywhere. A scene is drawn again
+# Digits are those of scikit-learn, 8 x 8 pixels, two sevenths of the scene wide and put anywhere. A scene is drawn again
 # until its digits do not overlap.
 
 
