@@ -53,6 +53,8 @@ bench: $(VENV)/.test  ## accuracy against references; cost against hand-written 
 	$(BIN)/python benchmarks/costs.py --times 9
 	$(BIN)/python benchmarks/nuts.py
 	$(BIN)/python benchmarks/marginals.py --times 5
+	$(BIN)/python benchmarks/variational.py
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/posteriors.py
 
 lanes:  ## the tests on every supported line of Python and JAX found on this machine
