@@ -32,7 +32,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,8 +133,8 @@ def cut(scene, where, num_to):
 # %% [markdown]
 # ## The scenes
 #
-# Digits are those of scikit-learn, 8 x 8 pixels, two sevenths of the scene wide and put anywhere. A scene is drawn again
-# until its digits do not overlap.
+# Digits are those of scikit-learn, 8 x 8 pixels, two sevenths of the scene wide and put anywhere. A scene is drawn
+# again until its digits do not overlap.
 
 
 # %%
@@ -430,13 +430,17 @@ def main(args: list[str]) -> None:
     parser.add_argument("--full", action="store_true", help="the published size: for a GPU")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--scenes", type=int)
+    parser.add_argument("--canvas", type=int, help="pixels along a side; objects stay as large")
     options = parser.parse_args(args)
     variants = list(VARIANTS) if options.all else options.variants or ["mvd"]
     if unknown := [v for v in variants if v not in VARIANTS]:
         parser.error(f"no variant {unknown[0]!r}: take {', '.join(VARIANTS)}")
     size = FULL if options.full else REDUCED
     changes = {"num_epochs": options.epochs or (12 if FAST else None), "num_scenes": options.scenes}
-    size = Size(**{**vars(size), **{n: v for n, v in changes.items() if v}})
+    size = replace(size, **{n: v for n, v in changes.items() if v})
+    if options.canvas:
+        scale = size.scale * options.canvas / size.canvas
+        size = replace(size, canvas=options.canvas, scale=scale)
     data = scenes(jax.random.key(681307), size)
     runs = []
     print(HEADER, flush=True)

@@ -7,7 +7,7 @@ python examples/data/make_digits.py
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports] (no dependency of Weft)
+from sklearn.datasets import load_digits
 
 found = load_digits()
 np.savez_compressed(
