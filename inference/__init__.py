@@ -4,6 +4,7 @@ from . import kernels as kernels
 from .algorithm import Algorithm as Algorithm
 from .algorithm import State as State
 from .enumeration import enumeration as enumeration
+from .feynman_kac import FeynmanKac as FeynmanKac
 from .fit import fit as fit
 from .fitted import Fit as Fit
 from .fitted import Restarts as Restarts
@@ -43,6 +44,8 @@ from .resampling import stratified as stratified
 from .resampling import systematic as systematic
 from .results import Draws as Draws
 from .results import Particles as Particles
+from .smc import SequentialParticles as SequentialParticles
+from .smc import smc as smc
 from .starts import jittered as jittered
 from .stopping import plateau as plateau
 from .storage import load as load

@@ -115,8 +115,8 @@ class Objective(eqx.Module):
         trace = guide.simulate(key)
         found = []
         for what, terms in (
-            ("target", target.log_densities(trace.choices)),
-            ("guide", guide.log_densities(trace.choices)),
+            ("target", target.log_densities(trace.choices, key=key)),
+            ("guide", guide.log_densities(trace.choices, key=key)),
         ):
             for address, term in flatten(terms).items():
                 term = np.asarray(term)

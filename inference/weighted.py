@@ -80,7 +80,7 @@ def particles(
         done = int(state.iteration) * min(batch_size, log_weights.size)
         if done < log_weights.size:  # interrupted
             points, log_weights = jax.tree.map(lambda x: x[:done], (points, log_weights))
-        _check(algorithm, points, np.asarray(log_weights), target)
+        _check(algorithm, points, np.asarray(log_weights), target, state.key)
     number = log_weights.shape[0]
     total = logsumexp(log_weights)
     log_evidence = total if exact else total - jnp.log(number)
@@ -100,13 +100,19 @@ def particles(
     )
 
 
-def _check(algorithm: Algorithm, points: Record, log_weights: np.ndarray, target: Target) -> None:
+def _check(
+    algorithm: Algorithm,
+    points: Record,
+    log_weights: np.ndarray,
+    target: Target,
+    key: PRNGKeyArray,
+) -> None:
     name = type(algorithm).__name__
     bad = np.isnan(log_weights) | (log_weights == np.inf)
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         choices = unflatten({a: v[first] for a, v in points["choices"].items()})
-        terms = flatten(target.log_densities(choices))
+        terms = flatten(target.log_densities(choices, key=key))
         sites = [a for a, t in terms.items() if (np.isnan(t) | (np.asarray(t) == np.inf)).any()]
         where = ", ".join(repr(a) for a in sites)
         raise DensityError(

@@ -1,0 +1,36 @@
+r"""Feynman-Kac models: what sequential Monte Carlo samples.
+
+A Markov chain and a weight for each of its states: with `M_t` the law of a step and `G_t` the
+potential, the target after `t` steps is
+
+    Q_t(x_0, ..., x_t) = 1/Z_t M_0(x_0) G_0(x_0) prod_{s=1..t} M_s(x_s | x_{s-1}) G_s(x_{s-1}, x_s).
+
+Filtering, tempering and much else are such models (Del Moral 2004; Chopin and Papaspiliopoulos
+2020, chapter 5). A model is any object with the members of `FeynmanKac`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+@runtime_checkable
+class FeynmanKac(Protocol):
+    """What a model states, for one particle, any pytree of arrays. `smc` has an example."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of potentials: `init` gives the first, `step` the others."""
+        ...
+
+    def init(self, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
+        """A first particle, and the logarithm of its potential."""
+        ...
+
+    def step(
+        self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any
+    ) -> tuple[Any, Float[Array, ""]]:
+        """The particle at time `t`, 1 at first, from the one before; and the logarithm of its potential."""
+        ...

@@ -1,0 +1,148 @@
+"""Sequential Monte Carlo against Kalman filters: evidence, filter means, the variance of one run, and errors.
+
+Bands are five standard errors of independent replicates; keys are fixed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from weft.inference import multinomial, smc, ssp, stratified
+from weft.ppl import DensityError, ModelError, WeftError
+
+from weft import gen, sample
+
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+KEY = jax.random.key(2)
+CASE = json.loads((Path(__file__).parent / "refcases" / "ssm" / "lgssm_dim1.json").read_text())
+Y = jnp.asarray(CASE["y"]).ravel()
+
+
+class Linear(eqx.Module):
+    """The bootstrap model of a linear-Gaussian series."""
+
+    y: jax.Array
+    num_steps: int = eqx.field(static=True)
+
+    def number(self, name: str) -> float:
+        return float(np.ravel(CASE["params"][name])[0])
+
+    def init(self, key: Any) -> Any:
+        p = self.number
+        return self.weigh(0, p("m0") + p("P0") ** 0.5 * jax.random.normal(key))
+
+    def step(self, key: Any, t: Any, x: Any) -> Any:
+        p = self.number
+        return self.weigh(t, p("A") * x + p("b") + p("Q") ** 0.5 * jax.random.normal(key))
+
+    def weigh(self, t: Any, x: Any) -> Any:
+        p = self.number
+        return x, dist.Normal(p("C") * x + p("d"), p("R") ** 0.5).log_prob(self.y[t])
+
+
+def series(num_steps: int) -> Linear:
+    return Linear(Y[:num_steps], num_steps)
+
+
+def replicates(algorithm: Any, num: int, key: Any = KEY) -> Any:
+    run = jax.jit(jax.vmap(lambda k: algorithm.run(k, progress=False)))
+    return run(jax.random.split(key, num))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scheme", [multinomial, stratified, ssp])
+def test_the_evidence_is_unbiased(scheme: Any, threshold: float) -> None:
+    runs = replicates(smc(series(6), 50, resample=scheme, threshold=threshold), 1000)
+    ratio = np.exp(np.asarray(runs.log_evidence) - sum(CASE["log_likelihood_increments"][:6]))
+    assert abs(ratio.mean() - 1) < 5 * ratio.std() / np.sqrt(ratio.size)
+    increments = np.asarray(runs.path.log_increments)
+    np.testing.assert_allclose(increments.sum(1), runs.log_evidence, rtol=1e-4)
+    assert bool(np.any(runs.path.resampled)) == (threshold > 0)
+
+
+def test_filter_means() -> None:
+    runs = replicates(smc(series(30), 500), 40)
+    means = np.asarray(runs.path.collected["mean"])
+    exact = np.ravel(CASE["filter_mean"])[:30]
+    error = means.std(0) / np.sqrt(40)
+    # The bias of a ratio of estimates is of order 1/N, a 500th of the posterior's spread.
+    bias = np.sqrt(np.ravel(CASE["filter_cov"])[:30]) / 500
+    assert np.all(np.abs(means.mean(0) - exact) < 5 * error + 5 * bias)
+
+
+def test_the_variance_of_the_evidence_from_one_run() -> None:
+    """Lee and Whiteley's estimate, whose mean is unbiased for the relative variance under multinomial resampling."""
+    runs = replicates(smc(series(6), 200, resample=multinomial, threshold=1.0), 4000)
+    ratio = np.exp(np.asarray(runs.log_evidence) - sum(CASE["log_likelihood_increments"][:6]))
+    squares = (ratio - 1) ** 2
+    single = np.asarray(runs.log_evidence_variance) * ratio**2  # V Z^2 is unbiased for var Z
+    error = np.hypot(squares.std(), single.std()) / np.sqrt(ratio.size)
+    assert abs(single.mean() - squares.mean()) < 5 * error
+    assert abs(np.mean(runs.log_evidence_variance) / squares.mean() - 1) < 0.15
+
+
+def test_history_traces_paths() -> None:
+    found = smc(series(8), 20, history="full", threshold=1.0).run(KEY, progress=False)
+    path = found.path
+    assert path is not None
+    index = np.arange(20)
+    for t in range(7, 0, -1):
+        index = np.asarray(path.ancestors)[t][index]
+    assert len(set(index.tolist())) == int(path.num_ancestors[-1])
+    np.testing.assert_array_equal(path.particles[-1], found.choices["state"])
+    np.testing.assert_allclose(path.ess[-1], found.ess(), rtol=1e-5)
+    assert smc(series(8), 20).run(KEY, progress=False).path.ancestors is None
+
+
+def test_what_is_printed() -> None:
+    text = repr(smc(series(8), 200).run(KEY, progress=False))
+    assert "8 steps, resampled before" in text
+    assert "log evidence" in text
+    poor = repr(smc(series(30), 3, threshold=0.0).run(KEY, progress=False))
+    assert "degenerated at step" in poor
+
+
+class Impossible(Linear):
+    def weigh(self, t: Any, x: Any) -> Any:
+        return x, jnp.where(jnp.asarray(t) == 3, -jnp.inf, 0.0)
+
+
+class Growing(Linear):
+    def step(self, key: Any, t: Any, x: Any) -> Any:
+        return jnp.stack([x, x]), jnp.zeros(())
+
+
+def test_errors() -> None:
+    with pytest.raises(DensityError, match="at step 3, all weights are zero"):
+        smc(Impossible(Y[:5], 5), 10).run(KEY, progress=False)
+    with pytest.raises(ModelError, match="a step changes the particle"):
+        smc(Growing(Y[:5], 5), 10).run(KEY, progress=False)
+    for settings, match in (
+        ({"num_particles": 1}, "num_particles"),
+        ({"threshold": 2.0}, "threshold"),
+        ({"history": "all"}, "history"),
+    ):
+        with pytest.raises(WeftError, match=match):
+            smc(series(5), **settings)
+    with pytest.raises(TypeError, match="Feynman-Kac"):
+        smc(3)
+    with pytest.raises(TypeError, match="made from a target"):
+        smc(lambda target: series(5)).run(KEY)
+
+
+def test_a_model_made_from_a_target() -> None:
+    @gen
+    def level() -> None:
+        sample("x", dist.Normal(0.0, 1.0))
+        sample("y", dist.Normal(0.0, 1.0))
+
+    target = level().given({"y": 1.0})
+    made = smc(lambda t: series(4 if t.latents == ("x",) else 5), 30)
+    found = made.run(KEY, target, progress=False)
+    assert found.path.ess.shape == (4,)
