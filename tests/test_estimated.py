@@ -445,7 +445,11 @@ def test_errors() -> None:
     assert marginal(pair(P), keep=("u", "x"), by=by).estimated is False
 
     target = nested_model(P).given({"w": 1})
-    refuses(DensityError, "is estimated: sum out", lambda: enumeration().run(KEY, target, progress=False))
+    refuses(
+        DensityError,
+        "is estimated: sum out",
+        lambda: enumeration().run(KEY, target, progress=False),
+    )
     refuses(DensityError, "marginalize", lambda: normals().given({}).unconstrain())
     for transform in (
         lambda m: with_gradients(m, {"part": gradients.score}),
