@@ -436,7 +436,7 @@ def main(args: list[str]) -> None:
     if unknown := [v for v in variants if v not in VARIANTS]:
         parser.error(f"no variant {unknown[0]!r}: take {', '.join(VARIANTS)}")
     size = FULL if options.full else REDUCED
-    changes = {"num_epochs": options.epochs or (12 if FAST else None), "num_scenes": options.scenes}
+    changes = {"num_epochs": options.epochs or (8 if FAST else None), "num_scenes": options.scenes}
     size = replace(size, **{n: v for n, v in changes.items() if v})
     if options.canvas:
         scale = size.scale * options.canvas / size.canvas

@@ -26,6 +26,7 @@ from benchmarks.marginals import (
 )
 from benchmarks.workloads import WORKLOADS
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
 OPERATIONS = ("log density", "gradient", "simulate")
 LAYOUTS = ("one site", "vmap", "per image", "gradients per image")
 GRADIENTS = tuple(f"bound's gradient, {layout}" for layout in LAYOUTS)

@@ -179,6 +179,7 @@ def test_generate_with_part_of_a_site_given(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_EVIDENCE)
 def test_weights_average_to_the_evidence(name: str) -> None:
     """Null: exp(weight) has mean exp(evidence); |z| < 5.5 on 4096 weights."""
@@ -268,6 +269,7 @@ def _continuous(flat: Flat) -> dict[str, np.ndarray]:
     return {a: v for a, v in flat.items() if v.dtype.kind == "f"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if CASES[n].smooth])
 def test_gradient_and_hessian_in_double_precision(name: str) -> None:
     """Along a direction, against differences of the oracle; the second derivative goes through `jax.checkpoint`."""
@@ -313,6 +315,7 @@ def test_gradient_and_hessian_in_double_precision(name: str) -> None:
 SHARDED = ("state_space", "nested", "bounded_loop", "lanes_mixture")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_two_devices_change_nothing(name: str, two_devices: list[jax.Device]) -> None:
     """Lanes of a program on two devices: arguments, hence choices and densities, are sharded."""

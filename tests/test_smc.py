@@ -55,8 +55,9 @@ def replicates(algorithm: Any, num: int, key: Any = KEY) -> Any:
     return run(jax.random.split(key, num))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("scheme", [multinomial, stratified, ssp])
+@pytest.mark.parametrize(
+    ("scheme", "threshold"), [(multinomial, 0.0), (multinomial, 1.0), (stratified, 0.5), (ssp, 1.0)]
+)
 def test_the_evidence_is_unbiased(scheme: Any, threshold: float) -> None:
     runs = replicates(smc(series(6), 50, resample=scheme, threshold=threshold), 1000)
     ratio = np.exp(np.asarray(runs.log_evidence) - sum(CASE["log_likelihood_increments"][:6]))
