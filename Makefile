@@ -55,6 +55,7 @@ bench: $(VENV)/.test  ## accuracy against references; cost against hand-written 
 	$(BIN)/python benchmarks/marginals.py --times 5
 	$(BIN)/python benchmarks/variational.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/air.py
 	$(BIN)/python benchmarks/posteriors.py
 
 lanes:  ## the tests on every supported line of Python and JAX found on this machine
