@@ -6,7 +6,7 @@
 The strategies of the coins are written out by hand as they are in Weft: score terms, all eight leaves of the
 enumeration, one flipped tail for each coin of the measure-valued derivative. NumPyro has score terms (those of its
 `TraceGraph_ELBO`) and no measure-valued derivatives; to enumerate a guide's coins there, networks would have to
-broadcast over the dimensions of earlier coins. Pyro and GenJAX are not here.
+broadcast over the dimensions of earlier coins. Pyro is in peers.py, and GenJAX in neither.
 """
 
 import argparse

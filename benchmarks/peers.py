@@ -1,18 +1,20 @@
 """Variational inference in NumPyro, Pyro, GenJAX and Weft, each in an environment of its own: speed, and what is wrong.
 
     python benchmarks/peers.py                     all parts, in every system that is installed here
-    python benchmarks/peers.py cone probes         parts: cone, vae, probes
+    python benchmarks/peers.py cone probes         parts: cone, vae, air, probes
 
     python -m venv pyro && pyro/bin/pip install pyro-ppl torch
-    python3.12 -m venv genjax && genjax/bin/pip install genjax==1.0.14
+    python3.12 -m venv genjax && genjax/bin/pip install genjax==1.0.14 optax
     genjax/bin/python benchmarks/peers.py probes   no system needs the others
 
 `cone` is the gradient of the bound on the noisy cone where its value is known; `vae` an epoch of 60,000 images at
-batches of 64; `probes` are small expectations whose derivative is known exactly, in the forms programs take.
+batches of 64; `air` one of attend, infer, repeat in Pyro (in the others by benchmarks/air.py); `probes` are small
+expectations whose derivative is known exactly, in the forms programs take.
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import math
 import statistics
 import time
@@ -309,6 +311,40 @@ def vae_numpyro() -> Any:
     return jax_epochs(bound)
 
 
+def vae_genjax() -> Any:
+    need("genjax")
+    need("optax")
+    import jax
+    import jax.numpy as jnp
+    from genjax import expectation, gen, normal, normal_reparam, seed
+
+    encode, decode = networks()
+
+    @gen
+    def prior():
+        normal(jnp.zeros((BATCH, LATENT)), jnp.ones((BATCH, LATENT))) @ "z"
+
+    @gen
+    def guide(p, x):
+        normal_reparam(*encode(p, x)) @ "z"
+
+    @expectation
+    def expected(p, x):  # its elbo_factory has no parameters of a model
+        trace = guide.simulate(p, x)
+        logits = decode(p, trace.get_choices()["z"])
+        fit = x * logits - jax.nn.softplus(logits)
+        return (prior.assess(trace.get_choices())[0] + trace.get_score()).sum() + fit.sum()
+
+    def bound(key, p, x):
+        """A function of p with the gradient that GenJAX estimates."""
+        fixed = jax.lax.stop_gradient(p)
+        slope = seed(expected.grad_estimate)(key, fixed, x)[0]
+        products = jax.tree.map(lambda g, v: jnp.sum(jax.lax.stop_gradient(g) * v), slope, p)
+        return sum(jax.tree.leaves(products))
+
+    return jax_epochs(bound)
+
+
 def vae_pyro() -> Any:
     need("pyro-ppl")
     import pyro
@@ -351,6 +387,7 @@ def vae(rounds: int) -> None:
         ("hand-written JAX", vae_hand),
         ("weft", vae_weft),
         ("numpyro", vae_numpyro),
+        ("genjax", vae_genjax),
         ("pyro", vae_pyro),
     ):
         try:
@@ -364,6 +401,103 @@ def vae(rounds: int) -> None:
             samples[name].append(seconds(epoch))
     for name, found in samples.items():
         print(f"| {name} | {statistics.median(found):.2f} |", flush=True)
+
+
+# ---- an epoch of attend, infer, repeat ------------------------------------------------------------------------------
+# Sizes of examples/air.py; scenes of noise, since the time does not depend on what is in them. For systems on JAX there
+# is benchmarks/air.py.
+
+CANVAS, WINDOW, WHAT, MEMORY, NUM_SCENES, STEPS = 28, 8, 6, 64, 4_000, 3
+
+
+def air_pyro() -> Any:
+    need("pyro-ppl")
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer import SVI, TraceGraph_ELBO
+    from torch import nn
+
+    def layers(*sizes):
+        found = [nn.Linear(sizes[0], sizes[1])]
+        for a, b in itertools.pairwise(sizes[1:]):
+            found += [nn.LeakyReLU(), nn.Linear(a, b)]
+        return nn.Sequential(*found)
+
+    see = nn.Linear(CANVAS**2, 4 * MEMORY)
+    recall = nn.Linear(MEMORY + 3 + WHAT + 1, 4 * MEMORY, bias=False)
+    decide = nn.Linear(MEMORY, 7)
+    encoder, decoder = layers(WINDOW**2, 64, 2 * WHAT), layers(WHAT, 64, WINDOW**2)
+    more = (0.05, 0.05**2.3, 0.05**5)
+    usual = torch.tensor([3.5, 0.0, 0.0]), torch.tensor([0.1, 1.0, 1.0])
+
+    def interpolate(num_to, num_from, scale, shift):
+        places = (2 * torch.arange(num_to) + 1) / num_to - 1
+        places = ((scale[:, None] * places + shift[:, None] + 1) * num_from - 1) / 2
+        return (1 - (places[..., None] - torch.arange(num_from)).abs()).clamp(min=0)
+
+    def place(items, where, num_to):
+        s, x, y = where.unbind(-1)
+        rows, columns = (interpolate(num_to, items.shape[-1], s, shift) for shift in (y, x))
+        return rows @ items @ columns.transpose(1, 2)
+
+    def model(images):
+        pyro.module("decoder", decoder)
+        canvas = torch.zeros(len(images), CANVAS, CANVAS)
+        with pyro.plate("scene", len(images)):
+            for t in range(STEPS):
+                pres = pyro.sample(f"pres_{t}", dist.Bernoulli(torch.tensor(more[t])))
+                where = pyro.sample(f"where_{t}", dist.Normal(*usual).to_event(1))
+                code = dist.Normal(torch.zeros(WHAT), 1.0).to_event(1)
+                items = torch.sigmoid(decoder(pyro.sample(f"what_{t}", code)))
+                items = place(items.view(-1, WINDOW, WINDOW), where, CANVAS)
+                canvas = canvas + pres[:, None, None] * items
+            pyro.sample("image", dist.Normal(canvas, 0.2).to_event(2), obs=images)
+
+    def guide(images):
+        nets = {"see": see, "recall": recall, "decide": decide, "encoder": encoder}
+        for name, net in nets.items():
+            pyro.module(name, net)
+        num = len(images)
+        seen, hidden, cell = see(images.view(num, -1)), torch.zeros(num, MEMORY), 0.0
+        where, what, pres = torch.zeros(num, 3), torch.zeros(num, WHAT), torch.ones(num)
+        with pyro.plate("scene", num):
+            for t in range(STEPS):
+                gates = seen + recall(torch.cat([hidden, where, what, pres[:, None]], -1))
+                enter, forget, new, leave = gates.chunk(4, -1)
+                cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+                hidden = leave.sigmoid() * cell.tanh()
+                decided = decide(hidden)
+                probs = (1e-4 + decided[:, 0].sigmoid() * pres) / (1 + 1.01e-4)
+                pres = pyro.sample(f"pres_{t}", dist.Bernoulli(probs))
+                spread = nn.functional.softplus(decided[:, 4:])
+                law = dist.Normal(decided[:, 1:4] + usual[0], spread).to_event(1)
+                where = pyro.sample(f"where_{t}", law)
+                s, x, y = where.unbind(-1)
+                back = torch.stack([1 / s, -x / s, -y / s], -1)
+                loc, raw = encoder(place(images, back, WINDOW).flatten(1)).chunk(2, -1)
+                law = dist.Normal(loc, nn.functional.softplus(raw)).to_event(1)
+                what = pyro.sample(f"what_{t}", law)
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), TraceGraph_ELBO())
+    data = torch.rand(NUM_SCENES, CANVAS, CANVAS)
+
+    def epoch():
+        for rows in torch.randperm(NUM_SCENES)[: NUM_SCENES // BATCH * BATCH].view(-1, BATCH):
+            svi.step(data[rows])
+
+    return epoch
+
+
+def air(rounds: int) -> None:
+    print("| coins by | system | seconds an epoch |\n| --- | --- | --- |")
+    try:
+        epoch = air_pyro()
+        epoch()
+        found = [seconds(epoch) for _ in range(rounds)]
+        print(f"| score (TraceGraph_ELBO) | pyro | {statistics.median(found):.2f} |")
+    except Absent as reason:
+        print(f"| | pyro | {reason} |")
 
 
 # ---- probes ----------------------------------------------------------------------------------------------------------
@@ -522,10 +656,11 @@ def probes() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="of cone, vae, probes (default: all)")
+    parser.add_argument("parts", nargs="*", help="of cone, vae, air, probes (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="epochs whose median is taken")
     options = parser.parse_args()
-    run = {"cone": cone, "vae": lambda: vae(options.rounds), "probes": probes}
+    rounds = options.rounds
+    run = {"cone": cone, "vae": lambda: vae(rounds), "air": lambda: air(rounds), "probes": probes}
     for part in options.parts or run:
         print(f"\n### {part}\n")
         run[part]()
