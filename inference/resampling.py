@@ -30,11 +30,6 @@ Resampling = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " m"]]
 """What a scheme is."""
 
 
-def normalized(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Weights that add up to one."""
-    return jax.nn.softmax(log_weights)
-
-
 def systematic(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
@@ -73,7 +68,7 @@ def residual(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
     """The whole part of `m W_i` each; the rest by independent draws in proportion to the fractions."""
-    expected = num_samples * normalized(log_weights)
+    expected = num_samples * jax.nn.softmax(log_weights)
     whole = jnp.floor(expected)
     left = num_samples - jnp.sum(whole).astype(int)
     fraction = jnp.cumsum(expected - whole)
@@ -105,7 +100,7 @@ def killing(
 
 def ssp(key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int) -> Int[Array, " m"]:
     """The Srinivasan sampling process: fractions of two particles meet until one of them is a whole number."""
-    expected = num_samples * normalized(log_weights)
+    expected = num_samples * jax.nn.softmax(log_weights)
     whole = jnp.floor(expected)
     fraction = expected - whole
     uniforms = jax.random.uniform(key, fraction.shape, fraction.dtype)
@@ -143,7 +138,7 @@ def ancestors(ends: Float[Array, " n"] | Int[Array, " n"], num_samples: int) -> 
 
 def _ends(log_weights: Float[Array, " n"], num_samples: int) -> Float[Array, " n"]:
     """Cumulated weights times the number of samples."""
-    total = jnp.cumsum(normalized(log_weights))
+    total = jnp.cumsum(jax.nn.softmax(log_weights))
     return num_samples * total / total[-1]
 
 

@@ -138,7 +138,7 @@ def _sample_spec(
             stated[attribute] = getattr(d, attribute, None)
         stated["takes_sample_shape"] = "sample_shape" in inspect.signature(d.sample).parameters
         stated["discrete"] = is_discrete(d)
-        stated["implicit"] = not stated["discrete"] and is_implicit(d)
+        stated["implicit"] = not (stated["has_rsample"] or stated["discrete"]) and is_implicit(d)
         return jnp.asarray(d.sample(key))
 
     unsampled = ""
@@ -193,7 +193,7 @@ def _sample_spec(
         values=values,
         discrete=stated["discrete"] or not jnp.issubdtype(dtype, jnp.inexact),
         reparametrised=differentiable and jnp.issubdtype(dtype, jnp.inexact),
-        implicit=not stated.get("has_rsample") and stated.get("implicit", False),
+        implicit=stated.get("implicit", False),
         takes_sample_shape=stated["takes_sample_shape"],
         num_distribution_arrays=len(arrays),
         unsampled=unsampled,

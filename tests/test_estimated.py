@@ -414,13 +414,14 @@ def test_importance_sampling_with_estimates() -> None:
 
 
 def test_fitting_an_estimated_guide() -> None:
-    """A guide of a marginal reaches the posterior mean of a conjugate model, which its family holds."""
+    """The bound depends on the guide's location by the model's density alone, even about the posterior mean, 1."""
     objective = iwhvi(normal_model().given({"y": 2.0}), hierarchical, num_auxiliary=5)
-    found = fit(KEY, objective, 0.0, optax.adam(optax.cosine_decay_schedule(0.05, 600)), 600)
-    # The posterior mean is 1. Of the last steps, whose rate is .025 on average, the noise is below .1.
-    assert abs(found.params - 1.0) < 0.1
-    assert found.guide.estimated
-    assert found.guide.latents == ("mu",)
+    rate = optax.adam(optax.cosine_decay_schedule(0.05, 600))
+    found = jax.vmap(lambda k: fit(k, objective, 0.0, rate, 600).params)(jax.random.split(KEY, 20))
+    assert abs(found.mean() - 1.0) < 5 * found.std(ddof=1) / np.sqrt(20)
+    guide = fit(KEY, objective, 0.0, rate, 1, progress=False).guide
+    assert guide.estimated
+    assert guide.latents == ("mu",)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
