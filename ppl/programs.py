@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .targets import Target
 
 
+MAX_STAGED = 512
+"""So many staged programs are kept; the one used longest ago goes first."""
 _staged: dict[Any, tuple[Code, list[Any], dict[str, SiteInfo], list[Any]]] = {}
 
 
@@ -104,6 +106,7 @@ class Program(printing.Printed):
                 f"{self.name}: an argument that is no array must be hashable ({e})"
             ) from None
         if entry is not None and unchanged(entry[3]):
+            _staged[key] = _staged.pop(key, entry)  # the last one used goes last
             return entry
         snapshot = captured(function)
         code, consts = stage(self.run, self.leaves, snapshot)
@@ -112,9 +115,10 @@ class Program(printing.Printed):
         except ModelError as e:
             raise ModelError(f"model {self.name!r}: {e}") from None
         if not any(isinstance(x, Tracer) for x in (*consts, *(v for _, _, v in snapshot))):
-            if len(_staged) > 512:
-                _staged.clear()
+            _staged.pop(key, None)
             _staged[key] = entry
+            while len(_staged) > MAX_STAGED:
+                del _staged[next(iter(_staged))]
         return entry
 
     def staged(self) -> Program:

@@ -66,6 +66,19 @@ class Target(printing.Printed, eqx.Module):
             }
         )
 
+    def given(self, choices: Mapping[str, Any]) -> Target:
+        """The same target with some more of its choices given: the density over what is left.
+
+        Args:
+            choices: nested dict of latent choices.
+
+        Raises:
+            AddressError: for one that is unknown, or observed already.
+        """
+        found = self._latent_entries(choices)
+        missing = {a: index for a, index in self.missing.items() if a not in found}
+        return Target(self.program, {**self.data, **found}, missing)
+
     def staged(self) -> Target:
         """The same target, staged now: what the model captured is among its leaves and the rest compares by structure.
 
