@@ -86,6 +86,10 @@ class Algorithm(Printed, eqx.Module):
         """Whether there is anything to return after so many iterations."""
         return iteration > 0
 
+    def finished(self, state: Any) -> Any:
+        """Whether a state needs no more iterations (traced); None, where their number alone decides."""
+        return None
+
     def describe(self, state: Any) -> str:
         """A few words for the progress bar."""
         return ""
@@ -138,8 +142,9 @@ class Algorithm(Printed, eqx.Module):
             title=type(self).__name__,
             progress=progress,
             describe=self.describe,
+            finished=settings.finished,
         )
-        if done < stop:
+        if done < stop and not settings.finished(state):
             if not self.has_result(done):
                 raise KeyboardInterrupt(
                     f"{type(self).__name__} was interrupted after {done} of {stop} iterations, "
@@ -177,7 +182,15 @@ def _iterate(
     def body(i: Any, state: Any) -> Any:
         return strong(algorithm.step(jax.random.fold_in(rest, i), state, target))
 
-    return jax.lax.fori_loop(start, stop, body, state)
+    if algorithm.finished(state) is None:
+        return jax.lax.fori_loop(start, stop, body, state)
+
+    def goes_on(carry: Any) -> Any:
+        return (carry[0] < stop) & ~algorithm.finished(carry[1])
+
+    return jax.lax.while_loop(
+        goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.asarray(start), state)
+    )[1]
 
 
 @eqx.filter_jit
@@ -195,7 +208,8 @@ def _advance(fixed: tuple[Any, ...], state: Any) -> Any:
 @eqx.filter_jit
 def _whole(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
     state = strong(algorithm.init(iteration_keys(key)[0], target, init))
-    return _iterate(algorithm, target, key, state, 0, algorithm.num_iterations(target))
+    start = 0 if init is None else state.iteration
+    return _iterate(algorithm, target, key, state, start, algorithm.num_iterations(target))
 
 
 def _require_target(target: Any, algorithm: Algorithm) -> None:

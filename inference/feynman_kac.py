@@ -7,6 +7,22 @@ potential, the target after `t` steps is
 
 Filtering, tempering and much else are such models (Del Moral 2004; Chopin and Papaspiliopoulos
 2020, chapter 5). A model is any object with the members of `FeynmanKac`.
+
+What a model may have besides; the engine uses what is there:
+
+- `choices(particle)`: the nested dict that a user sees of a particle; all of it, if absent.
+- `rejuvenate(key, t, particles, kernel) -> (particles, info)`: after resampling, moves all particles at once
+  without changing their law; `info` is a dict of scalars, kept in the path.
+- `adapt(t, particles, log_weights) -> particles`: looks at all particles before a step, to choose the next
+  temperature, say, which it writes into them.
+- `finished(particles)`: whether the run ends here, before `num_steps`.
+- `lookahead(t, particle)`: a logarithm by which particles are preferred when they are resampled before step `t`; the
+  weights make up for it (the auxiliary particle filter of Pitt and Shephard 1999).
+- `paths(last, along) -> choices`: what a user sees of whole paths: the particles of the last step, and those that they
+  descend from, `(particle, step, ...)`.
+- `replay(t, particle, choices) -> (particle, log potential)` and `log_transition(t, particle, choices)`: a step to given
+  choices, as `choices` gives them, and the log density of it, `log M_t + log G_t`; with them paths are
+  smoothed and conditioned on (`conditional_smc`).
 """
 
 from __future__ import annotations

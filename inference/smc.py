@@ -45,6 +45,7 @@ class Path(eqx.Module):
             without history.
         particles: `(step, particle, ...)`; `None` without the full history.
         log_weights: the same of their weights.
+        info: what rejuvenation had to say, `(step,)` each; zeros where there was none.
     """
 
     ess: Float[Array, " step"]
@@ -55,6 +56,7 @@ class Path(eqx.Module):
     ancestors: Int[Array, "step particle"] | None = None
     particles: Any = None
     log_weights: Float[Array, "step particle"] | None = None
+    info: dict[str, Array] = eqx.field(default_factory=dict)
 
 
 class SequentialParticles(Particles):
@@ -62,9 +64,11 @@ class SequentialParticles(Particles):
 
     Attributes:
         path: what is known of every step.
+        state: where the run stands, for `resume=`.
     """
 
     path: Path | None = None
+    state: Any = None
 
     def _title(self) -> str:
         title = super()._title()
@@ -77,6 +81,10 @@ class SequentialParticles(Particles):
             f"{ess.size} steps, resampled before {times}; smallest effective sample size {ess[worst]:.3g} (step "
             f"{worst}); the last particles descend from {roots} of the first",
         ]
+        if self.path.info:
+            moved = np.asarray(self.path.resampled)
+            shown = (f"{k} {np.asarray(v)[moved].mean():.3g}" for k, v in self.path.info.items())
+            lines.append(f"Moves after resampling, on average: {', '.join(shown)}")
         if ess[worst] < max(10.0, 0.01 * self.num_particles):
             lines.append(
                 f"The run degenerated at step {worst}: take more particles, or a better proposal there."
@@ -118,6 +126,10 @@ class smc(Algorithm):
             `"full"` (the particles, too).
         collect: a function of the weighted particles after each step, whose values are kept; by default the
             weighted mean and standard deviation of everything floating.
+        rejuvenate: a kernel, or a function from the weighted particles to one, by which particles move after each
+            resampling, for models that say what the law is that it leaves as it is (`tempering`).
+        waste_free: instead of one particle after several moves, keep all of `waste_free` points of such a chain: one
+            in `waste_free` particles is resampled.
 
     Raises:
         DensityError: if all weights are zero after some step, or one is infinite or no number.
@@ -125,7 +137,7 @@ class smc(Algorithm):
 
     References:
         Del Moral (2004); Chopin and Papaspiliopoulos (2020), "An introduction to sequential Monte Carlo"; Lee and
-        Whiteley (2018) for the variance of the evidence.
+        Whiteley (2018) for the variance of the evidence; Dau and Chopin (2022) for waste-free.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -152,6 +164,8 @@ class smc(Algorithm):
     threshold: float = 0.5
     history: str = eqx.field(static=True, default="none")
     collect: Callable[[Particles], Any] | None = None
+    rejuvenate: Any = None
+    waste_free: int = eqx.field(static=True, default=1)
 
     def __check_init__(self) -> None:
         n = self.num_particles
@@ -161,6 +175,10 @@ class smc(Algorithm):
             raise WeftError(f"smc: threshold is a share between 0 and 1, got {self.threshold!r}")
         if self.history not in ("none", "ancestors", "full"):
             raise WeftError(f"smc: history is 'none', 'ancestors' or 'full', got {self.history!r}")
+        if n % self.waste_free or n // self.waste_free < 2:
+            raise WeftError(
+                f"smc: waste_free={self.waste_free} must divide num_particles={n}, and leave 2 to be resampled"
+            )
         if not _is_model(self.model) and not callable(self.model):
             raise TypeError(
                 f"smc: expected a Feynman-Kac model (num_steps, init(key), step(key, t, particle)), got "
@@ -173,6 +191,7 @@ class smc(Algorithm):
         target: Target | None = None,
         *,
         init: Any = None,
+        resume: SequentialParticles | None = None,
         progress: bool = True,
     ) -> SequentialParticles:
         """Run the particles through the model.
@@ -181,6 +200,8 @@ class smc(Algorithm):
             key: a random key.
             target: what a model made from a target is made of; a model that stands for itself needs none.
             init: nothing: the model has its own first particles.
+            resume: a result for fewer steps of the same model, say fewer observations: it is gone on with. With the key
+                of its run, the outcome is that of one run over all steps.
             progress: whether to show a progress bar.
 
         Returns:
@@ -190,16 +211,27 @@ class smc(Algorithm):
             if not _is_model(self.model):
                 raise TypeError("smc: this model is made from a target: run(key, target)")
             target = _nothing().given()
-        return super().run(key, target, init=init, progress=progress)
-
-    def check(self, target: Target, init: Any = None) -> None:
         if init is not None:
             raise WeftError("smc has no starting point: its model has first particles")
+        if resume is not None and resume.state is None:
+            raise WeftError(
+                "smc: only a result of smc itself can be gone on with, not one read from a file"
+            )
+        state = None if resume is None else resume.state
+        return super().run(key, target, init=state, progress=progress)
 
     def prepare(self, target: Target) -> smc:
         model = self._made(target)
         if model.num_steps < 1:
             raise WeftError("smc: the model has no step")
+        if not hasattr(model, "rejuvenate") and (
+            self.rejuvenate is not None or self.waste_free > 1
+        ):
+            raise WeftError(
+                f"smc: {type(model).__name__} does not say which law its particles have, so that nothing can "
+                "rejuvenate them: leave out rejuvenate and waste_free, or give the model a method "
+                "rejuvenate(key, t, particles, kernel)"
+            )
         _check_particle(model)
         return dataclasses.replace(self, model=model)
 
@@ -213,37 +245,107 @@ class smc(Algorithm):
 
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> SMCState:
         n, steps = self.num_particles, self._model.num_steps
+        if init is not None:
+            return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
-        roots = jnp.arange(n)
+        particles = jax.tree.map(jnp.asarray, particles)
+        roots = jnp.arange(n) % self._num_chains
+        zero = jnp.int32(0)
+        info = jax.eval_shape(lambda: self._moved(key, zero, particles)[1])
+        info = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), info)
         first = self._seen(
-            particles, log_weights, jnp.log(float(n)), jnp.zeros((), bool), roots, roots
+            particles, log_weights, jnp.log(float(n)), zero > 0, roots, jnp.arange(n), info
         )
         path = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype).at[0].set(x), first)
-        return SMCState(jnp.int32(0), particles, log_weights, path.log_increments[0], roots, path)
+        return SMCState(zero, particles, log_weights, path.log_increments[0], roots, path)
+
+    def _extended(self, state: SMCState, steps: int) -> SMCState:
+        """A state with room for more steps."""
+        more = steps - state.path.ess.shape[0]
+        if more < 0:
+            raise WeftError(
+                f"smc: the run to be resumed had {steps - more} steps, this model has {steps}"
+            )
+        shapes = (
+            jax.tree.map(lambda x: (x.shape[1:], x.dtype), state.particles),
+            jax.eval_shape(self._model.init, jax.random.key(0))[0],
+        )
+        if shapes[0] != jax.tree.map(lambda s: (s.shape, s.dtype), shapes[1]):
+            raise ModelError("smc: the run to be resumed had particles of another structure")
+        path = jax.tree.map(
+            lambda x: jnp.concatenate([x, jnp.zeros((more, *x.shape[1:]), x.dtype)]), state.path
+        )
+        return dataclasses.replace(state, path=path)
 
     def step(self, key: PRNGKeyArray, state: SMCState, target: Target) -> SMCState:
-        n, t = self.num_particles, state.iteration + 1
-        resample_key, move_key = jax.random.split(key)
+        n, m, t = self.num_particles, self._num_chains, state.iteration + 1
+        model: Any = self._model
+        resample_key, rejuvenate_key, move_key = jax.random.split(key, 3)
 
         def again(state: SMCState) -> Any:
-            chosen = self.resample(resample_key, state.log_weights, n)
+            w = state.log_weights
+            preferred = w
+            if hasattr(model, "lookahead"):
+                preferred = w + jax.vmap(model.lookahead, (None, 0))(t, state.particles)
+            chosen = self.resample(resample_key, preferred, m)
             particles = jax.tree.map(lambda x: x[chosen], state.particles)
-            return particles, jnp.zeros_like(state.log_weights), state.roots[chosen], chosen
+            # Zero, or what makes up for the preference; its derivative by what the weights depend on is that
+            # of the choice (Scibior and Wood 2021).
+            left = w - preferred + jax.nn.logsumexp(preferred) - jax.nn.logsumexp(w)
+            left = left if preferred is not w else jnp.zeros_like(w)
+            log_weights = left[chosen] + preferred[chosen]
+            log_weights = log_weights - jax.lax.stop_gradient(preferred[chosen])
+            particles, info = self._moved(rejuvenate_key, t, particles)
+            repeated = n // m
+            chosen, log_weights = jnp.tile(chosen, repeated), jnp.tile(log_weights, repeated)
+            return particles, log_weights, state.roots[chosen], chosen, info
 
         def as_they_are(state: SMCState) -> Any:
-            return state.particles, state.log_weights, state.roots, jnp.arange(n)
+            info = jax.tree.map(lambda x: jnp.zeros_like(x[0]), state.path.info)
+            return state.particles, state.log_weights, state.roots, jnp.arange(n), info
 
-        due = (_ess(state.log_weights) < self.threshold * n) | (self.threshold >= 1)
-        particles, log_weights, roots, chosen = jax.lax.cond(due, again, as_they_are, state)
-        before = logsumexp(log_weights)
-        particles, potentials = jax.vmap(self._model.step, (0, None, 0))(
+        due = (_ess(state.log_weights) <= self.threshold * n) | (self.threshold >= 1)
+        particles, log_weights, roots, chosen, info = jax.lax.cond(due, again, as_they_are, state)
+        before = jnp.where(due, jnp.log(float(n)), logsumexp(state.log_weights))
+        if hasattr(model, "adapt"):
+            particles = model.adapt(t, particles, log_weights)
+        particles, potentials = jax.vmap(model.step, (0, None, 0))(
             jax.random.split(move_key, n), t, particles
         )
         log_weights = log_weights + potentials
-        now = self._seen(particles, log_weights, before, due, roots, chosen)
+        now = self._seen(particles, log_weights, before, due, roots, chosen, info)
         path = jax.tree.map(lambda buffer, x: buffer.at[t].set(x), state.path, now)
         log_evidence = state.log_evidence + now.log_increments
         return SMCState(t, particles, log_weights, log_evidence, roots, path)
+
+    @property
+    def _num_chains(self) -> int:
+        """How many particles are resampled: all, unless none is wasted of the chains that begin at them."""
+        return self.num_particles // self.waste_free
+
+    def _moved(self, key: PRNGKeyArray, t: Array, particles: Any) -> tuple[Any, dict[str, Array]]:
+        """Particles after rejuvenation, if the model knows how; all of each chain, if none is to be wasted."""
+        model: Any = self._model
+        if not hasattr(model, "rejuvenate"):
+            return particles, {}
+        if self.waste_free == 1:
+            return model.rejuvenate(key, t, particles, self.rejuvenate)
+
+        def move(particles: Any, key: PRNGKeyArray) -> Any:
+            particles, info = model.rejuvenate(key, t, particles, self.rejuvenate)
+            return particles, (particles, info)
+
+        particles = jax.tree.map(lambda x: x[: self._num_chains], particles)
+        keys = jax.random.split(key, self.waste_free - 1)
+        _, (chain, info) = jax.lax.scan(move, particles, keys)
+        joined = jax.tree.map(
+            lambda x, xs: jnp.concatenate([x[None], xs]).reshape(-1, *x.shape[1:]), particles, chain
+        )
+        return joined, jax.tree.map(lambda x: jnp.mean(x, 0), info)
+
+    def finished(self, state: SMCState) -> Any:
+        model: Any = self._model
+        return model.finished(state.particles) if hasattr(model, "finished") else None
 
     def has_result(self, iteration: int) -> bool:
         return True
@@ -257,12 +359,12 @@ class smc(Algorithm):
             done = int(state.iteration) + 1
             path = jax.tree.map(lambda x: x[:done], path)
             self._check_weights(path)
-        n = self.num_particles
+        n = self._num_chains
         generations = 1 + jnp.sum(path.resampled)
         shares = jnp.zeros(n).at[state.roots].add(jax.nn.softmax(state.log_weights))
         # Lee and Whiteley (2018), equation 7.
         variance = 1 - (n / (n - 1)) ** generations * (1 - jnp.sum(shares**2))
-        choices = state.particles
+        choices = self._choices(state.particles)
         if not isinstance(choices, dict):
             choices = {"state": choices} if eqx.is_array(choices) else dict(_leaves(choices))
         return SequentialParticles(
@@ -272,7 +374,12 @@ class smc(Algorithm):
             log_evidence_variance=variance,
             target=target if target.latents else None,
             path=path,
+            state=state,
         )
+
+    def _choices(self, particles: Any) -> Any:
+        model: Any = self._model
+        return jax.vmap(model.choices)(particles) if hasattr(model, "choices") else particles
 
     @property
     def _model(self) -> FeynmanKac:
@@ -287,11 +394,12 @@ class smc(Algorithm):
         due: Array,
         roots: Array,
         chosen: Array,
+        info: dict[str, Array],
     ) -> Path:
         """What is kept of one step."""
-        weighted = Particles(choices=particles, log_weights=log_weights)
+        weighted = Particles(choices=self._choices(particles), log_weights=log_weights)
         kept, full = self.history != "none", self.history == "full"
-        marked = jnp.zeros(self.num_particles, int).at[roots].set(1)
+        marked = jnp.zeros(self._num_chains, int).at[roots].set(1)
         return Path(
             ess=_ess(log_weights),
             log_increments=logsumexp(log_weights) - before,
@@ -301,6 +409,7 @@ class smc(Algorithm):
             ancestors=chosen if kept else None,
             particles=particles if full else None,
             log_weights=log_weights if full else None,
+            info=info,
         )
 
     def _check_weights(self, path: Path) -> None:
