@@ -1,6 +1,7 @@
 """Inference: algorithms that take a target and give draws, particles or a fit."""
 
 from . import kernels as kernels
+from . import testing as testing
 from .algorithm import Algorithm as Algorithm
 from .algorithm import State as State
 from .enumeration import enumeration as enumeration

@@ -6,6 +6,7 @@ from weft import ppl as ppl
 from weft.inference import kernels as kernels
 from weft.inference import load as load
 from weft.inference import recover as recover
+from weft.inference import testing as testing
 from weft.models import distributions as distributions
 from weft.ppl import Model as Model
 from weft.ppl import Program as Program
