@@ -21,6 +21,7 @@ from .hmc import hmc as hmc
 from .hmc import nuts as nuts
 from .importance import importance as importance
 from .initial import InitStrategy as InitStrategy
+from .mcmc import mcmc as mcmc
 from .objectives import diwhvi as diwhvi
 from .objectives import elbo as elbo
 from .objectives import eubo as eubo
