@@ -51,4 +51,5 @@ from .smc import smc as smc
 from .starts import jittered as jittered
 from .stopping import plateau as plateau
 from .storage import load as load
+from .tempering import tempering as tempering
 from .variational import variational as variational
