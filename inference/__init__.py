@@ -6,6 +6,7 @@ from .algorithm import Algorithm as Algorithm
 from .algorithm import State as State
 from .enumeration import enumeration as enumeration
 from .feynman_kac import FeynmanKac as FeynmanKac
+from .filtering import filtering as filtering
 from .fit import fit as fit
 from .fitted import Fit as Fit
 from .fitted import Restarts as Restarts

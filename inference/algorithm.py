@@ -121,7 +121,7 @@ class Algorithm(Printed, eqx.Module):
         if init is not None:
             init = jax.tree.map(jnp.asarray, init)
         if tracing(key, staged, init, settings):
-            return self.result(_whole(settings, staged, key, init), target)
+            return settings.result(_whole(settings, staged, key, init), target)
 
         thrifty = settings.thrifty()
         state = _begin(thrifty, staged, key, init)
@@ -155,7 +155,7 @@ class Algorithm(Printed, eqx.Module):
                 "this result holds what there is",
                 stacklevel=2,
             )
-        return self.result(state, target)
+        return settings.result(state, target)
 
 
 def strong(tree: Any) -> Any:

@@ -18,11 +18,12 @@ What a model may have besides; the engine uses what is there:
 - `finished(particles)`: whether the run ends here, before `num_steps`.
 - `lookahead(t, particle)`: a logarithm by which particles are preferred when they are resampled before step `t`; the
   weights make up for it (the auxiliary particle filter of Pitt and Shephard 1999).
+- `observation(t)`: what is observed at a step, in words, for messages.
 - `paths(last, along) -> choices`: what a user sees of whole paths: the particles of the last step, and those that they
   descend from, `(particle, step, ...)`.
-- `replay(t, particle, choices) -> (particle, log potential)` and `log_transition(t, particle, choices)`: a step to given
-  choices, as `choices` gives them, and the log density of it, `log M_t + log G_t`; with them paths are
-  smoothed and conditioned on (`conditional_smc`).
+- `reference(choices)`, `replay(t, particle, now) -> (particle, log potential)` and `log_transition(t, particle, now)`:
+  the choices of every step out of all; a step to given choices; and its log density, `log M_t + log G_t`. With
+  them paths are smoothed and conditioned on (`conditional_smc`).
 """
 
 from __future__ import annotations

@@ -70,6 +70,19 @@ class SequentialParticles(Particles):
     path: Path | None = None
     state: Any = None
 
+    def along(self, tree: Any) -> Any:
+        """What arrays (step, particle, ...) hold along the paths that end in the last particles: (particle, step, ...).
+
+        Args:
+            tree: for instance `path.particles`.
+
+        Raises:
+            WeftError: if the run kept no ancestors.
+        """
+        if self.path is None or self.path.ancestors is None:
+            raise WeftError("this run kept no ancestors: smc(..., history='ancestors') or 'full'")
+        return _along(self.path.ancestors, tree)
+
     def _title(self) -> str:
         title = super()._title()
         if self.path is None or tracing(self.path):
@@ -282,11 +295,11 @@ class smc(Algorithm):
         model: Any = self._model
         resample_key, rejuvenate_key, move_key = jax.random.split(key, 3)
 
+        w = preferred = state.log_weights
+        if hasattr(model, "lookahead"):
+            preferred = w + jax.vmap(model.lookahead, (None, 0))(t, state.particles)
+
         def again(state: SMCState) -> Any:
-            w = state.log_weights
-            preferred = w
-            if hasattr(model, "lookahead"):
-                preferred = w + jax.vmap(model.lookahead, (None, 0))(t, state.particles)
             chosen = self.resample(resample_key, preferred, m)
             particles = jax.tree.map(lambda x: x[chosen], state.particles)
             # Zero, or what makes up for the preference; its derivative by what the weights depend on is that
@@ -304,7 +317,7 @@ class smc(Algorithm):
             info = jax.tree.map(lambda x: jnp.zeros_like(x[0]), state.path.info)
             return state.particles, state.log_weights, state.roots, jnp.arange(n), info
 
-        due = (_ess(state.log_weights) <= self.threshold * n) | (self.threshold >= 1)
+        due = (_ess(preferred) <= self.threshold * n) | (self.threshold >= 1)
         particles, log_weights, roots, chosen, info = jax.lax.cond(due, again, as_they_are, state)
         before = jnp.where(due, jnp.log(float(n)), logsumexp(state.log_weights))
         if hasattr(model, "adapt"):
@@ -364,7 +377,11 @@ class smc(Algorithm):
         shares = jnp.zeros(n).at[state.roots].add(jax.nn.softmax(state.log_weights))
         # Lee and Whiteley (2018), equation 7.
         variance = 1 - (n / (n - 1)) ** generations * (1 - jnp.sum(shares**2))
-        choices = self._choices(state.particles)
+        model: Any = self._model
+        if self.history == "full" and hasattr(model, "paths"):
+            choices = model.paths(state.particles, _along(path.ancestors, path.particles))
+        else:
+            choices = self._choices(state.particles)
         if not isinstance(choices, dict):
             choices = {"state": choices} if eqx.is_array(choices) else dict(_leaves(choices))
         return SequentialParticles(
@@ -379,7 +396,9 @@ class smc(Algorithm):
 
     def _choices(self, particles: Any) -> Any:
         model: Any = self._model
-        return jax.vmap(model.choices)(particles) if hasattr(model, "choices") else particles
+        if not hasattr(model, "choices"):
+            return particles
+        return jax.vmap(model.choices, axis_size=self.num_particles)(particles)
 
     @property
     def _model(self) -> FeynmanKac:
@@ -422,10 +441,27 @@ class smc(Algorithm):
                 if value == -np.inf
                 else f"a weight is infinite or no number (the log evidence changes by {value})"
             )
+            model: Any = self._model
+            seen = f" (there: {model.observation(t)})" if hasattr(model, "observation") else ""
             raise DensityError(
-                f"smc: at step {t}, {what}. Take more particles or a proposal that knows what is observed there; the "
-                f"{t} steps before it are fine"
+                f"smc: at step {t}, {what}{seen}. Take more particles or a proposal that knows what is observed there; "
+                f"the {t} steps before it are fine"
             )
+
+
+def _along(ancestors: Any, tree: Any) -> Any:
+    last = jnp.arange(ancestors.shape[1])
+
+    def back(index: Array, chosen: Array) -> Any:
+        return chosen[index], index
+
+    _, indices = jax.lax.scan(back, last, ancestors, reverse=True)
+
+    def one(x: Array) -> Array:
+        taken = jax.vmap(lambda row, index: row[index])(x, indices)
+        return jnp.swapaxes(taken, 0, 1)
+
+    return jax.tree.map(one, tree)
 
 
 def moments(particles: Particles) -> Any:

@@ -222,16 +222,16 @@ for _primitive in (scope_p, marginal_p, estimated_p, lanes_p):
 
 
 def site_names(jaxpr: Any) -> list[str]:
-    """Names of all sites in a jaxpr, nested ones dotted (for messages)."""
-    names: list[str] = []
-    for eqn in open_jaxpr(jaxpr)[0].eqns if jaxpr is not None else ():
-        if eqn.primitive is site_p:
-            names.append(eqn.params["spec"].name)
-        elif eqn.primitive is estimated_p:
-            names += [".".join(address) for address, _ in eqn.params["sites"].value]
-        else:
-            prefix = (
-                f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""
-            )
-            names += [prefix + n for j in inner_jaxprs(eqn) for n in site_names(j)]
-    return names
+    """Names of all sites in a jaxpr, nested ones dotted."""
+    equations = open_jaxpr(jaxpr)[0].eqns if jaxpr is not None else ()
+    return [name for eqn in equations for name in eqn_site_names(eqn)]
+
+
+def eqn_site_names(eqn: Any) -> list[str]:
+    """The same of one equation."""
+    if eqn.primitive is site_p:
+        return [eqn.params["spec"].name]
+    if eqn.primitive is estimated_p:
+        return [".".join(address) for address, _ in eqn.params["sites"].value]
+    prefix = f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""
+    return [prefix + name for j in inner_jaxprs(eqn) for name in site_names(j)]

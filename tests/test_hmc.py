@@ -84,6 +84,7 @@ def skewed() -> None:
     sample("parts", dist.Dirichlet(jnp.array([1.0, 2.0, 4.0])))
 
 
+@pytest.mark.slow
 def test_constrained_supports() -> None:
     algorithm = nuts(num_warmup=500, num_samples=1000, dense_mass=["share", "rate"])
     draws = algorithm.run(jax.random.key(2), skewed().given(), progress=False)
@@ -95,6 +96,7 @@ def test_constrained_supports() -> None:
     assert np.abs(z).max() < BAND, z
 
 
+@pytest.mark.slow
 def test_blocks_of_the_mass_matrix() -> None:
     """The metric of a layout is the one of the matrix it stands for."""
     rng = np.random.default_rng(0)
@@ -119,6 +121,7 @@ def test_blocks_of_the_mass_matrix() -> None:
     assert (np.abs(found - mass) / error).max() < BAND
 
 
+@pytest.mark.slow
 def test_dense_over_unknown_addresses() -> None:
     target, *_ = conjugate()
     with pytest.raises(AddressError, match="dense_mass: no address 'v'"):
@@ -130,6 +133,7 @@ def test_dense_over_unknown_addresses() -> None:
 TINY = hmc(num_warmup=20, num_samples=12, num_chains=2, num_steps=2, step_size=0.1)
 
 
+@pytest.mark.slow
 def test_keep_and_thin_are_a_selection() -> None:
     """They change what is stored, not what is drawn."""
     target, *_ = conjugate()
@@ -146,6 +150,7 @@ def test_keep_and_thin_are_a_selection() -> None:
         nuts(keep="first")
 
 
+@pytest.mark.slow
 def test_stats_have_arviz_names() -> None:
     target, *_ = conjugate()
     draws = nuts(num_warmup=20, num_samples=12, num_chains=2).run(
@@ -173,6 +178,7 @@ def narrow() -> None:
     sample("y", dist.Normal(jnp.where(jnp.abs(u - 0.3) < 0.02, u, jnp.nan), 1.0))
 
 
+@pytest.mark.slow
 def test_initial_points_are_tried_until_one_is_finite() -> None:
     target = narrow().given({"y": 0.0})
     start = InitStrategy(num_tries=400)(jax.random.key(0), target.staged(), 4)
@@ -180,6 +186,7 @@ def test_initial_points_are_tried_until_one_is_finite() -> None:
     assert (np.abs(start.position - 0.3) < 0.02).all()
 
 
+@pytest.mark.slow
 def test_no_initial_point_names_the_sites_and_values() -> None:
     @gen
     def broken() -> None:
@@ -194,6 +201,7 @@ def test_no_initial_point_names_the_sites_and_values() -> None:
     assert "'b' is" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_named() -> None:
     @gen
     def kink() -> None:
@@ -204,6 +212,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         TINY.run(jax.random.key(0), kink().given({"y": 0.0}), progress=False)
 
 
+@pytest.mark.slow
 def test_init_from_choices() -> None:
     target, mean, _ = conjugate()
     still = dataclasses.replace(TINY, num_warmup=0, num_samples=1, step_size=1e-6)
@@ -218,6 +227,7 @@ def test_init_from_choices() -> None:
         still.run(jax.random.key(0), target, init={"v": w}, progress=False)
 
 
+@pytest.mark.slow
 def test_init_of_a_part_leaves_the_rest_to_be_found() -> None:
     still = dataclasses.replace(TINY, num_warmup=0, num_samples=1, step_size=1e-6)
     draws = still.run(jax.random.key(0), skewed().given(), init={"rate": 7.0}, progress=False)
@@ -225,11 +235,13 @@ def test_init_of_a_part_leaves_the_rest_to_be_found() -> None:
     assert draws["share"][0, 0] != draws["share"][1, 0]
 
 
+@pytest.mark.slow
 def test_init_outside_the_support_is_an_error() -> None:
     with pytest.raises(ObservationError, match="'rate'.*outside the support"):
         TINY.run(jax.random.key(0), skewed().given(), init={"rate": -1.0}, progress=False)
 
 
+@pytest.mark.slow
 def test_init_outside_a_support_that_depends_on_choices() -> None:
     @gen
     def nested() -> None:
@@ -241,6 +253,7 @@ def test_init_outside_a_support_that_depends_on_choices() -> None:
         TINY.run(jax.random.key(0), nested().given(), init=init, progress=False)
 
 
+@pytest.mark.slow
 def test_improper_priors_begin_in_the_box() -> None:
     @gen
     def flat() -> None:
@@ -256,6 +269,7 @@ def test_improper_priors_begin_in_the_box() -> None:
 # -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_to_sample() -> None:
     target, *_ = conjugate()
     observed = target.program.given({"w": jnp.zeros(3), "y": jnp.zeros(20)})
@@ -263,6 +277,7 @@ def test_nothing_to_sample() -> None:
         nuts().run(jax.random.key(0), observed)
 
 
+@pytest.mark.slow
 def test_discrete_latents_are_named() -> None:
     @gen
     def mixture() -> None:
@@ -273,6 +288,7 @@ def test_discrete_latents_are_named() -> None:
         nuts().run(jax.random.key(0), mixture().given({"y": 0.0}))
 
 
+@pytest.mark.slow
 def test_divergences_are_counted() -> None:
     """Neal's funnel, with steps far too long for its neck."""
 
@@ -297,6 +313,7 @@ def jump() -> None:
     )
 
 
+@pytest.mark.slow
 def test_branches_on_a_continuous_choice_warn_and_are_right() -> None:
     algorithm = nuts(num_warmup=300, num_samples=1000)
     with pytest.warns(UserWarning, match="depends on the continuous choice 's'.*jumps"):
@@ -312,6 +329,7 @@ def test_branches_on_a_continuous_choice_warn_and_are_right() -> None:
     assert "s" not in draws.active
 
 
+@pytest.mark.slow
 def test_double_precision(x64: None) -> None:
     algorithm = hmc(num_warmup=100, num_samples=100, num_chains=2)
     draws = algorithm.run(jax.random.key(0), jump_free().given({"y": 1.0}), progress=False)
@@ -325,6 +343,7 @@ def jump_free() -> None:
     sample("y", dist.Normal(mu, 1.0))
 
 
+@pytest.mark.slow
 def test_kernels_leave_a_density_invariant() -> None:
     """From exact draws of a skewed law, exact draws: Gumbel, whose mean and variance are known."""
 
