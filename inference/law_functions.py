@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -160,14 +161,16 @@ def _usual(
     if pilot is not None and not target.program.estimated:
         parts["log density"] = ["log density"], target.log_density
     if exact is not None:
-        states = np.unique(np.asarray(_vectors(target, exact, what)), axis=0)
+        latents = target.latents
+        rows = jax.vmap(lambda x: _vector(settled(x, target, what), latents))(exact.choices)
+        states = np.unique(np.asarray(rows), axis=0)
         if states.shape[1] > 1 and len(states) <= MAX_STATES:
-            scalars = [a + p for a in target.latents for p in _places(target.sites[a].shape)]
+            scalars = [a + p for a in latents for p in _places(target.sites[a].shape)]
             labels = [
                 ", ".join(f"{a} = {_short(v)}" for a, v in zip(scalars, state, strict=True))
                 for state in states
             ]
-            parts["joint"] = labels, lambda x: jnp.all(_vector(x) == states, axis=1)
+            parts["joint"] = labels, lambda x: jnp.all(_vector(x, latents) == states, axis=1)
     return parts
 
 
@@ -183,12 +186,10 @@ def _below(address: str, at: np.ndarray) -> Callable[[dict[str, Any]], Array]:
     return lambda choices: flatten(choices)[address] <= at
 
 
-def _vector(choices: dict[str, Any]) -> Array:
-    return jnp.concatenate([jnp.ravel(jnp.asarray(x, float)) for x in flatten(choices).values()])
-
-
-def _vectors(target: Target, exact: Particles, what: str) -> Array:
-    return jax.jit(jax.vmap(lambda x: _vector(settled(x, target, what))))(exact.choices)
+def _vector(choices: dict[str, Any], addresses: tuple[str, ...]) -> Array:
+    """All elements in a row."""
+    flat = flatten(choices)
+    return jnp.concatenate([jnp.ravel(jnp.asarray(flat[a], float)) for a in addresses])
 
 
 def _places(shape: Any) -> list[str]:
@@ -204,7 +205,7 @@ def integral(target: Target, features: Features, choices: Any, weights: Array) -
     """Sums of all functions over weighted draws; where the weight is zero, nothing is asked of them."""
     values = jax.vmap(lambda x: features.of(settled(x, target, "the sampler")))(choices)
     w = weights[:, None]
-    return jnp.sum(jnp.where(w > 0, w * values.astype(w.dtype), 0), axis=0)
+    return jnp.sum(jnp.where(w == 0, 0, w * values.astype(w.dtype)), axis=0)
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
@@ -218,6 +219,21 @@ def enumerated(target: Target) -> Particles | None:
     except WeftError:
         return None
     return every.run(jax.random.key(0), target, progress=False)
+
+
+def every_value(target: Target, exact: Particles) -> dict[str, Any]:
+    """The choices of an enumeration, of which the first varies slowest; idle ones, too, which it has at zero."""
+    flat, found = flatten(exact.choices), {}
+    missing = {a: np.asarray(target.missing.get(a, range(flat[a][0].size))) for a in target.latents}
+    supports = {a: np.asarray(target.sites[a].values) for a in target.latents}
+    sizes = [len(supports[a]) for a in target.latents for _ in missing[a]]
+    digits = np.stack(np.unravel_index(np.arange(math.prod(sizes)), sizes), axis=1)
+    for address in target.latents:
+        x = np.array(flat[address])
+        here, digits = np.split(digits, [missing[address].size], axis=1)
+        x.reshape(len(x), -1)[:, missing[address]] = supports[address][here]
+        found[address] = jnp.asarray(x)
+    return unflatten(found)
 
 
 def exact_evidence(
@@ -260,7 +276,7 @@ def exact_means(
         return np.concatenate(found), None
     if exact is None:
         return np.zeros(0), None
-    of = jax.jit(jax.vmap(lambda x: features.of(settled(x, target, "enumeration"))))
+    of = jax.vmap(lambda x: features.of(settled(x, target, "enumeration")))
     values = np.asarray(of(exact.choices), float)
     weights = special.softmax(np.asarray(exact.log_weights, float))
     mean = weights @ values

@@ -81,7 +81,7 @@ class LawReport(Printed):
     @property
     def verdict(self) -> str:
         """The outcome in words."""
-        once = f"once in {1 / self.false_alarm:,.0f} checks"
+        once = f"at most once in {1 / self.false_alarm:,.0f} checks"
         if self.passed:
             return (
                 f"Passed: all {len(self.rows)} within {self.threshold:.2f} standard errors. A right sampler is refused "

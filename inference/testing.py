@@ -32,6 +32,7 @@ from .law_functions import (
     Own,
     complete,
     enumerated,
+    every_value,
     exact_evidence,
     exact_means,
     functions_of,
@@ -39,6 +40,7 @@ from .law_functions import (
     settled,
 )
 from .law_report import LawReport, compare, compare_flows, compare_pairs, judged, least_error
+from .moves import idling, log_density
 from .results import Draws, Particles
 
 
@@ -263,7 +265,8 @@ def check_invariance(
             choices, or a pair of them and anything else.
         target: what it is to leave invariant.
         key: a random key.
-        draw: an exact draw of the target's latent choices from a key; needed where they are not finite.
+        draw: an exact draw of the target's latent choices from a key; needed where they are not finite. A choice in a
+            branch not taken is drawn from its prior there, which kernels leave to it.
         functions: by name, functions of the latent choices to arrays, instead of the usual ones.
         num_steps: how often the kernel is applied; more steps let small errors add up.
         reversible: whether to test detailed balance, too.
@@ -432,9 +435,14 @@ def _starter(
             "to be given: draw=, a function from a key to choices"
         )
 
+    choices, log_weights = exact.choices, exact.log_weights
+    if idling(target):  # kernels let an idle choice keep its prior
+        choices = every_value(target, exact)
+        log_weights = jax.vmap(lambda x: log_density(target, x))(choices)
+
     def drawn(key: PRNGKeyArray) -> dict[str, Any]:
-        i = jax.random.categorical(key, exact.log_weights)
-        return jax.tree.map(lambda x: x[i], exact.choices)
+        i = jax.random.categorical(key, log_weights)
+        return jax.tree.map(lambda x: x[i], choices)
 
     return drawn
 
