@@ -4,6 +4,8 @@ from . import kernels as kernels
 from . import testing as testing
 from .algorithm import Algorithm as Algorithm
 from .algorithm import State as State
+from .conditional import backward_sampling as backward_sampling
+from .conditional import particle_gibbs as particle_gibbs
 from .enumeration import enumeration as enumeration
 from .feynman_kac import FeynmanKac as FeynmanKac
 from .filtering import filtering as filtering

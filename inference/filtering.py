@@ -173,10 +173,22 @@ class Filter(eqx.Module):
 
     def log_transition(self, t: Int[Array, ""], particle: Any, now: dict[str, Any]) -> Array:
         """Log density of the choices and the observations of a step, after a particle."""
-        i = self._index(t)
+        i = jnp.clip(self._index(t), 0, self.parts.length - 1)
         entries = {**self._at(i), **_entries(now)}
         density = run_log_density(self._program(particle, i), unflatten(entries))
-        return jnp.where(t < self.parts.length, density, 0.0)
+        # After the scan a particle stays where it is.
+        same = [jnp.all(particle["now"][a] == x) for a, x in now.items()]
+        stays = jnp.where(jnp.all(jnp.stack(same)), 0.0, -jnp.inf)
+        return jnp.where(t < self.parts.length, density, stays)
+
+    def taken(self, particle: Any) -> dict[str, Any]:
+        """The choices of a particle's last step."""
+        return particle["now"]
+
+    def steps_of(self, particles: Any) -> dict[str, Any]:
+        """The choices of the scan, out of the particles of a path, `(step, ...)`."""
+        steps = {a: x[: self.parts.length] for a, x in particles["now"].items()}
+        return {a: x[::-1] for a, x in steps.items()} if self.parts.reverse else steps
 
     # --- the parts ---
 

@@ -10,6 +10,7 @@ jits, vmaps and scans, also with a target of traced arrays. `mcmc` runs any kern
 | `random_walk`, `slice_sampler` | all at once, one by one | continuous choices |
 | `elliptical_slice` | all at once | normal priors |
 | `gibbs` | the named, by an exact draw given all others | finite supports, or conjugate priors |
+| `conditional_smc` | the choices of a scan | observations in it |
 | `metropolis_hastings`, `involutive` | what a program proposes | its density |
 | `block`, `cycle`, `mixture`, `repeat` | what their kernels move | |
 
@@ -52,6 +53,7 @@ from .combinators import block as block
 from .combinators import cycle as cycle
 from .combinators import mixture as mixture
 from .combinators import repeat as repeat
+from .conditional import conditional_smc as conditional_smc
 from .elliptical import elliptical_slice as elliptical_slice
 from .gibbs import gibbs as gibbs
 from .metropolis import involutive as involutive

@@ -302,12 +302,11 @@ class smc(Algorithm):
         def again(state: SMCState) -> Any:
             chosen = self.resample(resample_key, preferred, m)
             particles = jax.tree.map(lambda x: x[chosen], state.particles)
-            # Zero, or what makes up for the preference; its derivative by what the weights depend on is that
-            # of the choice (Scibior and Wood 2021).
-            left = w - preferred + jax.nn.logsumexp(preferred) - jax.nn.logsumexp(w)
-            left = left if preferred is not w else jnp.zeros_like(w)
-            log_weights = left[chosen] + preferred[chosen]
-            log_weights = log_weights - jax.lax.stop_gradient(preferred[chosen])
+            shares = preferred - logsumexp(preferred)
+            made_up_for = jnp.zeros(n) if preferred is w else w - logsumexp(w) - shares
+            # Of value zero; its derivative is that of the choice of particles (Scibior and Wood 2021).
+            score = (shares - jax.lax.stop_gradient(shares))[chosen]
+            log_weights = made_up_for[chosen] + score
             particles, info = self._moved(rejuvenate_key, t, particles)
             repeated = n // m
             chosen, log_weights = jnp.tile(chosen, repeated), jnp.tile(log_weights, repeated)
@@ -376,7 +375,7 @@ class smc(Algorithm):
         generations = 1 + jnp.sum(path.resampled)
         shares = jnp.zeros(n).at[state.roots].add(jax.nn.softmax(state.log_weights))
         # Lee and Whiteley (2018), equation 7.
-        variance = 1 - (n / (n - 1)) ** generations * (1 - jnp.sum(shares**2))
+        variance = 1 - jnp.exp(generations * np.log(n / (n - 1))) * (1 - jnp.sum(shares**2))
         model: Any = self._model
         if self.history == "full" and hasattr(model, "paths"):
             choices = model.paths(state.particles, _along(path.ancestors, path.particles))

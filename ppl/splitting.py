@@ -36,7 +36,7 @@ class Split(eqx.Module):
         reverse: whether they run backwards.
         names: of consts and of the carry's leaves in the source, for `named`.
         addresses: of the sites before, within, and after the scan.
-        markov: whether nothing random in the carry outlives a step, but what the step's own choices replace.
+        markov: whether nothing random outlives a step, but what the step's own choices put into the carry.
         name: of the program.
     """
 
@@ -185,7 +185,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         reverse=params["reverse"],
         names=(tuple(names[:n]), tuple(names[n:m])),
         addresses=tuple(tuple(a for e in part for a in eqn_site_names(e)) for part in parts),
-        markov=_is_markov(body, num_consts, num_carry),
+        markov=_is_markov(body, num_consts, num_carry) and not any(reads_ys),
         name=program.name,
     )
 
