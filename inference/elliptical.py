@@ -139,11 +139,11 @@ class _Standardise(Handler):
             return value, None, {}
 
         def standard(payload: Any, x: Array) -> Array:
-            base: Any = _normal(payload["d"], site)
-            if isinstance(base, dist.Normal):
-                return (x - base.loc) / base.scale
-            tril = jnp.broadcast_to(base.scale_tril, (*x.shape, x.shape[-1]))
-            return solve_triangular(tril, (x - base.loc)[..., None], lower=True)[..., 0]
+            loc, scale, dense = _normal(payload["d"], site)
+            if not dense:
+                return (x - loc) / scale
+            tril = jnp.broadcast_to(scale, (*x.shape, x.shape[-1]))
+            return solve_triangular(tril, (x - loc)[..., None], lower=True)[..., 0]
 
         return value, {"value": site.over_lanes(standard, value)}, {}
 
@@ -175,10 +175,8 @@ class _Colour(Handler):
             return value, None, counted
 
         def coloured(payload: Any, z: Array) -> Array:
-            base: Any = _normal(payload["d"], site)
-            if isinstance(base, dist.Normal):
-                return base.loc + base.scale * z
-            return base.loc + (base.scale_tril @ z[..., None])[..., 0]
+            loc, scale, dense = _normal(payload["d"], site)
+            return loc + ((scale @ z[..., None])[..., 0] if dense else scale * z)
 
         value = site.over_lanes(coloured, given.z).astype(site.spec.dtype)
         record = {"value": value} if self.record and site.address not in self.skip else None
@@ -191,11 +189,13 @@ class _Colour(Handler):
         return value, record, {"log_density": rest}
 
 
-def _normal(d: Any, site: Site) -> Any:
-    """A normal prior without what expands it."""
+def _normal(d: Any, site: Site) -> tuple[Any, Any, bool]:
+    """Mean and scale of a normal prior, and whether the scale is a lower triangle."""
     base = base_of(d)
-    if isinstance(base, (dist.Normal, dist.MultivariateNormal)):
-        return base
+    if isinstance(base, dist.Normal):
+        return base.loc, base.scale, False
+    if isinstance(base, dist.MultivariateNormal):
+        return base.loc, base.scale_tril, True
     raise DensityError(
         f"elliptical_slice moves normal choices, and {'.'.join(site.address)!r} ({type(base).__name__}) is none: "
         "leave it out, block(elliptical_slice(), ...), and move it by another kernel"

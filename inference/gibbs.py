@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl import Model, Program, Target, condition, marginalize, observed
 from weft.ppl.addresses import Address, dotted, flatten, unflatten
-from weft.ppl.compat import inner_jaxprs, open_jaxpr
-from weft.ppl.control import scope_p
 from weft.ppl.dependence import site_inputs
 from weft.ppl.errors import DensityError, ModelError, WeftError
+from weft.ppl.interpreter import Handler
 from weft.ppl.recovery import posterior
-from weft.ppl.sites import site_p
+from weft.ppl.rewriting import Rewrite, Transformed
+from weft.ppl.sites import Site
 
 from .moves import Choices, Info, Kernel, chosen, entered, idling, log_density
 
@@ -112,8 +113,8 @@ def _without(target: Target, moved: tuple[str, ...]) -> Program:
 
     known = {a: target.data[a] for a in moved if a in target.data}
     data = {a: observed(g.value, where=g.where) for a, g in known.items()}
-    whole = condition(silent, data) if data else silent
-    return Model(marginalize(whole, *moved), target.program.name)(*args)
+    whole: Any = condition(silent, data) if data else silent
+    return Model(marginalize(_Folded(whole), *moved), target.program.name)(*args)
 
 
 def _require_plain(target: Target, moved: tuple[str, ...]) -> None:
@@ -127,26 +128,44 @@ def _require_plain(target: Target, moved: tuple[str, ...]) -> None:
     idle = [a for a in idling(target) if a in near]
     if idle:
         raise ModelError(f"{', '.join(map(repr, idle))} may be idle, in a branch or under a mask")
-    # A sum that is scaled is not the sum of what is scaled.
-    scaled = [a for a in _scaled(jaxpr) if a in near]
-    if scaled:
-        raise ModelError(f"{', '.join(map(repr, scaled))} is scaled")
 
 
-def _scaled(jaxpr: Any, prefix: tuple[str, ...] = ()) -> list[str]:
-    """Addresses of the sites that have a scale."""
-    found = []
-    for eqn in open_jaxpr(jaxpr)[0].eqns:
-        if eqn.primitive is site_p:
-            skeleton = eqn.params["skeleton"]
-            if "scale" in skeleton.unpack([0.0] * skeleton.num_arrays):
-                found.append(".".join((*prefix, eqn.params["spec"].name)))
-        else:
-            named = eqn.primitive is scope_p and eqn.params["name"] is not None
-            inner = (*prefix, eqn.params["name"]) if named else prefix
-            for other in inner_jaxprs(eqn):
-                found += _scaled(other, inner)
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Fold(Rewrite):
+    """Makes the scale of a site part of its density: to sum out, and then scale, would be another law."""
+
+    def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
+        scale = payload.pop("scale", None)
+        if scale is not None and site.spec.kind == "factor":
+            payload["weight"] = payload["weight"] * scale
+        elif scale is not None:
+            payload["d"] = Scaled(payload["d"], scale)
+        return payload
+
+
+class _Folded(Transformed):
+    def handler(self, table: dict[str, Any]) -> tuple[Handler, dict[str, Any]]:
+        return _Fold(), {}
+
+
+class Scaled(eqx.Module):
+    """A distribution whose log density is scaled."""
+
+    base: Any
+    scale: Any
+
+    @property
+    def support(self) -> Any:
+        """That of the distribution."""
+        return self.base.support
+
+    def sample(self, key: PRNGKeyArray) -> Any:
+        """A draw of the distribution."""
+        return self.base.sample(key)
+
+    def log_prob(self, value: Any) -> Array:
+        """The scaled log density."""
+        return self.base.log_prob(value) * self.scale
 
 
 # --- by listing -----------------------------------------------------------------------------------

@@ -165,7 +165,23 @@ class involutive(Metropolis):
     def _apply(self, both: tuple[Choices, Choices]) -> tuple[Choices, Choices]:
         x, v = self.transform(*both)
         who = "involutive: the transform"
-        return unchanged(both[0], x, who), unchanged(both[1], v, who)
+        return tuple(unchanged(b, _cast(b, a), who) for b, a in zip(both, (x, v), strict=True))  # pyright: ignore
+
+
+def _cast(before: Choices, after: Choices) -> Choices:
+    """The dtypes from before, where arithmetic has promoted integers to integers, or floats to floats."""
+    asked = flatten(before)
+
+    def one(address: str, x: Any) -> Array:
+        x, like = jnp.asarray(x), asked.get(address)
+        same = like is not None and _floats(like) == _floats(x)
+        return x.astype(like.dtype) if same else x
+
+    return unflatten({a: one(a, x) for a, x in flatten(after).items()})
+
+
+def _floats(x: Array) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def _change(f: Any, start: Any) -> tuple[Any, Float[Array, ""]]:
@@ -187,7 +203,7 @@ def _gap(start: Any, back: Any) -> tuple[Float[Array, ""], Array]:
     """The largest difference of two points, and whether it is rounding."""
     gap, same = jnp.zeros(()), jnp.bool_(True)
     for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(back), strict=True):
-        if not jnp.issubdtype(a.dtype, jnp.inexact):
+        if not _floats(a):
             away = jnp.abs(a.astype(int) - b.astype(int)).astype(gap.dtype)
             same &= jnp.all(away == 0)
         else:
