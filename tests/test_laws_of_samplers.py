@@ -4,6 +4,7 @@ Each check has a false alarm rate of one in a million, so that one of the hundre
 suites; keys are fixed. Faults are to be seen at no less than twice the threshold.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from weft.inference import (
     Draws,
     Particles,
     enumeration,
+    filtering,
     importance,
     killing,
     multinomial,
@@ -25,6 +27,7 @@ from weft.inference import (
     ssp,
     stratified,
     systematic,
+    tempering,
 )
 from weft.inference.law_report import LawReport, LawRow, compare, judged
 from weft.ppl import Target, WeftError
@@ -166,6 +169,36 @@ def test_resampling_in_sequence(scheme: Any) -> None:
     ).require()
 
 
+def next_seen(carry: Any, t: Any, observed: Any) -> Any:
+    """A guess at the probability of what is observed next, to look ahead by."""
+    return jnp.where(observed["y"] == 1, 0.5, -0.5) * carry
+
+
+LADDER = tempering(schedule=jnp.array([0.3, 1.0]), num_moves=1)
+IN_SEQUENCE = {
+    "optimal": (smc(filtering("optimal"), 8, history="full"), SERIES),
+    "lookahead": (smc(filtering(lookahead=next_seen), 8, history="full"), SERIES),
+    "tempering": (smc(LADDER, 8, rejuvenate=kernels.gibbs("season")), WEATHER),
+    "waste-free": (smc(LADDER, 8, rejuvenate=kernels.gibbs("season"), waste_free=2), WEATHER),
+}
+
+
+@pytest.mark.parametrize("name", IN_SEQUENCE)
+def test_sequential_samplers(name: str) -> None:
+    sampler, target = IN_SEQUENCE[name]
+    sampler = dataclasses.replace(sampler, threshold=1.0)
+    testing.check_proper_weighting(
+        sampler, target, key=KEY, num_runs=4000, false_alarm=ALARM
+    ).require()
+
+
+def test_tempering_of_a_continuous_choice() -> None:
+    sampler = smc(LADDER, 10, rejuvenate=kernels.hmc(1.2, 2))
+    testing.check_proper_weighting(
+        sampler, LEVEL, key=KEY, expected=MOMENTS, false_alarm=ALARM
+    ).require()
+
+
 def test_weights_of_a_continuous_choice() -> None:
     """The evidence is found by integrating mu out."""
     sampler = importance(wide(), num_particles=20)
@@ -289,7 +322,7 @@ def test_sampling_importance_resampling_exactly(x64: None) -> None:
         sample("u", dist.Categorical(jnp.array([0.3, 0.3, 0.4])), grad=gradients.enum)
 
     target = model().given({"x": 1})
-    by = importance(proposal(), num_particles=3, grad=gradients.enum)
+    by = importance(proposal(), num_particles=2, grad=gradients.enum)
 
     def chosen(_: Any) -> Any:
         choices, _, log_evidence = by.draw_posterior(target)
