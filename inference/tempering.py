@@ -133,9 +133,11 @@ class tempering(eqx.Module):
             step, last = self.rows_per_step, path.last
             levels = jnp.asarray([*range(step, last, step), last], jnp.result_type(float))
         elif self.schedule is not None:
-            levels = jnp.asarray(self.schedule, float)
-            # The first particles have temperature zero already.
-            levels = levels[1:] if not isinstance(levels, Tracer) and levels[0] == 0 else levels
+            levels = self.schedule
+            if not isinstance(levels, Tracer):  # the first particles have temperature zero already
+                levels = np.asarray(levels, float)
+                levels = levels[levels > 0]
+            levels = jnp.asarray(levels, jnp.result_type(float))
         num_levels = num_levels if levels is None else levels.size
         return Tempered(path, levels, self.ess, num_levels, self.num_moves)
 
@@ -249,6 +251,9 @@ class Tempered(eqx.Module):
 
         def too_far(ahead: Array) -> Array:
             factors = jnp.where(ahead > level, (ahead - level) * terms, 0)
+            factors = factors - jnp.max(
+                factors
+            )  # else large ones cancel below, with what they round to
             share = 2 * logsumexp(log_weights + factors) - logsumexp(log_weights + 2 * factors)
             return ~(jnp.exp(share) >= wanted)  # no number is too far, too
 
