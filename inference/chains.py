@@ -83,7 +83,7 @@ class HamiltonianSampler(Algorithm):
             )
 
     @abc.abstractmethod
-    def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Metric) -> kernels.Kernel:
+    def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Metric) -> kernels.DensityKernel:
         """The kernel of one transition."""
 
     @abc.abstractmethod

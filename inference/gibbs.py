@@ -101,7 +101,9 @@ def _recovered(
     _require_plain(target, moved)
     entries = target.complete(choices)
     given = {a: g for a, g in entries.items() if a not in moved}
-    return posterior(_without(target, moved).staged(), key, given, "sample")
+    # What the model itself has summed out is found, too.
+    found = posterior(_without(target, moved).staged(), key, given, "sample")
+    return {a: found[a] for a in moved}
 
 
 def _without(target: Target, moved: tuple[str, ...]) -> Program:

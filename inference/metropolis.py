@@ -174,8 +174,9 @@ def _cast(before: Choices, after: Choices) -> Choices:
 
     def one(address: str, x: Any) -> Array:
         x, like = jnp.asarray(x), asked.get(address)
-        same = like is not None and _floats(like) == _floats(x)
-        return x.astype(like.dtype) if same else x
+        if like is None or _floats(like) != _floats(x):
+            return x
+        return x.astype(like.dtype)
 
     return unflatten({a: one(a, x) for a, x in flatten(after).items()})
 
