@@ -40,6 +40,9 @@ from .objectives import wake_phi as wake_phi
 from .objectives import wake_theta as wake_theta
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
+from .parisian import paris as paris
+from .parisian import parisian_gibbs as parisian_gibbs
+from .pmmh import pmmh as pmmh
 from .recovery import recover as recover
 from .resampling import killing as killing
 from .resampling import multinomial as multinomial
@@ -51,6 +54,7 @@ from .results import Draws as Draws
 from .results import Particles as Particles
 from .smc import SequentialParticles as SequentialParticles
 from .smc import smc as smc
+from .smc2 import smc2 as smc2
 from .starts import jittered as jittered
 from .stopping import plateau as plateau
 from .storage import load as load

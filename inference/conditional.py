@@ -316,19 +316,7 @@ def backward_sampling(
         >>> smoothed.choices["x"].shape
         (50, 3)
     """
-    path = particles.path
-    if path is None or path.particles is None or path.log_weights is None:
-        raise WeftError("backward_sampling: run the filter with history='full'")
-    model = filtering(scan=scan)(particles.target)
-    outside = [*model.latents[0], *model.latents[2]]
-    if outside:
-        raise WeftError(
-            f"backward_sampling: {', '.join(map(repr, outside))} stand outside the scan and differ from particle to "
-            "particle: give them, target.given(...), or take particle_gibbs"
-        )
-    require_markov(model, "backward_sampling")
-    assert path.ancestors is not None
-    found = Genealogy(path.particles, path.log_weights, path.ancestors)
+    model, found = genealogy(particles, scan, "backward_sampling")
 
     def one(key: PRNGKeyArray) -> Any:
         return along(backward(key, model, found), found.particles)
@@ -343,3 +331,27 @@ def backward_sampling(
         log_evidence_variance=particles.log_evidence_variance,
         target=particles.target,
     )
+
+
+def genealogy(
+    particles: SequentialParticles, scan: str | None, what: str
+) -> tuple[Filter, Genealogy]:
+    """The filter that was run, and all its particles, for what goes back through them."""
+    path = particles.path
+    if path is None or path.particles is None or path.log_weights is None:
+        raise WeftError(f"{what}: run the filter with history='full'")
+    model = filtering(scan=scan)(particles.target)
+    only_the_scan(model, what)
+    require_markov(model, what)
+    assert path.ancestors is not None
+    return model, Genealogy(path.particles, path.log_weights, path.ancestors)
+
+
+def only_the_scan(model: Filter, what: str) -> None:
+    """Raise WeftError if a latent choice stands outside the scan."""
+    outside = [*model.latents[0], *model.latents[2]]
+    if outside:
+        raise WeftError(
+            f"{what}: {', '.join(map(repr, outside))} stand outside the scan and differ from particle to particle: "
+            "give them, target.given(...), or take particle_gibbs"
+        )
