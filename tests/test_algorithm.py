@@ -20,6 +20,8 @@ from weft.ppl.errors import WeftError
 from counting import counting
 from weft import gen, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 OFFSET = jnp.float32(0.0)
 
 

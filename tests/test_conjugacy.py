@@ -14,6 +14,8 @@ from weft.ppl import ModelError
 
 from weft import gen, marginalize, recover, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 SSM = Path(__file__).parent / "refcases" / "ssm"
 Y = np.array([0.3, 1.2, -0.7, 2.0])
 S = np.array([1.0, 2.0, 0.5, 0.3])

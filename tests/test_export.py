@@ -17,6 +17,8 @@ from weft.inference.export import pointwise_log_likelihood
 from weft.ppl import deterministic, gen, observed, sample
 from weft.ppl.errors import AddressError, WeftError
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.2x announces 1.0
     import arviz

@@ -63,6 +63,7 @@ def closed_form(params: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_estimate_and_its_gradient_are_unbiased() -> None:
     params = {"loc": 0.4, "scale": 1.3}
     keys = jax.random.split(KEY, 4000)
@@ -75,12 +76,14 @@ def test_the_estimate_and_its_gradient_are_unbiased() -> None:
         assert abs(x.mean() - mean) < BAND * x.std() / np.sqrt(x.size)
 
 
+@pytest.mark.slow
 def test_at_the_posterior_every_estimate_is_the_evidence() -> None:
     keys = jax.random.split(KEY, 10)
     found = jax.vmap(elbo(TARGET, guide), (0, None))(keys, {"loc": 1.0, "scale": 0.5**0.5})
     np.testing.assert_allclose(found, EVIDENCE, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_num_samples_is_a_mean_of_independent_estimates() -> None:
     params = {"loc": 0.4, "scale": 1.3}
     keys = jax.random.split(KEY, 2000)
@@ -90,6 +93,7 @@ def test_num_samples_is_a_mean_of_independent_estimates() -> None:
     assert abs(float(ten.mean()) - float(closed_form(params))) < BAND * ten.std() / 2000**0.5
 
 
+@pytest.mark.slow
 def test_the_target_may_depend_on_the_parameters() -> None:
     """Maximising over the model's own parameter too: d/d noise of E log p(y | mu)."""
 
@@ -106,6 +110,7 @@ def test_the_target_may_depend_on_the_parameters() -> None:
     assert abs(slope.mean() - exact) < BAND * slope.std() / 4000**0.5
 
 
+@pytest.mark.slow
 def test_idle_choices_do_not_bias_the_bound() -> None:
     """The guide draws what is idle in the target as well; with q = p the bound is exact."""
 
@@ -149,6 +154,7 @@ def test_fit_finds_the_posterior() -> None:
     np.testing.assert_allclose(particles.log_evidence, EVIDENCE, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_report_tells_how_the_bound_went() -> None:
     def report(objective: Any, optimizer: Any, steps: int = 100, **kwargs: Any) -> str:
         params = {"loc": 0.0, "scale": 1.0}
@@ -163,6 +169,7 @@ def test_the_report_tells_how_the_bound_went() -> None:
     assert "hidden in the noise" in report(elbo(TARGET, guide), optax.adam(1e-3), 50)
 
 
+@pytest.mark.slow
 def test_fit_is_the_loop_by_hand() -> None:
     """The same optimiser, step by step, on an objective without noise."""
 
@@ -192,6 +199,7 @@ def test_fit_is_the_loop_by_hand() -> None:
     np.testing.assert_allclose(loss.bounds, -np.asarray(bounds), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_fit_goes_on_from_its_state() -> None:
     def objective(key: Any, params: Any) -> Any:
         return closed_form(params)
@@ -203,6 +211,7 @@ def test_fit_goes_on_from_its_state() -> None:
     np.testing.assert_allclose(rest.params["loc"], whole.params["loc"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_second_fit_compiles_nothing() -> None:
     """New data, a new objective, guide and optimiser: everything compares by structure."""
 
@@ -221,6 +230,7 @@ def test_second_fit_compiles_nothing() -> None:
     assert first.params["loc"] != second.params["loc"]
 
 
+@pytest.mark.slow
 def test_second_fit_of_vmapped_tasks_compiles_nothing() -> None:
     """Rules of custom derivatives (here xlogy's) are wrapped anew under each vmap."""
 
@@ -247,6 +257,7 @@ def test_second_fit_of_vmapped_tasks_compiles_nothing() -> None:
     assert count.compilations == 0
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 6, 100):
@@ -258,6 +269,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(found[0].params["loc"], other.params["loc"])
 
 
+@pytest.mark.slow
 def test_fit_under_vmap_over_data() -> None:
     def go(y: Any) -> Any:
         objective = elbo(model().given({"y": y}), guide)
@@ -267,6 +279,7 @@ def test_fit_under_vmap_over_data() -> None:
     np.testing.assert_allclose(together, [go(1.0), go(2.0)], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_callers_arrays_are_not_given_away() -> None:
     params = {"loc": jnp.zeros(()), "scale": jnp.ones(())}
     for _ in range(2):
@@ -292,6 +305,7 @@ def stopped_after(objective: Any, optimizer: Any, steps: int, **kwargs: Any) -> 
     return fit(KEY, objective, 0.0, optimizer, steps, progress=False, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_level_bound_stops_and_a_rising_one_does_not() -> None:
     """A level one stops at a decision with probability 0.977: at none of ten, 2e-16.
 
@@ -311,6 +325,7 @@ def test_a_level_bound_stops_and_a_rising_one_does_not() -> None:
     assert not bool(falling.stopped)
 
 
+@pytest.mark.slow
 def test_the_rule_is_its_formula() -> None:
     """Windows by NumPy, with estimates left out that are not finite."""
     rng = np.random.default_rng(1)
@@ -332,6 +347,7 @@ def test_the_rule_is_its_formula() -> None:
     assert 0 < sum(decided) < 19
 
 
+@pytest.mark.slow
 def test_a_tolerance_stops_what_has_no_noise() -> None:
     """The mean of closed-form bounds: it always rises, by less and less."""
     run = lambda stop: fit(  # noqa: E731
@@ -351,6 +367,7 @@ def test_a_tolerance_stops_what_has_no_noise() -> None:
     assert (rises[:-1] > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_stopping_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (7, 40, 1000):
@@ -361,6 +378,7 @@ def test_stopping_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(float(found[0].params) == float(other.params) for other in found[1:])
 
 
+@pytest.mark.slow
 def test_stopping_under_vmap() -> None:
     """Each lane by itself: those that are done wait, and what they did not do is NaN."""
 
@@ -380,6 +398,7 @@ def test_stopping_under_vmap() -> None:
         np.testing.assert_allclose(row[:n], alone, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rule_that_makes_no_sense() -> None:
     with pytest.raises(WeftError, match="window must be an integer"):
         plateau(1)
@@ -402,6 +421,7 @@ def anywhere(key: Any) -> Any:
     return {"x": jax.random.uniform(key, minval=-3.0, maxval=3.0), "unit": fixed(1.0)}
 
 
+@pytest.mark.slow
 def test_the_best_restart_is_kept() -> None:
     key = jax.random.key(1)
     found = fit(key, two_hills, anywhere, optax.adam(0.05), 300, num_restarts=8, progress=False)
@@ -427,6 +447,7 @@ def test_the_best_restart_is_kept() -> None:
     np.testing.assert_allclose(loss.params["x"], found.params["x"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [None, plateau(20, z=0.0)], ids=["whole", "stopped"])
 def test_restarts_are_fits_of_their_own(stop: Any) -> None:
     """Each equals a fit alone with one of the split keys, minibatches and early stops included."""
@@ -446,6 +467,7 @@ def test_restarts_are_fits_of_their_own(stop: Any) -> None:
     assert bool(found.stopped) == bool(alone.stopped)
 
 
+@pytest.mark.slow
 def test_restarts_compile_once() -> None:
     def go(num: int) -> int:
         with counting() as count:
@@ -456,6 +478,7 @@ def test_restarts_compile_once() -> None:
     assert go(2) == 0
 
 
+@pytest.mark.slow
 def test_restarts_of_which_some_begin_nowhere() -> None:
     def objective(key: Any, params: Any) -> Any:
         return -((params - 1.0) ** 2) + 0.0 * jnp.log(params)
@@ -468,6 +491,7 @@ def test_restarts_of_which_some_begin_nowhere() -> None:
         fit(KEY, objective, lambda key: -1.0, optax.adam(0.05), 9, num_restarts=2, progress=False)
 
 
+@pytest.mark.slow
 def test_restarts_under_vmap() -> None:
     def go(key: Any) -> Any:
         found = fit(key, two_hills, anywhere, optax.adam(0.1), 100, num_restarts=3, progress=False)
@@ -478,6 +502,7 @@ def test_restarts_under_vmap() -> None:
         np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_where_restarts_begin() -> None:
     with pytest.raises(WeftError, match=r"would all begin at the same parameters.*jittered"):
         fit(KEY, two_hills, {"x": 0.0}, optax.adam(0.1), 5, num_restarts=3)
@@ -498,6 +523,7 @@ def test_where_restarts_begin() -> None:
     assert abs(float(moves.std()) - 0.5) < BAND * 0.005
 
 
+@pytest.mark.slow
 def test_clipping_and_schedules_are_optax() -> None:
     """Step by step by hand, on an objective without noise whose gradient is clipped at the start."""
     rate = optax.exponential_decay(0.5, 2, 0.5)
@@ -518,6 +544,7 @@ def test_clipping_and_schedules_are_optax() -> None:
 # ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_minibatches_are_epochs_without_replacement() -> None:
     """Each objective value tells which rows it saw, in base 2."""
     rows = jnp.arange(10)
@@ -543,6 +570,7 @@ def test_minibatches_are_epochs_without_replacement() -> None:
     assert len({frozenset(s) for s in seen}) > 3
 
 
+@pytest.mark.slow
 def test_a_scaled_minibatch_has_the_same_mean() -> None:
     """scale(model, {"row": N / B}) and batches: the mean over an epoch is the bound on all of the data."""
     n, b = 12, 4
@@ -588,6 +616,7 @@ def test_a_scaled_minibatch_has_the_same_mean() -> None:
     assert "minibatches: not checked" in found.report()
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_scaled_is_warned_of() -> None:
     """Unless every choice belongs to a row, where a constant factor is all that is missing."""
 
@@ -624,6 +653,7 @@ def test_a_target_that_is_not_scaled_is_warned_of() -> None:
     )
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_batched() -> None:
     objective = lambda key, params, *batch: params  # noqa: E731
     with pytest.raises(WeftError, match=r"share their leading axis, got shapes \[\(3,\), \(4,\)\]"):
@@ -636,6 +666,7 @@ def test_data_that_cannot_be_batched() -> None:
 # -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fixed_and_constrained_leaves() -> None:
     params = {
         "loc": fixed({"a": 0.25}),
@@ -657,6 +688,7 @@ def test_fixed_and_constrained_leaves() -> None:
     assert found.params["count"] == 3
 
 
+@pytest.mark.slow
 def test_a_network_passes_through() -> None:
     """Equinox modules with activation functions inside, as they are."""
     net = eqx.nn.MLP(1, 2, 4, 1, key=KEY)
@@ -672,6 +704,7 @@ def test_a_network_passes_through() -> None:
     assert float(found.bounds[-50:].mean()) > float(found.bounds[:5].mean())
 
 
+@pytest.mark.slow
 def test_parameters_that_make_no_sense() -> None:
     with pytest.raises(WeftError, match="not in the set"):
         constrained(-1.0, constraints.positive)
@@ -687,6 +720,7 @@ def test_parameters_that_make_no_sense() -> None:
 # -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_first_bound_that_is_not_finite_names_the_site() -> None:
     @gen
     def broken() -> None:
@@ -704,12 +738,14 @@ def test_a_first_bound_that_is_not_finite_names_the_site() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_first_gradient_that_is_not_finite_names_the_parameter() -> None:
     objective = lambda key, params: jnp.sqrt(params["a"]) + params["b"]  # noqa: E731
     with pytest.raises(DensityError, match=r"gradient is not finite with respect to params\['a'\]"):
         fit(KEY, objective, {"a": 0.0, "b": 1.0}, optax.sgd(0.1), 5, progress=False)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_named() -> None:
     with pytest.raises(DensityError, match=r"the parameters params\['b'\] are not finite"):
         fit(
@@ -722,6 +758,7 @@ def test_parameters_that_are_not_finite_are_named() -> None:
         )
 
 
+@pytest.mark.slow
 def test_later_steps_that_are_not_finite_are_skipped_and_counted() -> None:
     def objective(key: Any, params: Any) -> Any:
         return jnp.where(jax.random.uniform(key) < 0.3, jnp.nan, -((params - 1.0) ** 2))
@@ -745,6 +782,7 @@ def test_later_steps_that_are_not_finite_are_skipped_and_counted() -> None:
 # -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_guide_draws_exactly_the_latents() -> None:
     @gen
     def other(params: Any) -> None:
@@ -756,6 +794,7 @@ def test_a_guide_draws_exactly_the_latents() -> None:
         fit(KEY, elbo(TARGET, other), start(), optax.adam(0.1), 3)
 
 
+@pytest.mark.slow
 def test_an_unnormalised_guide_is_refused() -> None:
     @gen
     def soft(params: Any) -> None:
@@ -789,6 +828,7 @@ LAWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "inside"), [("normal", 0), ("wider", 0), ("lognormal", 1), ("narrower", 1)]
 )
@@ -803,6 +843,7 @@ def test_a_guide_stays_in_the_targets_support(law: str, inside: int) -> None:
         fit(KEY, objective, 0.0, optax.adam(0.1), 3, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("law", "covers"), [("normal", 1), ("wider", 0), ("lognormal", 1), ("narrower", 0)]
 )
@@ -819,12 +860,14 @@ def test_a_proposal_covers_the_targets_support(law: str, covers: int) -> None:
         importance(on(LAWS[law])(0.0), 10).run(KEY, target, progress=False)
 
 
+@pytest.mark.slow
 def test_a_discrete_guide_of_a_continuous_choice() -> None:
     for objective in (elbo, wake_phi):
         with pytest.raises(DensityError, match=r"'tau' from Poisson \(discrete.*one is discrete"):
             objective(scaled().given({"y": 1.0}), on(LAWS["poisson"])).check(0.0)
 
 
+@pytest.mark.slow
 def test_supports_that_are_no_intervals() -> None:
     """A normal guide of a simplex, and one of a Cholesky factor, are refused; their own kinds are not."""
 
@@ -851,6 +894,7 @@ def test_supports_that_are_no_intervals() -> None:
             guide_of(p, c).check(0.0)
 
 
+@pytest.mark.slow
 def test_what_elbo_takes() -> None:
     with pytest.raises(TypeError, match="expected a Target"):
         elbo(model(), guide)
@@ -860,6 +904,7 @@ def test_what_elbo_takes() -> None:
         elbo(TARGET, guide, num_samples=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [gradients.enum, gradients.mvd], ids=["enum", "mvd"])
 def test_a_guide_with_a_discrete_choice(strategy: Any) -> None:
     """A coin given its consequence: the fitted probability is the posterior's, and no gradient has noise."""
@@ -883,6 +928,7 @@ def test_a_guide_with_a_discrete_choice(strategy: Any) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 def test_an_interruption_returns_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "FIRST_CHUNK", 5)
@@ -894,6 +940,7 @@ def test_an_interruption_returns_what_there_is(monkeypatch: pytest.MonkeyPatch) 
     assert found.bounds.shape == (10,)
 
 
+@pytest.mark.slow
 def test_save_and_load(tmp_path: Any) -> None:
     found = fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.1), 10, progress=False)
     found.save(tmp_path / "fit.npz")
@@ -904,6 +951,7 @@ def test_save_and_load(tmp_path: Any) -> None:
         _ = again.guide
 
 
+@pytest.mark.slow
 def test_printing() -> None:
     found = fit(KEY, elbo(TARGET, guide), start(), optax.adam(0.1), 10, progress=False)
     text = repr(found)
@@ -912,6 +960,7 @@ def test_printing() -> None:
     assert len(text.splitlines()) < 24
 
 
+@pytest.mark.slow
 def test_double_precision(x64: None) -> None:
     target = model().given({"y": 2.0})
     found = fit(KEY, elbo(target, guide), start(), optax.adam(0.1), 10, progress=False)

@@ -18,6 +18,8 @@ from weft.ppl import LocScale, Trace, block, condition, noncentered
 
 from weft import deterministic, expect, factor, gen, observed, repeat, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 KEY = jax.random.key(0)
 N = dist.Normal
 

@@ -30,6 +30,8 @@ from weft.ppl.errors import WeftError
 from counting import counting
 from weft import gen, sample
 
+pytestmark = pytest.mark.slow  # once is enough: not in every lane
+
 KEY = jax.random.key(0)
 
 
