@@ -30,7 +30,7 @@ MAX_TERMS = 2**16
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Where the distribution function of a continuous choice is looked at."""
 
-Own = Mapping[str, Callable[[dict[str, Any]], Any]]
+Functions = Mapping[str, Callable[[dict[str, Any]], Any]]
 """Functions of latent choices, by name."""
 
 
@@ -89,7 +89,7 @@ _Part = tuple[list[str], Callable[[dict[str, Any]], Any]]
 def functions_of(
     target: Target,
     exact: Particles | None,
-    functions: Own | None,
+    functions: Functions | None,
     expected: Mapping[str, Any] | None,
     what: str,
     pilot: tuple[Callable[..., Any], PRNGKeyArray] | None = None,

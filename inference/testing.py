@@ -29,7 +29,7 @@ from weft.ppl.errors import WeftError
 from .algorithm import Algorithm
 from .diagnostics import khat, khat_threshold
 from .law_functions import (
-    Own,
+    Functions,
     complete,
     enumerated,
     every_value,
@@ -49,7 +49,7 @@ def check_proper_weighting(
     target: Target,
     *,
     key: PRNGKeyArray,
-    functions: Own | None = None,
+    functions: Functions | None = None,
     expected: Mapping[str, Any] | None = None,
     log_evidence: float | None = None,
     num_runs: int = 1000,
@@ -154,7 +154,7 @@ def check_marginals(
     target: Target,
     *,
     key: PRNGKeyArray,
-    functions: Own | None = None,
+    functions: Functions | None = None,
     expected: Mapping[str, Any] | None = None,
     num_runs: int = 30,
     batch_size: int = 30,
@@ -238,7 +238,7 @@ def check_invariance(
     *,
     key: PRNGKeyArray,
     draw: Callable[[PRNGKeyArray], dict[str, Any]] | None = None,
-    functions: Own | None = None,
+    functions: Functions | None = None,
     num_steps: int = 1,
     reversible: bool = False,
     num_runs: int = 20_000,

@@ -34,7 +34,7 @@ from weft.ppl import Target, WeftError
 
 from exactly import exact_mean
 from programs import quick_compilation
-from weft import gen, gradients, kernels, sample, testing
+from weft import gen, gradients, kernels, observed, sample, testing
 
 pytestmark = pytest.mark.slow  # once is enough: not in every lane
 KEY = jax.random.key(7)
@@ -66,12 +66,12 @@ def weather() -> None:
 
 @gen
 def branches() -> None:
-    """A choice is idle in one branch."""
+    """A choice is idle in one branch; half of it will be given."""
     z = sample("z", dist.Bernoulli(0.6))
     jax.lax.cond(
         z == 1,
-        lambda: sample("x", dist.Categorical(jnp.array([0.7, 0.2, 0.1]))),
-        lambda: jnp.int32(0),
+        lambda: sample("x", dist.Categorical(jnp.array([0.6, 0.2, 0.2])).expand([2])),
+        lambda: jnp.zeros(2, jnp.int32),
     )
     sample("y", dist.Normal(1.0 * z, 1.0))
 
@@ -98,7 +98,8 @@ def series(num_steps: int) -> None:
 
 
 WEATHER = weather().given({"wet": jnp.array([1, 0])})
-BRANCHES = branches().given({"y": 1.5})
+HALF = observed(jnp.array([1, 0]), where=jnp.array([True, False]))
+BRANCHES = branches().given({"y": 1.5, "x": HALF})
 LEVEL = level().given({"y": 2.5})  # mu is N(2.2, 0.8)
 MEAN, VAR = 2.2, 0.8
 MOMENTS = {"mu": MEAN, "mu^2": MEAN**2 + VAR}
