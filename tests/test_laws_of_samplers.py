@@ -417,6 +417,7 @@ KERNELS = {
         BRANCHES,
         True,
     ),
+    "conditional": (kernels.conditional_smc(3, "ancestor", "optimal"), SERIES, False),
     "hmc": (kernels.hmc(1.2, 2), LEVEL, True),
     "involutive": (kernels.involutive(stretch, stretched), LEVEL, True),
 }
