@@ -362,6 +362,9 @@ def test_two_modes() -> None:
     runs = replicates(smc(tempering(), 500), target, 40)
     right = means(runs, runs.choices["x"] > 0)
     near(right, 0.7)  # the prior is the same at both
+    exact = dist.Normal(0.0, (16 + 0.04) ** 0.5).log_prob(4.0) + np.log(0.2 * (2 * np.pi) ** 0.5)
+    ratio = ratios(runs, float(exact))
+    near(ratio, 1.0, ratio.var())
     assert 0.0 < np.std(right) < 0.1
     draws = nuts(num_chains=1, num_warmup=200, num_samples=300).run(KEY, target, progress=False)
     signs = np.sign(np.asarray(draws.choices["x"]))
