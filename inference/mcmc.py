@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
-from weft.ppl import Target
+from weft.ppl import Target, staging
 from weft.ppl.addresses import covers, flatten, unflatten, unknown
 from weft.ppl.compat import Tracer
 from weft.ppl.errors import AddressError, DensityError, WeftError
@@ -129,6 +130,9 @@ class mcmc(Algorithm):
         key = jax.eval_shape(lambda: jax.random.key(0))
         choices = target.latent_shapes()
         jax.eval_shape(lambda key, choices: self._move(key, choices, target), key, choices)
+
+    def prepare(self, target: Target) -> mcmc:
+        return dataclasses.replace(self, kernel=_Current(self.kernel, _generation(self.kernel)))
 
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> MCMCState:
         choices, valid = self._start(key, target, init)
@@ -250,6 +254,25 @@ class mcmc(Algorithm):
 
         keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(self.num_chains))
         return jax.vmap(find, (0, axes), axis_size=self.num_chains)(keys, given)
+
+
+class _Current(Kernel):
+    """A kernel, and a number that tells whether what its functions read from outside is still the same.
+
+    Compiled code is found by the settings it is for, and functions compare by identity: without the number, a
+    proposal that reads a global would go on with the old one when that is bound again.
+    """
+
+    kernel: Kernel
+    generation: int = eqx.field(static=True)
+
+    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+        return self.kernel.move(key, choices, target)
+
+
+def _generation(kernel: Kernel) -> int:
+    """A number that has grown if anything that the kernel's functions captured has changed."""
+    return staging._current_generation(staging.captured(kernel))
 
 
 def _has_positions(target: Target) -> bool:

@@ -564,6 +564,29 @@ def test_under_jit_and_vmap_over_data() -> None:
             np.testing.assert_allclose(together[i], alone, rtol=1e-4)
 
 
+WIDTH = 0.1
+
+
+@gen
+def wide(choices: Any) -> None:
+    sample("x", dist.Normal(choices["x"], WIDTH))
+
+
+def test_a_global_of_a_proposal_is_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, start = small().given({"y": 1.0}), {"x": 0.1}
+
+    def first() -> float:
+        algorithm = mcmc(kernels.metropolis_hastings(wide), num_samples=1, num_chains=1)
+        draws = algorithm.run(jax.random.key(2), target, init=start, progress=False)
+        assert draws.stats["accepted"].all()
+        return float(draws.choices["x"][0, 0]) - 0.1
+
+    step = first()
+    assert first() == step
+    monkeypatch.setitem(globals(), "WIDTH", 0.3)
+    np.testing.assert_allclose(first(), 3 * step, rtol=1e-5)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
