@@ -3,6 +3,9 @@
 Means over 4,000 keys at 5 standard errors, some 100 comparisons: a run in 15,000 would fail by chance; keys are fixed.
 """
 
+import functools
+from collections.abc import Iterator
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from weft.inference import resampling
+
+from programs import quick_compilation
 
 pytestmark = pytest.mark.slow  # once is enough: not in every lane
 
@@ -20,14 +25,22 @@ WEIGHTS = {
     "one": np.array([0.0, 1.0, 0.0]),
     "even": np.full(5, 0.2),
 }
+DRAW = {s: jax.jit(getattr(resampling, s), static_argnums=2) for s in SCHEMES}
 
 
-def counts(scheme: str, weights: np.ndarray, num: int, num_keys: int = 4000) -> np.ndarray:
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Each scheme is compiled for each size, and draws little."""
+    with quick_compilation():
+        yield
+
+
+@functools.cache
+def counts(scheme: str, name: str, num: int, num_keys: int = 4000) -> np.ndarray:
+    weights = WEIGHTS[name]
     keys = jax.random.split(jax.random.key(1), num_keys)
-    draw = jax.jit(
-        jax.vmap(lambda k: getattr(resampling, scheme)(k, jnp.log(jnp.asarray(weights)), num))
-    )
-    found = np.asarray(draw(keys))
+    log_w = jnp.log(jnp.asarray(weights))
+    found = np.asarray(jax.vmap(lambda k: DRAW[scheme](k, log_w, num))(keys))
     assert found.shape == (num_keys, num)
     assert np.all(np.diff(found, axis=1) >= 0)
     return np.stack([(found == i).sum(1) for i in range(len(weights))], 1)
@@ -38,7 +51,7 @@ def counts(scheme: str, weights: np.ndarray, num: int, num_keys: int = 4000) -> 
 def test_counts_are_unbiased(scheme: str, weights: str) -> None:
     w = WEIGHTS[weights]
     for num in (len(w),) if scheme == "killing" else (len(w), 7):
-        found = counts(scheme, w, num)
+        found = counts(scheme, weights, num)
         error = found.std(0) / np.sqrt(len(found)) + 1e-6
         assert np.all(np.abs(found.mean(0) - num * w) < 5 * error), (found.mean(0), num * w)
 
@@ -46,7 +59,7 @@ def test_counts_are_unbiased(scheme: str, weights: str) -> None:
 def test_variances_of_counts() -> None:
     """Independent draws have the binomial variance; the others less."""
     w = WEIGHTS["uneven"]
-    spread = {s: counts(s, w, 6).var(0).sum() for s in SCHEMES}
+    spread = {s: counts(s, "uneven", 6).var(0).sum() for s in SCHEMES}
     binomial = np.sum(6 * w * (1 - w))
     assert abs(spread["multinomial"] / binomial - 1) < 0.1  # 4,000 keys: 5 standard errors are .09
     for scheme in ("systematic", "stratified", "residual", "ssp"):
@@ -61,19 +74,19 @@ def test_bounds_of_counts(log_weights: list[float], seed: int) -> None:
     expected = 20 * np.asarray(jax.nn.softmax(log_w), float)
     slack = 1e-4  # of cumulated weights in single precision
     for scheme, bound in (("systematic", 1.0), ("ssp", 1.0), ("stratified", 2.0)):
-        found = getattr(resampling, scheme)(jax.random.key(seed), log_w, 20)
+        found = DRAW[scheme](jax.random.key(seed), log_w, 20)
         count = np.bincount(np.asarray(found), minlength=20)
         assert np.all(np.abs(count - expected) < bound + slack), scheme
-    found = resampling.residual(jax.random.key(seed), log_w, 20)
+    found = DRAW["residual"](jax.random.key(seed), log_w, 20)
     assert np.all(np.bincount(np.asarray(found), minlength=20) >= np.floor(expected - slack))
 
 
 def test_a_weight_of_zero_has_no_offspring() -> None:
     log_w = jnp.array([-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf])
+    keys = jax.random.split(jax.random.key(0), 50)
     for scheme in SCHEMES:
-        for seed in range(50):
-            found = getattr(resampling, scheme)(jax.random.key(seed), log_w, 5)
-            assert set(np.asarray(found).tolist()) <= {1, 3}, scheme
+        found = jax.vmap(lambda k, scheme=scheme: DRAW[scheme](k, log_w, 5))(keys)
+        assert set(np.ravel(found).tolist()) <= {1, 3}, scheme
 
 
 def test_killing_keeps_places() -> None:
