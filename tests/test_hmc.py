@@ -7,6 +7,8 @@ false alarm has probability 6e-7 for each number compared, below 1e-4 over this 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,9 +20,17 @@ from weft.inference import InitStrategy, diagnostics, hmc, kernels, nuts
 from weft.inference.adaptation import MassLayout
 from weft.ppl.errors import AddressError, DensityError, ObservationError, WeftError
 
+from programs import quick_compilation
 from weft import deterministic, gen, sample
 
 BAND = 5.0
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """These chains are short and their models small: compiling them is what costs."""
+    with quick_compilation():
+        yield
 
 
 def z_scores(draws: Any, mean: Any, sd: Any) -> np.ndarray:
@@ -61,14 +71,18 @@ def conjugate() -> tuple[Any, np.ndarray, np.ndarray]:
 SHORT = {"num_warmup": 500, "num_samples": 500}
 
 
-@pytest.mark.parametrize(
-    "algorithm",
-    [nuts(**SHORT), nuts(**SHORT, dense_mass=True), hmc(**SHORT)],
-    ids=["nuts", "dense", "hmc"],
-)
-def test_conjugate_regression(algorithm: Any) -> None:
-    target, mean, covariance = conjugate()
-    draws = algorithm.run(jax.random.key(1), target, progress=False)
+ALGORITHMS = {"nuts": nuts(**SHORT), "dense": nuts(**SHORT, dense_mass=True), "hmc": hmc(**SHORT)}
+
+
+@functools.cache
+def conjugate_draws(name: str) -> Any:
+    return ALGORITHMS[name].run(jax.random.key(1), conjugate()[0], progress=False)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_conjugate_regression(name: str) -> None:
+    _, mean, covariance = conjugate()
+    draws = conjugate_draws(name)
     z = z_scores(draws.choices["w"], mean, np.sqrt(np.diag(covariance)))
     assert np.abs(z).max() < BAND, z
     assert np.array_equal(draws.derived["first"], draws.choices["w"][..., 0])
@@ -86,7 +100,7 @@ def skewed() -> None:
 
 @pytest.mark.slow
 def test_constrained_supports() -> None:
-    algorithm = nuts(num_warmup=500, num_samples=1000, dense_mass=["share", "rate"])
+    algorithm = nuts(num_warmup=300, num_samples=1000, dense_mass=["share", "rate"])
     draws = algorithm.run(jax.random.key(2), skewed().given(), progress=False)
     for name, law in (("rate", dist.Gamma(2.0, 3.0)), ("share", dist.Beta(2.0, 5.0))):
         z = z_scores(draws.choices[name], law.mean, jnp.sqrt(law.variance))
@@ -138,12 +152,11 @@ def test_keep_and_thin_are_a_selection() -> None:
     """They change what is stored, not what is drawn."""
     target, *_ = conjugate()
     whole = TINY.run(jax.random.key(0), target, progress=False)
-    thinned = dataclasses.replace(TINY, thin=5).run(jax.random.key(0), target, progress=False)
-    assert np.array_equal(thinned.choices["w"], whole.choices["w"][:, [4, 9]])
-    assert np.array_equal(thinned.stats["lp"], whole.stats["lp"][:, [4, 9]])
-    kept = dataclasses.replace(TINY, keep=["first"]).run(jax.random.key(0), target, progress=False)
-    assert kept.choices == {}
-    assert np.array_equal(kept.derived["first"], whole.derived["first"])
+    fewer = dataclasses.replace(TINY, thin=5, keep=["first"])
+    part = fewer.run(jax.random.key(0), target, progress=False)
+    assert part.choices == {}
+    assert np.array_equal(part.derived["first"], whole.derived["first"][:, [4, 9]])
+    assert np.array_equal(part.stats["lp"], whole.stats["lp"][:, [4, 9]])
     with pytest.raises(AddressError, match="keep: no address 'frist'.*'first'"):
         dataclasses.replace(TINY, keep=["frist"]).run(jax.random.key(0), target)
     with pytest.raises(WeftError, match="sequence of addresses"):
@@ -152,17 +165,14 @@ def test_keep_and_thin_are_a_selection() -> None:
 
 @pytest.mark.slow
 def test_stats_have_arviz_names() -> None:
-    target, *_ = conjugate()
-    draws = nuts(num_warmup=20, num_samples=12, num_chains=2).run(
-        jax.random.key(0), target, progress=False
-    )
+    draws = conjugate_draws("nuts")
     names = {"lp", "acceptance_rate", "diverging", "energy", "n_steps", "step_size"}
     assert set(draws.stats) == names | {"tree_depth", "reached_max_treedepth"}
-    assert all(s.shape == (2, 12) for s in draws.stats.values())
+    assert all(s.shape == (4, 500) for s in draws.stats.values())
     assert (draws.stats["energy"] >= -draws.stats["lp"] - 1e-3).all()
     assert (draws.stats["n_steps"] < 2 ** (draws.stats["tree_depth"] + 1)).all()
-    assert draws.warmup["divergences"].shape == (2,)
-    draws = TINY.run(jax.random.key(0), target, progress=False)
+    assert draws.warmup["divergences"].shape == (4,)
+    draws = conjugate_draws("hmc")
     assert set(draws.stats) == names
     assert (draws.stats["energy"] >= -draws.stats["lp"] - 1e-3).all()
 
