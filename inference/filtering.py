@@ -120,7 +120,7 @@ class Filter(eqx.Module):
         return self.parts.length + (self.parts.after_code is not None)
 
     def init(self, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
-        first_key, step_key = jax.random.split(key)
+        first_key, step_key = (key, key) if self.parts.before is None else jax.random.split(key)
         particle, log_weight = self._begin(first_key)
         particle, more = self._move(step_key, jnp.int32(0), particle)
         return particle, log_weight + more
@@ -233,7 +233,7 @@ class Filter(eqx.Module):
     ) -> tuple[Any, Float[Array, ""]]:
         """A particle one step later, its choices drawn or `given`, and the logarithm of the potential."""
         parts, i = self.parts, self._index(t)
-        draw_key, rest_key = jax.random.split(key)
+        draw_key, rest_key = (key, key) if self.proposal is None else jax.random.split(key)
         program, data = self._program(particle, i), self._at(i)
         chosen, log_q, predictive = given or {}, 0.0, None
         if self.proposal == "optimal":

@@ -20,7 +20,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl import Target, gen
 from weft.ppl.errors import DensityError, ModelError, WeftError
@@ -112,6 +111,7 @@ class SMCState(State):
         iteration: steps done; the first particles are no step.
         particles: `(particle, ...)`.
         log_weights: unnormalised, since they were resampled.
+        log_total: logarithm of their sum.
         log_evidence: so far.
         roots: which of the first particles each descends from.
         path: buffers of what is known of every step.
@@ -120,6 +120,7 @@ class SMCState(State):
     iteration: Int[Array, ""]
     particles: Any
     log_weights: Float[Array, " particle"]
+    log_total: Float[Array, ""]
     log_evidence: Float[Array, ""]
     roots: Int[Array, " particle"]
     path: Path
@@ -266,11 +267,11 @@ class smc(Algorithm):
         zero = jnp.int32(0)
         info = jax.eval_shape(lambda: self._moved(key, zero, particles)[1])
         info = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), info)
-        first = self._seen(
+        first, total = self._seen(
             particles, log_weights, jnp.log(float(n)), zero > 0, roots, jnp.arange(n), info
         )
         path = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype).at[0].set(x), first)
-        return SMCState(zero, particles, log_weights, path.log_increments[0], roots, path)
+        return SMCState(zero, particles, log_weights, total, path.log_increments[0], roots, path)
 
     def _extended(self, state: SMCState, steps: int) -> SMCState:
         """A state with room for more steps."""
@@ -295,18 +296,20 @@ class smc(Algorithm):
         model: Any = self._model
         resample_key, rejuvenate_key, move_key = jax.random.split(key, 3)
 
-        w = preferred = state.log_weights
+        ess, shares = state.path.ess[state.iteration], state.log_weights - state.log_total
+        made_up_for = None
         if hasattr(model, "lookahead"):
-            preferred = w + jax.vmap(model.lookahead, (None, 0))(t, state.particles)
+            hints = jax.vmap(model.lookahead, (None, 0))(t, state.particles)
+            total, ess = _total_and_ess(shares + hints)
+            shares, made_up_for = shares + hints - total, total - hints
 
         def again(state: SMCState) -> Any:
-            chosen = self.resample(resample_key, preferred, m)
+            chosen = self.resample(resample_key, shares, m)
             particles = jax.tree.map(lambda x: x[chosen], state.particles)
-            shares = preferred - logsumexp(preferred)
-            made_up_for = jnp.zeros(n) if preferred is w else w - logsumexp(w) - shares
-            # Of value zero; its derivative is that of the choice of particles (Scibior and Wood 2021).
-            score = (shares - jax.lax.stop_gradient(shares))[chosen]
-            log_weights = made_up_for[chosen] + score
+            # The derivative of a choice of particles (Scibior and Wood 2021).
+            log_weights = _derivative_of(shares[chosen])
+            if made_up_for is not None:
+                log_weights = log_weights + made_up_for[chosen]
             particles, info = self._moved(rejuvenate_key, t, particles)
             repeated = n // m
             chosen, log_weights = jnp.tile(chosen, repeated), jnp.tile(log_weights, repeated)
@@ -316,19 +319,19 @@ class smc(Algorithm):
             info = jax.tree.map(lambda x: jnp.zeros_like(x[0]), state.path.info)
             return state.particles, state.log_weights, state.roots, jnp.arange(n), info
 
-        due = (_ess(preferred) <= self.threshold * n) | (self.threshold >= 1)
+        due = (ess <= self.threshold * n) | (self.threshold >= 1)
         particles, log_weights, roots, chosen, info = jax.lax.cond(due, again, as_they_are, state)
-        before = jnp.where(due, jnp.log(float(n)), logsumexp(state.log_weights))
+        before = jnp.where(due, jnp.log(float(n)), state.log_total)
         if hasattr(model, "adapt"):
             particles = model.adapt(t, particles, log_weights)
         particles, potentials = jax.vmap(model.step, (0, None, 0))(
             jax.random.split(move_key, n), t, particles
         )
         log_weights = log_weights + potentials
-        now = self._seen(particles, log_weights, before, due, roots, chosen, info)
+        now, total = self._seen(particles, log_weights, before, due, roots, chosen, info)
         path = jax.tree.map(lambda buffer, x: buffer.at[t].set(x), state.path, now)
         log_evidence = state.log_evidence + now.log_increments
-        return SMCState(t, particles, log_weights, log_evidence, roots, path)
+        return SMCState(t, particles, log_weights, total, log_evidence, roots, path)
 
     @property
     def _num_chains(self) -> int:
@@ -363,7 +366,7 @@ class smc(Algorithm):
         return True
 
     def describe(self, state: SMCState) -> str:
-        return f"log evidence {float(state.log_evidence):.5g}, ess {float(_ess(state.log_weights)):.3g}"
+        return f"log evidence {float(state.log_evidence):.5g}, ess {float(state.path.ess[state.iteration]):.3g}"
 
     def result(self, state: SMCState, target: Target) -> SequentialParticles:
         path = state.path
@@ -413,14 +416,15 @@ class smc(Algorithm):
         roots: Array,
         chosen: Array,
         info: dict[str, Array],
-    ) -> Path:
-        """What is kept of one step."""
+    ) -> tuple[Path, Array]:
+        """What is kept of one step, and the logarithm of the sum of the weights."""
         weighted = Particles(choices=self._choices(particles), log_weights=log_weights)
         kept, full = self.history != "none", self.history == "full"
         marked = jnp.zeros(self._num_chains, int).at[roots].set(1)
-        return Path(
-            ess=_ess(log_weights),
-            log_increments=logsumexp(log_weights) - before,
+        total, ess = _total_and_ess(log_weights)
+        path = Path(
+            ess=ess,
+            log_increments=total - before,
             resampled=due,
             num_ancestors=jnp.sum(marked),
             collected=moments(weighted) if self.collect is None else self.collect(weighted),
@@ -429,6 +433,7 @@ class smc(Algorithm):
             log_weights=log_weights if full else None,
             info=info,
         )
+        return path, total
 
     def _check_weights(self, path: Path) -> None:
         increments = np.asarray(path.log_increments)
@@ -482,8 +487,24 @@ def _leaves(tree: Any) -> list[tuple[str, Array]]:
     return [(jax.tree_util.keystr(path).strip(".[]'"), x) for path, x in flat]
 
 
-def _ess(log_weights: Array) -> Array:
-    return jnp.exp(2 * logsumexp(log_weights) - logsumexp(2 * log_weights))
+def _total_and_ess(log_weights: Array) -> tuple[Array, Array]:
+    """Logarithm of the sum of weights, and their effective sample size."""
+    largest = jax.lax.stop_gradient(jnp.max(log_weights))
+    weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(largest), largest, 0.0))
+    total = jnp.sum(weights)
+    log_total = jnp.where(jnp.isfinite(largest), largest + jnp.log(total), largest)
+    return log_total, total**2 / jnp.sum(weights**2)
+
+
+@jax.custom_jvp
+def _derivative_of(x: Array) -> Array:
+    """Zero, with the derivative of `x`."""
+    return jnp.zeros_like(x)
+
+
+@_derivative_of.defjvp
+def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return jnp.zeros_like(primals[0]), tangents[0]
 
 
 def _is_model(x: Any) -> bool:

@@ -150,7 +150,8 @@ def interpret(
         jaxpr: a closed jaxpr.
         args: its arguments, flat.
         handler: what to do at a site.
-        key: typed key, where the handler draws; or the keys that were derived from one, by name.
+        key: typed key, where the handler draws; or the keys that were derived from one, by name. Choices given
+            whole get none.
         given: nested dict of entries handed to the handler by address; under a scan or lanes their arrays lead with
             those axes.
 
@@ -158,7 +159,13 @@ def interpret(
         Outputs, records and summed terms.
     """
     if key is not None and not isinstance(key, dict):
-        key = derive_keys(key_plan(jaxpr), key)
+        entries = given or {}
+        plan = {
+            name: node
+            for name, node in key_plan(jaxpr).items()
+            if not (node.site and getattr(entries.get(name), "where", True) is None)
+        }
+        key = derive_keys(plan, key)
     return walk(jaxpr, args, Context(handler, key or {}, given or {}))
 
 

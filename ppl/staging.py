@@ -338,7 +338,7 @@ def captured(root: Any) -> Snapshot:
             for part in (x.func, *x.args, *x.keywords.values()):
                 visit(part)
         elif isinstance(x, dict):
-            for name, value in x.items():
+            for name, value in list(x.items()):  # what is captured may grow meanwhile
                 note(x, name, value)
         elif isinstance(x, (list, tuple)):
             for i, value in enumerate(x):
@@ -346,7 +346,7 @@ def captured(root: Any) -> Snapshot:
         elif isinstance(x, (type, types.ModuleType)):
             return
         elif hasattr(x, "__dict__"):
-            for name, value in vars(x).items():
+            for name, value in list(vars(x).items()):
                 note(x, name, value)
             if callable(x):
                 visit(getattr(type(x), "__call__", None))  # noqa: B004 (the function, not whether there is one)

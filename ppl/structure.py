@@ -331,10 +331,14 @@ def _used_twice(name: str, place: _Place, node: SiteInfo | Scope) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class KeyNode:
-    """How the key of one name is made: fold the name, then an index for each of ``loops``, then go on inside."""
+    """How the key of one name is made: fold the name, then an index for each of ``loops``, then go on inside.
+
+    That of a site (``site``) is only there to draw its choice.
+    """
 
     loops: tuple[int, ...]
     inner: dict[str, KeyNode] | None = None
+    site: bool = False
 
 
 _plans: weakref.WeakKeyDictionary[Any, dict[str, KeyNode]] = weakref.WeakKeyDictionary()
@@ -357,7 +361,7 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
             continue
         params = eqn.params
         if eqn.primitive is site_p:
-            plan[params["spec"].name] = KeyNode(loops)
+            plan[params["spec"].name] = KeyNode(loops, site=True)
         elif eqn.primitive is scope_p:
             name = params["name"] if params["name"] is not None else anonymous_name(anonymous)
             other = plan[name].inner if name in plan else None  # the same name in another branch
