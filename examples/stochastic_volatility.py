@@ -236,7 +236,8 @@ def draw_picture(
 
         for panel, parameter in zip("def", PARAMETERS, strict=True):
             values = [np.asarray(draws[parameter]).ravel() for draws in found.values()]
-            edges = np.linspace(*np.quantile(np.concatenate(values), [0.001, 0.999]), 30)
+            low, high = np.quantile(np.concatenate(values), [0.001, 0.999])
+            edges = np.linspace(low, high, 30)
             for x, name, colour in zip(values, found, COLOURS, strict=False):
                 shape = {"bins": edges, "density": True, "histtype": "step", "lw": 1.2}
                 axes[panel].hist(x, color=colour, label=name, **shape)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
         "docs/language.md",
         "docs/inference.md",
         "docs/marginalisation.md",
+        "docs/smc.md",
         "docs/testing.md",
         "docs/variational.md",
     ],
