@@ -433,6 +433,9 @@ def derive_keys(plan: dict[str, KeyNode], key: jax.Array) -> dict[str, Any]:
     """All keys of a scope, in vectorised calls at its entry: no key is derived inside a loop."""
     if not plan:
         return {}
+    if len(plan) == 1:
+        ((name, node),) = plan.items()
+        return {name: expand_key(node, jax.random.fold_in(key, np.uint32(name_hash(name))))}
     hashes = np.array([name_hash(name) for name in plan], np.uint32)
     folded = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
     return {name: expand_key(node, folded[i]) for i, (name, node) in enumerate(plan.items())}
