@@ -5,6 +5,7 @@ made, so that a run in 5,000 would fail by chance; the keys are fixed.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from jax import lax
 from weft.ppl import GradientError
 
+from programs import quick_compilation
 from weft import draw, expect, gen, gradients, mask, sample, with_gradients
 
 KEY = jax.random.key(3)
@@ -29,7 +31,17 @@ KINDS = {
     "coin": (gradients.score, gradients.mvd, gradients.enum),
 }
 SITES = [(law, strategy) for law, strategies in KINDS.items() for strategy in strategies]
+# Every strategy once, at laws of both kinds: where strategies meet, or stand in a form, the law is of no account.
+FIRST = [s for s in SITES if s[0] == "normal" or s[1] is gradients.enum]
+SECOND = [s for s in SITES if s[0] == "coin" or s[1] not in KINDS["coin"]]
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """Every test compiles programs of its own and runs each once."""
+    with quick_compilation():
+        yield
 
 
 def name_of(site: Any) -> str:
@@ -82,7 +94,7 @@ def pair_mean(first: str, second: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sites", list(itertools.product(SITES, SITES)), ids=lambda s: "-".join(map(name_of, s))
+    "sites", list(itertools.product(FIRST, SECOND)), ids=lambda s: "-".join(map(name_of, s))
 )
 def test_every_ordered_pair(sites: Any) -> None:
     first, second = sites
@@ -109,7 +121,7 @@ FORMS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("site", SITES, ids=name_of)
+@pytest.mark.parametrize("site", FIRST, ids=name_of)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str, site: Any) -> None:
     program = FORMS[form](pair(site, ("normal", gradients.score)))
