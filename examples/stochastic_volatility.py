@@ -10,7 +10,8 @@ log variance is taken to be a process of its own, which is never seen (Taylor 19
 1. Filtering, with the parameters given: the bootstrap filter beside one that looks at y_t before it draws h_t.
 2. Smoothing: paths drawn backwards, beside those that the last particles descend from, which share their beginnings.
 3. The posterior of the parameters: PMMH and particle Gibbs, and NUTS on everything at once as a check of both.
-4. A forecast from the end of 2006 on, beside what came: a filter whose data are shorter than its scan.
+4. A forecast from the end of 2006 on, beside what came: a filter whose data are shorter than its scan. The rate
+   then fell for two years, which a model whose changes have independent signs takes for improbable.
 
 Prints tables and saves `out/stochastic_volatility.png`. WEFT_FAST=1 makes a run too short for
 its numbers to mean much, and leaves NUTS out.
@@ -154,7 +155,7 @@ def infer(key: Any, target: Any) -> dict[str, Draws]:
     short, long = (20, 30) if FAST else (500, 1000)
     moves = kernels.block(kernels.slice_sampler(1.0), *PARAMETERS)
     algorithms = {
-        "PMMH": pmmh(50 if FAST else 200, long, short, filter=filtering(informed)),
+        "PMMH": pmmh(50 if FAST else 200, long, short, filter=filtering(informed), paths=False),
         "particle Gibbs": particle_gibbs(moves, 20, long, num_warmup=short // 2, proposal=informed),
     }
     if not FAST:
