@@ -220,7 +220,9 @@ def test_lanes_are_weighed_by_their_own_draws() -> None:
 
     keys = jax.random.split(KEY, 4_000)
     few, many = (
-        jax.vmap(jax.grad(expect(lambda t, n=n: program(t, n)), argnums=1), (0, None))(keys, 0.6)
+        jax.jit(jax.vmap(jax.grad(expect(lambda t, n=n: program(t, n)), argnums=1), (0, None)))(
+            keys, 0.6
+        )
         for n in (1, 100)
     )
     assert many.std() < 1.2 * few.std() / 10
@@ -258,7 +260,7 @@ def test_learned_baselines_move_towards_the_cost() -> None:
         by = gradients.score(baseline=gradients.learned(lambda x: params["b"] + 0 * x, params["t"]))
         return (sample("x", dist.Normal(params["t"], 1.0), grad=by) - 5.0) ** 2
 
-    estimate = jax.vmap(jax.grad(expect(program), argnums=1), (0, None))
+    estimate = jax.jit(jax.vmap(jax.grad(expect(program), argnums=1), (0, None)))
     slopes = estimate(jax.random.split(KEY, 20_000), {"t": THETA, "b": 3.0})
     for name, exact in (("t", 2 * (THETA - 5.0)), ("b", (THETA - 5.0) ** 2 + 1 - 3.0)):
         x = np.asarray(slopes[name], float)
@@ -319,7 +321,8 @@ def test_forward_mode_and_vmap_of_estimators() -> None:
     program = pair(("coin", gradients.enum), ("normal", gradients.score))
     estimator = expect(program)
     keys = jax.random.split(KEY, 20_000)
-    slopes = jax.vmap(lambda k: jax.jvp(lambda t: estimator(k, t), (THETA,), (1.0,))[1])(keys)
+    forward = jax.vmap(lambda k: jax.jvp(lambda t: estimator(k, t), (THETA,), (1.0,))[1])
+    slopes = jax.jit(forward)(keys)
     exact = jax.grad(pair_mean("coin", "normal"))(THETA)
     assert abs(slopes.mean() - exact) < 5 * slopes.std() / np.sqrt(len(slopes))
     many = jax.vmap(jax.grad(estimator, argnums=1))(keys[:3], jnp.full(3, THETA))
@@ -338,7 +341,7 @@ def test_several_results() -> None:
     found = expect(program)(KEY, 1.5)
     assert found["count"].dtype == jnp.int32
     slope = jax.vmap(jax.grad(lambda k, t: expect(program)(k, t)["both"][1], argnums=1), (0, None))
-    slopes = slope(jax.random.split(KEY, 20_000), 1.5)
+    slopes = jax.jit(slope)(jax.random.split(KEY, 20_000), 1.5)
     assert abs(slopes.mean() - 4 * 1.5) < 5 * slopes.std() / np.sqrt(len(slopes))
 
 
@@ -451,7 +454,7 @@ def test_paths_through_draws_without_derivatives(name: str) -> None:
         return
     keys = jax.random.split(KEY, 20_000)
     curve = jax.vmap(jax.grad(jax.grad(expect(program), argnums=1), argnums=1), (0, None))
-    found, wanted = curve(keys, THETA), jax.grad(jax.grad(exact))(THETA)
+    found, wanted = jax.jit(curve)(keys, THETA), jax.jit(jax.grad(jax.grad(exact)))(THETA)
     assert abs(found.mean() - wanted) < 5 * found.std() / np.sqrt(len(keys)) + 1e-3 * abs(wanted)
 
 
