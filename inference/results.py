@@ -419,9 +419,11 @@ class Particles(eqx.Module):
         variance = self.log_evidence_variance
         if variance is None:
             share = special.softmax(np.asarray(self.log_weights, dtype=float))
-            variance = np.square(share).sum() - 1 / self.num_particles
-        error = max(float(variance), 0.0) ** 0.5
-        return f"{title}, log evidence {float(self.log_evidence):.6g} (standard error {error:.2g})"
+            variance = max(np.square(share).sum() - 1 / self.num_particles, 0.0)
+        variance = float(variance)
+        # An unbiased estimate of a small variance may come out negative.
+        error = f"standard error {variance**0.5:.2g}" if variance >= 0 else "standard error unknown"
+        return f"{title}, log evidence {float(self.log_evidence):.6g} ({error})"
 
     def _check(self, what: str) -> None:
         _check_host(self, what)
