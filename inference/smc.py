@@ -93,6 +93,10 @@ class SequentialParticles(Particles):
             f"{ess.size} steps, resampled before {times}; smallest effective sample size {ess[worst]:.3g} (step "
             f"{worst}); the last particles descend from {roots} of the first",
         ]
+        if roots < 10:
+            lines.append(
+                "These are too few for the standard error, which may be far too small, to be trusted."
+            )
         if self.path.info:
             moved = np.asarray(self.path.resampled)
             shown = (f"{k} {np.asarray(v)[moved].mean():.3g}" for k, v in self.path.info.items())
