@@ -18,6 +18,7 @@ What a model may have besides; the engine uses what is there:
 - `finished(particles)`: whether the run ends here, before `num_steps`.
 - `lookahead(t, particle)`: a logarithm by which particles are preferred when they are resampled before step `t`; the
   weights make up for it (the auxiliary particle filter of Pitt and Shephard 1999).
+- `closed`: whether a finished run cannot be gone on with, with more observations.
 - `observation(t)`: what is observed at a step, in words, for messages.
 - `paths(last, along) -> choices`: what a user sees of whole paths: the particles of the last step, and those that they
   descend from, `(particle, step, ...)`.

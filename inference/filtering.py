@@ -117,7 +117,12 @@ class Filter(eqx.Module):
 
     @property
     def num_steps(self) -> int:
-        return self.parts.length + (self.parts.after_code is not None)
+        return self.parts.length + self.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last step is not one of the scan, so that a run cannot be gone on with."""
+        return self.parts.after_code is not None
 
     def init(self, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
         first_key, step_key = (key, key) if self.parts.before is None else jax.random.split(key)
@@ -156,7 +161,7 @@ class Filter(eqx.Module):
         steps = {a: flat[a] for a in self.latents[1]}
         if self.parts.reverse:
             steps = {a: x[::-1] for a, x in steps.items()}
-        if self.parts.after_code is not None:
+        if self.closed:
             steps = {a: jnp.concatenate([x, x[-1:]]) for a, x in steps.items()}
         return steps
 
@@ -220,7 +225,7 @@ class Filter(eqx.Module):
     def _step(
         self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any, given: Any = None
     ) -> tuple[Any, Float[Array, ""]]:
-        if self.parts.after_code is None:
+        if not self.closed:
             return self._move(key, t, particle, given)
         return jax.lax.cond(
             t < self.parts.length,

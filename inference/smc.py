@@ -284,6 +284,10 @@ class smc(Algorithm):
             raise WeftError(
                 f"smc: the run to be resumed had {steps - more} steps, this model has {steps}"
             )
+        if more and getattr(self._model, "closed", False):
+            raise WeftError(
+                "smc: this model has sites after its scan, which the run to be resumed has weighed already: begin anew"
+            )
         shapes = (
             jax.tree.map(lambda x: (x.shape[1:], x.dtype), state.particles),
             jax.eval_shape(self._model.init, jax.random.key(0))[0],

@@ -254,6 +254,10 @@ def test_a_run_is_gone_on_with() -> None:
     rest = algorithm.run(KEY, linear(p, 30).given({"y": y[:30]}), resume=part, progress=False)
     np.testing.assert_allclose(rest.log_evidence, whole_run.log_evidence, rtol=1e-5)
     np.testing.assert_array_equal(rest.path.ancestors, whole_run.path.ancestors)
+    short, long = whole(5).given({"y": Y[:5], "w": W}), whole(6).given({"y": Y[:6], "w": W})
+    ended = smc(filtering(), 20).run(KEY, short, progress=False)
+    with pytest.raises(WeftError, match="sites after its scan"):
+        smc(filtering(), 20).run(KEY, long, resume=ended, progress=False)
 
 
 def test_new_data_compile_nothing() -> None:
