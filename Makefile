@@ -41,8 +41,8 @@ docs: $(VENV)/.dev build/tree  ## the documentation, into site/
 	$(BIN)/mkdocs build --strict --quiet
 
 notebooks: $(VENV)/.test  ## run every example headless and at a small size
-	@for file in examples/*.py; do \
-	  echo "== $$file"; WEFT_FAST=1 MPLBACKEND=Agg $(BIN)/python $$file || exit 1; done
+	@printf '%s\n' examples/*.py | WEFT_FAST=1 MPLBACKEND=Agg xargs -P 2 -I{} sh -c \
+	  'out=$$($(BIN)/python {} 2>&1); code=$$?; echo "== {}"; echo "$$out"; exit $$code'
 
 wheel: $(VENV)/.test  ## build a wheel into dist/ and check what it holds
 	@rm -rf dist build/lib build/bdist.*

@@ -25,7 +25,7 @@ from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.dependence import readers
 from weft.ppl.errors import AddressError, ModelError, WeftError
 from weft.ppl.handlers import Given, expand
-from weft.ppl.programs import run_generate, run_log_densities, run_log_density
+from weft.ppl.programs import run_generate, run_inside, run_log_densities, run_log_density
 from weft.ppl.recovery import posterior
 from weft.ppl.splitting import Split, split
 
@@ -124,14 +124,16 @@ class Filter(eqx.Module):
         """Whether the last step is not one of the scan, so that a run cannot be gone on with."""
         return self.parts.after_code is not None
 
-    def init(self, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
-        first_key, step_key = (key, key) if self.parts.before is None else jax.random.split(key)
+    # Without a key these stand inside a program that is being staged, and draw as a part of it.
+
+    def init(self, key: PRNGKeyArray | None) -> tuple[Any, Float[Array, ""]]:
+        first_key, step_key = _two_keys(key, self.parts.before is not None)
         particle, log_weight = self._begin(first_key)
         particle, more = self._move(step_key, jnp.int32(0), particle)
         return particle, log_weight + more
 
     def step(
-        self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any
+        self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any
     ) -> tuple[Any, Float[Array, ""]]:
         return self._step(key, t, particle)
 
@@ -197,20 +199,22 @@ class Filter(eqx.Module):
 
     # --- the parts ---
 
-    def _begin(self, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
+    def _begin(self, key: PRNGKeyArray | None) -> tuple[Any, Float[Array, ""]]:
         """A particle before the first step."""
         parts = self.parts
         particle: dict[str, Any] = {"varying": [], "before": {}, "after": {}, "ys": []}
         log_weight = jnp.zeros(())
         if parts.before is not None:
-            trace, log_weight = run_generate(parts.before, key, unflatten(self._given(0)))
+            trace, log_weight = _run(parts.before, key, unflatten(self._given(0)))
             particle["varying"] = trace.value
             particle["before"] = self._latent(trace.choices, 0)
         particle["carry"] = self._operands(particle)[1]
 
+        any_key = jax.random.key(0)  # shapes only
+
         def first(particle: Any) -> Any:
             program, given = self._program(particle, 0), unflatten(self._at(0))
-            return run_generate(program, key, given)[0].value[len(particle["carry"]) :]
+            return run_generate(program, any_key, given)[0].value[len(particle["carry"]) :]
 
         particle["ys"] = [
             jnp.zeros((parts.length, *y.shape), y.dtype)
@@ -218,12 +222,12 @@ class Filter(eqx.Module):
             if read
         ]
         if parts.after_code is not None:
-            last = jax.eval_shape(lambda p: self._finish(key, p)[0]["after"], particle)
+            last = jax.eval_shape(lambda p: self._finish(any_key, p)[0]["after"], particle)
             particle["after"] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), last)
         return particle, log_weight
 
     def _step(
-        self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any, given: Any = None
+        self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any, given: Any = None
     ) -> tuple[Any, Float[Array, ""]]:
         if not self.closed:
             return self._move(key, t, particle, given)
@@ -234,22 +238,29 @@ class Filter(eqx.Module):
         )
 
     def _move(
-        self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any, given: Any = None
+        self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any, given: Any = None
     ) -> tuple[Any, Float[Array, ""]]:
         """A particle one step later, its choices drawn or `given`, and the logarithm of the potential."""
         parts, i = self.parts, self._index(t)
-        draw_key, rest_key = (key, key) if self.proposal is None else jax.random.split(key)
+        draw_key, rest_key = _two_keys(key, self.proposal is not None)
         program, data = self._program(particle, i), self._at(i)
         chosen, log_q, predictive = given or {}, 0.0, None
         if self.proposal == "optimal":
             summed, seen = self._integrated(particle, i), self._at(i, drop=True)
             predictive = run_log_density(summed, unflatten(seen))
+            if given is None and draw_key is None:
+                raise ModelError(
+                    "filtering inside a program: proposal='optimal' has no density of its own there; take a program as "
+                    "proposal, or None"
+                )
             if given is None:
                 chosen = posterior(summed, draw_key, seen, "sample")
         elif self.proposal is not None:
             proposal = self.proposal(self._carry(particle), i, self._observed(i)).staged()
             self._check_proposed(proposal)
-            drawn = flatten(proposal.simulate(draw_key).choices) if given is None else given
+            drawn = given
+            if given is None:
+                drawn = flatten(_run(proposal, draw_key, {})[0].choices)
             drawn = {a: drawn[a] for a in proposal.latents}
             log_q, chosen = proposal.log_density(drawn), {**chosen, **drawn}
             if given is not None:
@@ -257,7 +268,7 @@ class Filter(eqx.Module):
         elif given is not None:
             log_q = self._prior(program, data, given, ())
         entries = unflatten({**data, **_entries(chosen)})
-        trace, log_weight = run_generate(program, rest_key, entries)
+        trace, log_weight = _run(program, rest_key, entries)
         log_weight = log_weight - log_q if predictive is None else predictive
         num_carry = len(particle["carry"])
         read = [y for y, r in zip(trace.value[num_carry:], parts.reads_ys, strict=True) if r]
@@ -269,11 +280,11 @@ class Filter(eqx.Module):
         }
         return moved, log_weight
 
-    def _finish(self, key: PRNGKeyArray, particle: Any) -> tuple[Any, Float[Array, ""]]:
+    def _finish(self, key: PRNGKeyArray | None, particle: Any) -> tuple[Any, Float[Array, ""]]:
         """What follows the scan."""
         kept = self._operands(particle)[3]
         program = self.parts.after(kept, particle["carry"], particle["ys"])
-        trace, log_weight = run_generate(program, key, unflatten(self._given(2)))
+        trace, log_weight = _run(program, key, unflatten(self._given(2)))
         return {**particle, "after": self._latent(trace.choices, 2)}, log_weight
 
     def _program(self, particle: Any, i: Any) -> Program:
@@ -362,6 +373,15 @@ class AuxiliaryFilter(Filter):
             seen = unflatten(self._at(i, drop=True))
             found = run_log_density(self._integrated(particle, i), seen)
         return jnp.where(t < self.parts.length, found, 0.0)
+
+
+def _run(program: Program, key: PRNGKeyArray | None, given: dict[str, Any]) -> Any:
+    return run_inside(program, given) if key is None else run_generate(program, key, given)
+
+
+def _two_keys(key: PRNGKeyArray | None, two: bool) -> Any:
+    """A key twice, or two of one, where both are needed."""
+    return jax.random.split(key) if two and key is not None else (key, key)
 
 
 def _entries(choices: dict[str, Any]) -> dict[str, Given]:

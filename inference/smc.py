@@ -404,6 +404,33 @@ class smc(Algorithm):
             state=state,
         )
 
+    # --- inside a program: see `staged` ---
+
+    def draw_posterior(self, target: Target) -> tuple[dict[str, Any], Array, Array]:
+        """A path by its weight, as a part of a program: `(choices, log_density, log_evidence)`."""
+        from .staged import draw_path
+
+        return draw_path(self._filter(target), target, self.num_particles)
+
+    def conditional_evidence(
+        self, target: Target, choices: dict[str, Any], log_density: Array
+    ) -> Array:
+        """The log evidence of a run around a path that is known: conditional SMC."""
+        from .staged import evidence_around
+
+        return evidence_around(self._filter(target), choices, self.num_particles)
+
+    def _filter(self, target: Target) -> Any:
+        from .filtering import Filter
+
+        model = self._made(target)
+        if not isinstance(model, Filter):
+            raise WeftError(
+                f"smc inside a program (by=smc(...)) takes filtering(...), whose steps are programs; "
+                f"{type(model).__name__} draws by keys"
+            )
+        return model
+
     def _choices(self, particles: Any) -> Any:
         model: Any = self._model
         if not hasattr(model, "choices"):

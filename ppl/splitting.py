@@ -14,9 +14,21 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .compat import Literal, bind, cond_p, inner_jaxprs, open_jaxpr, scan_p, scan_sizes, while_p
-from .control import eqn_holds_sites, eqn_site_names, lanes_p, scope_p
+from .compat import (
+    CALLS,
+    Literal,
+    bind,
+    cond_p,
+    inner_jaxprs,
+    open_jaxpr,
+    scan_p,
+    scan_sizes,
+    while_p,
+)
+from .control import eqn_holds_sites, eqn_site_names, lanes_p, marginal_p, scope_p
+from .dependence import returned
 from .errors import ModelError
+from .marginals import bind_marginal
 from .packing import pack
 from .programs import Program
 from .staging import Code, stage
@@ -99,7 +111,8 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         ModelError: if there is no such scan at the top level, or more than one.
     """
     code, args = program.staged().code()
-    flat, consts = stage(lambda *xs: _inline(code.jaxpr, list(xs)), args)
+    sums: list[Any] = []
+    flat, consts = stage(lambda *xs: _inline(code.jaxpr, list(xs), sums), args)
     args = [*consts, *args]
     jaxpr, _ = open_jaxpr(flat.jaxpr)
     at = _find(program, jaxpr, set(observed), scan)
@@ -146,9 +159,9 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     sited_before = any(eqn_holds_sites(e) for e in before)
     body = params["jaxpr"]
     avals = [v.aval for v in open_jaxpr(body)[0].invars]
-    step_code, step_consts = stage(
-        lambda *xs: _inline(body, list(xs)), [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    )
+    step = _summed(lambda *xs: _inline(body, list(xs)), body, sums, program.name)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    step_code, step_consts = stage(step, shapes)
 
     reads_ys = tuple(v in read_after for v in outs[num_carry:])
     inputs = [
@@ -190,6 +203,30 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     )
 
 
+def _summed(step: Any, body: Any, sums: list[Any], name: str) -> Any:
+    """A step without the choices that were summed out of the whole; they must be of no concern to later steps."""
+    for eqn in sums:
+        addresses = eqn.params["addresses"]
+        names = [".".join(a) for a in addresses]
+        within = {n for e in open_jaxpr(body)[0].eqns for n in eqn_site_names(e)}
+        carried = returned(body) & set(names)
+        outside = [n for n in names if n not in within]
+        if carried or outside:
+            which = ", ".join(map(repr, [*sorted(carried), *outside]))
+            raise ModelError(
+                f"filtering: {name!r} sums out {which}, and a filter can sum out what one step draws and no other "
+                "reads: leave the others in, or sum out the whole chain and take its exact density"
+            )
+        inner, options = step, eqn.params["options"]
+
+        def step(
+            *xs: Any, inner: Any = inner, addresses: Any = addresses, options: Any = options
+        ) -> Any:
+            return bind_marginal(inner, list(xs), addresses, options)
+
+    return step
+
+
 def as_program(code: Code, args: list[Any], name: str) -> Program:
     """A staged program of its code and flat arguments."""
     arrays, skeleton = pack((code, tuple(args), {}))
@@ -201,21 +238,25 @@ def _staged(f: Any, args: list[Any], name: str) -> Program:
     return as_program(code, [*consts, *args], name)
 
 
-def _inline(jaxpr: Any, args: list[Any]) -> list[Any]:
-    """Stage a jaxpr anew, without the calls that hold sites."""
+def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[Any]:
+    """Stage a jaxpr anew, without the calls that hold sites.
+
+    With `sums`, equations that sum choices out of a scan are noted there, and what they hold is taken in their place.
+    """
     opened, consts = open_jaxpr(jaxpr)
     env = dict(zip(opened.constvars, consts, strict=True))
     env.update(zip(opened.invars, args, strict=True))
     for eqn in opened.eqns:
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        inner = inner_jaxprs(eqn)
-        is_call = eqn_holds_sites(eqn) and eqn.primitive not in _NO_CALLS and len(inner) == 1
-        outs = _inline(inner[0], ins) if is_call else bind(eqn, ins)
+        if eqn_holds_sites(eqn) and eqn.primitive.name in CALLS:
+            outs = _inline(inner_jaxprs(eqn)[0], ins, sums)
+        elif eqn.primitive is marginal_p and sums is not None and _holds_scan(eqn):
+            sums.append(eqn)
+            outs = _inline(eqn.params["jaxpr"], ins, sums)
+        else:
+            outs = bind(eqn, ins)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars]
-
-
-_NO_CALLS = (scan_p, while_p, cond_p, scope_p, lanes_p)
 
 
 def _needed(equations: Any) -> list[Any]:

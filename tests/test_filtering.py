@@ -18,7 +18,7 @@ from weft.inference import filtering, multinomial, smc
 from weft.ppl import AddressError, DensityError, ModelError, WeftError
 
 from benchmarks import filters
-from weft import gen, observed, sample
+from weft import gen, marginalize, observed, sample
 
 pytestmark = pytest.mark.slow  # once is enough: not in every lane
 KEY = jax.random.key(7)
@@ -200,6 +200,43 @@ def test_data_shorter_than_the_scan() -> None:
     target = whole(STEPS).given({"y": Y[:5], "w": W})
     runs = replicates(smc(filtering(), num_particles=400), target, 100)
     unbiased(runs.log_evidence, exact_evidence(seen))
+
+
+def test_what_a_step_can_sum_out() -> None:
+    """Rao and Blackwell: the same evidence, of lower variance; summed out of the model or of its step alike."""
+
+    def step(x: Any, _: Any) -> Any:
+        k = sample("k", dist.Bernoulli(0.3))
+        x = sample("x", Normal(0.9 * x, 1.0))
+        sample("y", Normal(x, jnp.where(k == 1, 3.0, 0.5)))
+        return x, None
+
+    def chain(step: Any) -> Any:
+        return gen(lambda: jax.lax.scan(step, 0.0, length=STEPS)[1])
+
+    models = chain(step), marginalize(chain(step), "k"), chain(marginalize(step, "k"))
+    algorithm = smc(filtering(), num_particles=200)
+    logs = np.array(
+        [
+            np.asarray(replicates(algorithm, m().given({"y": 2 * Y}), 300).log_evidence, float)
+            for m in models
+        ]
+    )
+    np.testing.assert_allclose(logs[1], logs[2], rtol=1e-5)
+    z = np.exp(logs[:2] - logs.max())
+    error = np.sqrt((z.var(1, ddof=1) / 300).sum())
+    assert abs(z[0].mean() - z[1].mean()) < 5 * error
+    assert z[1].var() < 0.8 * z[0].var()
+
+    def switching(k: Any, _: Any) -> Any:
+        k = sample("k", dist.Bernoulli(jnp.where(k == 1, 0.8, 0.3)))
+        x = sample("x", Normal(0.0, 1.0))
+        sample("y", Normal(x + k, 1.0))
+        return k, None
+
+    carried = gen(lambda: jax.lax.scan(switching, 0, length=STEPS)[1])
+    with pytest.raises(ModelError, match="sums out 'k', and a filter can sum out what one step"):
+        algorithm.run(KEY, marginalize(carried, "k")().given({"y": Y}), progress=False)
 
 
 def test_a_scan_that_runs_backwards() -> None:
