@@ -6,6 +6,7 @@ after it read. Calls (jit, checkpoint) around the scan are inlined.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -217,14 +218,12 @@ def _summed(step: Any, body: Any, sums: list[Any], name: str) -> Any:
                 f"filtering: {name!r} sums out {which}, and a filter can sum out what one step draws and no other "
                 "reads: leave the others in, or sum out the whole chain and take its exact density"
             )
-        inner, options = step, eqn.params["options"]
-
-        def step(
-            *xs: Any, inner: Any = inner, addresses: Any = addresses, options: Any = options
-        ) -> Any:
-            return bind_marginal(inner, list(xs), addresses, options)
-
+        step = functools.partial(_without, step, addresses, eqn.params["options"])
     return step
+
+
+def _without(step: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
+    return bind_marginal(step, list(xs), addresses, options)
 
 
 def as_program(code: Code, args: list[Any], name: str) -> Program:
