@@ -56,6 +56,7 @@ bench: $(VENV)/.test  ## accuracy against references; cost against hand-written 
 	$(BIN)/python benchmarks/variational.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/air.py
+	$(BIN)/python benchmarks/filters.py --times 7 --growth
 	$(BIN)/python benchmarks/posteriors.py
 
 lanes:  ## the tests on every supported line of Python and JAX found on this machine

@@ -172,13 +172,13 @@ def main() -> None:
         ready = {n: f if n == "particles" else jax.jit(f) for n, f in made.items()}
         times = seconds(ready, (key, y), options.times) if options.times else {}
         for name, function in ready.items():
-            flops, size = work.get(name, (float("nan"), float("nan")))
-            base = work["by hand"]
-            print(
-                f"| ESS < {threshold:g} N | {name} | {flops:.4g} ({flops / base[0]:.3f}) | "
-                f"{size:.4g} ({size / base[1]:.3f}) | {times.get(name, float('nan')):.3f} | "
-                f"{float(function(key, y)):.2f} |"
-            )
+            cells = [
+                f"{count:.4g} ({count / base:.3f})"
+                for count, base in zip(work.get(name, ()), work["by hand"], strict=False)
+            ] or ["", ""]
+            cells.append(f"{times[name]:.3f}" if times else "")
+            evidence = float(function(key, y))
+            print(f"| ESS < {threshold:g} N | {name} | {' | '.join(cells)} | {evidence:.2f} |")
     if options.growth:
         print("\n| particles | steps | weft | by hand |\n| ---: | ---: | ---: | ---: |")
         for n, steps in ((10**3, 1000), (10**4, 1000), (10**5, 1000), (10**6, 100), (10**4, 4000)):
