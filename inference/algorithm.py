@@ -26,9 +26,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.compat import as_key
+from weft.ppl.errors import WeftError
 from weft.ppl.printing import Printed
 
 from .runner import run_chunks, tracing
@@ -156,6 +158,16 @@ class Algorithm(Printed, eqx.Module):
                 stacklevel=2,
             )
         return settings.result(state, target)
+
+
+def require_counts(settings: Any, **least: int) -> None:
+    """Raise WeftError unless the named settings are integers, and so large at least."""
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if not isinstance(value, (int, np.integer)) or value < smallest:
+            raise WeftError(
+                f"{type(settings).__name__}: {name} must be an integer, {smallest} at least, got {value!r}"
+            )
 
 
 def strong(tree: Any) -> Any:

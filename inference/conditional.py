@@ -18,19 +18,19 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.errors import ModelError, WeftError
 
+from .algorithm import require_counts
 from .combinators import cycle
 from .filtering import Filter, Proposal, filtering
 from .mcmc import mcmc
 from .moves import Choices, Info, Kernel, entered
 from .resampling import multinomial
 from .results import Particles
-from .smc import SequentialParticles
+from .smc import SequentialParticles, lineage
 
 
 class Genealogy(eqx.Module):
@@ -101,12 +101,7 @@ def _put_first(all_of_them: Any, one: Any) -> Any:
 
 def traced(key: PRNGKeyArray, model: Any, found: Genealogy) -> Int[Array, " step"]:
     """A path along the genealogy, its end drawn by weight: the index of its particle at each step."""
-    last = jax.random.categorical(key, found.log_weights[-1])
-
-    def back(index: Array, chosen: Array) -> Any:
-        return chosen[index], index
-
-    return jax.lax.scan(back, last, found.ancestors, reverse=True)[1]
+    return lineage(jax.random.categorical(key, found.log_weights[-1]), found.ancestors)
 
 
 def backward(key: PRNGKeyArray, model: Any, found: Genealogy) -> Int[Array, " step"]:
@@ -176,10 +171,7 @@ class conditional_smc(Kernel):
     scan: str | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        if not isinstance(self.num_particles, (int, np.integer)) or self.num_particles < 2:
-            raise WeftError(
-                f"conditional_smc: num_particles must be an integer, 2 at least, got {self.num_particles!r}"
-            )
+        require_counts(self, num_particles=2)
         if self.update not in ("ancestor", "backward", None):
             raise WeftError(
                 f"conditional_smc: update is 'ancestor', 'backward' or None, got {self.update!r}"

@@ -133,9 +133,15 @@ class Filter(eqx.Module):
         return particle, log_weight + more
 
     def step(
-        self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any
+        self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any, given: Any = None
     ) -> tuple[Any, Float[Array, ""]]:
-        return self._step(key, t, particle)
+        if not self.closed:
+            return self._move(key, t, particle, given)
+        return jax.lax.cond(
+            t < self.parts.length,
+            lambda: self._move(key, t, particle, given),
+            lambda: self._finish(key, particle),
+        )
 
     def choices(self, particle: Any) -> dict[str, Any]:
         return unflatten({**particle["before"], **particle["now"], **particle["after"]})
@@ -173,7 +179,7 @@ class Filter(eqx.Module):
         """The step to given choices, and its potential; the first one without a particle."""
         key = jax.random.key(0)  # nothing is left to draw
         if particle is not None:
-            return self._step(key, t, particle, now)
+            return self.step(key, t, particle, now)
         particle, log_weight = self._begin(key)
         particle, more = self._move(key, t, particle, now)
         return particle, log_weight + more
@@ -225,17 +231,6 @@ class Filter(eqx.Module):
             last = jax.eval_shape(lambda p: self._finish(any_key, p)[0]["after"], particle)
             particle["after"] = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), last)
         return particle, log_weight
-
-    def _step(
-        self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any, given: Any = None
-    ) -> tuple[Any, Float[Array, ""]]:
-        if not self.closed:
-            return self._move(key, t, particle, given)
-        return jax.lax.cond(
-            t < self.parts.length,
-            lambda: self._move(key, t, particle, given),
-            lambda: self._finish(key, particle),
-        )
 
     def _move(
         self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any, given: Any = None

@@ -24,7 +24,7 @@ from weft.ppl.addresses import unflatten
 from weft.ppl.compat import Tracer
 from weft.ppl.errors import WeftError
 
-from .algorithm import Algorithm, State
+from .algorithm import Algorithm, State, require_counts
 from .conditional import (
     Genealogy,
     along,
@@ -194,14 +194,9 @@ class parisian_gibbs(Algorithm):
     filter: filtering = filtering()
 
     def __check_init__(self) -> None:
-        least = {"num_particles": 2, "num_samples": 1, "num_warmup": 0, "num_chains": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < smallest:
-                raise WeftError(
-                    f"parisian_gibbs: {name} must be an integer, {smallest} at least, got {value!r}"
-                )
-        _require_backward(self.num_backward)
+        require_counts(
+            self, num_particles=2, num_samples=1, num_warmup=0, num_chains=1, num_backward=1
+        )
 
     def num_iterations(self, target: Target) -> int:
         return self.num_warmup + self.num_samples

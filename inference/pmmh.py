@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.compat import Tracer
 from weft.ppl.errors import ModelError, WeftError
 
-from .algorithm import Algorithm, State
+from .algorithm import Algorithm, State, require_counts
 from .filtering import Filter, filtering
 from .results import Draws
 from .smc import smc
@@ -132,13 +131,7 @@ class pmmh(Algorithm):
     paths: bool = True
 
     def __check_init__(self) -> None:
-        least = {"num_particles": 2, "num_samples": 1, "num_warmup": 0, "num_chains": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < smallest:
-                raise WeftError(
-                    f"pmmh: {name} must be an integer, {smallest} at least, got {value!r}"
-                )
+        require_counts(self, num_particles=2, num_samples=1, num_warmup=0, num_chains=1)
 
     def num_iterations(self, target: Target) -> int:
         return self.num_warmup + self.num_samples

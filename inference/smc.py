@@ -488,13 +488,19 @@ class smc(Algorithm):
             )
 
 
-def _along(ancestors: Any, tree: Any) -> Any:
-    last = jnp.arange(ancestors.shape[1])
+def lineage(
+    last: Int[Array, "*n"], ancestors: Int[Array, "step particle"]
+) -> Int[Array, "step *n"]:
+    """Which particles of each step those of the last one descend from, themselves at the end."""
 
     def back(index: Array, chosen: Array) -> Any:
         return chosen[index], index
 
-    _, indices = jax.lax.scan(back, last, ancestors, reverse=True)
+    return jax.lax.scan(back, last, ancestors, reverse=True)[1]
+
+
+def _along(ancestors: Any, tree: Any) -> Any:
+    indices = lineage(jnp.arange(ancestors.shape[1]), ancestors)
 
     def one(x: Array) -> Array:
         taken = jax.vmap(lambda row, index: row[index])(x, indices)

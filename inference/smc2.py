@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.errors import WeftError
 
+from .algorithm import require_counts
 from .filtering import Filter, filtering
 from .pmmh import Parameters, random_step
 from .resampling import systematic
@@ -63,9 +64,7 @@ class smc2(eqx.Module):
     filter: filtering = filtering()
 
     def __check_init__(self) -> None:
-        for name, least in (("num_state_particles", 2), ("num_moves", 1)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise WeftError(f"smc2: {name} must be an integer, {least} at least")
+        require_counts(self, num_state_particles=2, num_moves=1)
 
     def __call__(self, target: Target) -> FilterOfFilters:
         """The Feynman-Kac model of a target."""

@@ -20,6 +20,7 @@ from weft.ppl.addresses import unflatten
 
 from .conditional import Genealogy, along, only_the_scan
 from .filtering import Filter
+from .smc import lineage
 
 
 def draw_path(
@@ -28,12 +29,7 @@ def draw_path(
     """A path by its weight, its log density under the target, and the log evidence of the run."""
     only_the_scan(model, "smc inside a program")
     found, log_evidence = _run(model, None, num_particles)
-    last = draw(_choose(found.log_weights[-1])).value
-
-    def back(index: Array, chosen: Array) -> Any:
-        return chosen[index], index
-
-    indices = jax.lax.scan(back, last, found.ancestors, reverse=True)[1]
+    indices = lineage(draw(_choose(found.log_weights[-1])).value, found.ancestors)
     choices = unflatten(model.steps_of(along(indices, found.particles)))
     return choices, target.log_density(choices), log_evidence
 

@@ -128,9 +128,13 @@ class Program(printing.Printed):
         """
         if self.is_staged:
             return self
-        code, args = self.code()
+        return Program.of_code(*self.code(), self.name)
+
+    @classmethod
+    def of_code(cls, code: Code, args: list[Any], name: str) -> Program:
+        """The program of staged code and its flat arguments."""
         arrays, skeleton = pack((code, tuple(args), {}))
-        return Program([*arrays, np.zeros((), np.float32)], skeleton, self.name)
+        return cls([*arrays, np.zeros((), np.float32)], skeleton, name)
 
     @property
     def sites(self) -> dict[str, SiteInfo]:

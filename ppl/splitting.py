@@ -13,7 +13,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from .compat import (
     CALLS,
@@ -30,7 +29,6 @@ from .control import eqn_holds_sites, eqn_site_names, lanes_p, marginal_p, scope
 from .dependence import returned
 from .errors import ModelError
 from .marginals import bind_marginal
-from .packing import pack
 from .programs import Program
 from .staging import Code, stage
 
@@ -73,7 +71,7 @@ class Split(eqx.Module):
     def step(self, consts: list[Any], carry: list[Any], x: list[Any]) -> Program:
         """One step as a program, which returns the new carry and what the step puts out."""
         args = [*self.step_consts, *consts, *carry, *x]
-        return as_program(self.step_code, args, self.name)
+        return Program.of_code(self.step_code, args, self.name)
 
     def silent_step(self, consts: list[Any], carry: list[Any], x: list[Any]) -> Any:
         """The same as a function with sites that returns nothing, and its arguments."""
@@ -83,7 +81,7 @@ class Split(eqx.Module):
     def after(self, kept: list[Any], carry: list[Any], ys: list[Any]) -> Program:
         """What follows the scan, as a program; `ys` are those outputs that it reads."""
         assert self.after_code is not None
-        return as_program(self.after_code, [*self.after_consts, *kept, *carry, *ys], self.name)
+        return Program.of_code(self.after_code, [*self.after_consts, *kept, *carry, *ys], self.name)
 
     def carry_of(self, consts: list[Any], carry: list[Any]) -> Any:
         """The carry as the source has it; values that it never changes, which JAX makes consts, included."""
@@ -226,15 +224,9 @@ def _without(step: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
     return bind_marginal(step, list(xs), addresses, options)
 
 
-def as_program(code: Code, args: list[Any], name: str) -> Program:
-    """A staged program of its code and flat arguments."""
-    arrays, skeleton = pack((code, tuple(args), {}))
-    return Program([*arrays, np.zeros((), np.float32)], skeleton, name)
-
-
 def _staged(f: Any, args: list[Any], name: str) -> Program:
     code, consts = stage(f, args)
-    return as_program(code, [*consts, *args], name)
+    return Program.of_code(code, [*consts, *args], name)
 
 
 def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[Any]:
