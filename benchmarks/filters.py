@@ -67,7 +67,9 @@ def by_hand(num_particles: int, threshold: float) -> Callable[..., Any]:
         return jnp.exp(2 * logsumexp(log_weights) - logsumexp(2 * log_weights))
 
     def noise(key: Any) -> Any:
-        keys = jax.random.split(key, n)
+        high, low = jax.random.key_data(key)  # consecutive keys, as Weft's particles have them
+        words = jnp.stack([jnp.broadcast_to(high, n), low + jnp.arange(n, dtype=low.dtype)], 1)
+        keys = jax.random.wrap_key_data(words)
         return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, NAME)))(keys)
 
     def likelihood(x: Any, y: Any) -> Any:

@@ -43,14 +43,17 @@ class tempering(eqx.Module):
     particles by the change of law, `w <- w l(x)^(b' - b)`; before it, `smc` resamples them if their
     effective sample size has fallen below `threshold`, and only then they move, by `smc(...,
     rejuvenate=)`: a kernel, or a function from the particles to one. By default these are Hamiltonian
-    transitions with the variances of the particles as inverse mass and step sizes that follow the
-    acceptance rate (Buchholz, Chopin and Jacob 2021); laws that are narrow in some places and wide in
-    others want more of them, `num_moves`, or a kernel of your own. A last step weighs nothing: it
-    resamples and moves what came out of the one before, if that is due.
+    transitions with the covariance of the particles as inverse mass (their variances where they are fewer
+    than ten a coordinate) and step sizes that follow the acceptance rate, as many as it takes until
+    particles are uncorrelated with what they were before, or correlations no longer fall (after Buchholz,
+    Chopin and Jacob 2021). A last step weighs nothing: it resamples and moves what came out of the one
+    before, if that is due.
 
     The first temperature is 0. In `result.path`, `log_increments` has what each step added to the log
     evidence: with `by="row"` step `n` has the log predictive density of the rows that it adds, given those
-    before. `info` has the temperature (the number of rows) and the acceptance rate of every round of moves.
+    before. `info` has the temperature (the number of rows) and the acceptance rate of every round of moves; of the
+    default ones also how many there were and "correlation", the largest one left of a coordinate, or the log
+    density, with what it was before the round.
 
     Attributes:
         guide: `None` to begin at the prior; or a program that draws exactly the target's latent choices, or a
@@ -63,7 +66,8 @@ class tempering(eqx.Module):
         ess: the share of the particles that a step is to leave, when temperatures are chosen:
             `(sum_i W_i v_i)^2 / sum_i W_i v_i^2` with the weights `W` before the step and its factors `v`.
         max_steps: how many temperatures there may be, when they are chosen; the last one is 1, however far.
-        num_moves: how many transitions particles make after a resampling.
+        num_moves: how many transitions particles make after a resampling; `None` for as many of the default moves as
+            it takes, 50 at most, and 5 of a kernel of your own.
 
     Raises:
         WeftError: for a schedule that does not increase to 1, or settings that contradict each other.
@@ -97,11 +101,13 @@ class tempering(eqx.Module):
     schedule: Any = None
     ess: float = 0.5
     max_steps: int = eqx.field(static=True, default=200)
-    num_moves: int = eqx.field(static=True, default=5)
+    num_moves: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
         for name in ("rows_per_step", "max_steps", "num_moves"):
             value = getattr(self, name)
+            if name == "num_moves" and value is None:
+                continue
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise WeftError(f"tempering: {name} must be a positive integer, got {value!r}")
         if isinstance(self.ess, (int, float)) and not 0 < self.ess < 1:
@@ -173,14 +179,14 @@ class Tempered(eqx.Module):
         levels: of each step; `None` where they are chosen.
         ess: by what they are chosen.
         num_levels: how many there are, at most.
-        num_moves: how many transitions particles make after a resampling.
+        num_moves: how many transitions particles make after a resampling; `None` as in `tempering`.
     """
 
     path: Path
     levels: Float[Array, " level"] | None
     ess: Any
     num_levels: int = eqx.field(static=True)
-    num_moves: int = eqx.field(static=True)
+    num_moves: int | None = eqx.field(static=True)
 
     @property
     def num_steps(self) -> int:
@@ -225,7 +231,7 @@ class Tempered(eqx.Module):
         if kernel is None:
             choices, step_size, info = _hamiltonian(key, choices, target, step_size, num_moves)
         else:
-            choices, info = _moved(key, choices, target, kernel, num_moves)
+            choices, info = _moved(key, choices, target, kernel, num_moves or NUM_MOVES)
         particles = dataclasses.replace(
             particles,
             choices=choices,
@@ -271,6 +277,9 @@ class Tempered(eqx.Module):
 # --- moves ------------------------------------------------------------------------------------------------------------
 
 
+NUM_MOVES = 5  # of kernels that are given
+
+
 def _moved(
     key: PRNGKeyArray, choices: Any, target: Target, kernel: Any, num_moves: int
 ) -> tuple[Any, dict[str, Array]]:
@@ -287,13 +296,17 @@ def _moved(
     return choices, {name: jnp.mean(x, dtype=float) for name, x in info.items()}
 
 
-MOST_LEAPFROGS = 8
+MOST_MOVES = 50
+SMALL_CORRELATION = 0.1  # the largest of a few correlations of a thousand independent pairs
+SMALL_DECREASE = 0.01
+MOST_LEAPFROGS = 32
 SMALLEST_STEP = 0.1  # of the largest
-WANTED_ACCEPTANCE = 0.8
+TIME = 4.0  # on average; half a period of a standard normal is pi
+WANTED_ACCEPTANCE = 0.9
 
 
 def _hamiltonian(
-    key: PRNGKeyArray, choices: Any, target: Target, step_size: Array, num_moves: int
+    key: PRNGKeyArray, choices: Any, target: Target, step_size: Array, num_moves: int | None
 ) -> tuple[Any, Array, dict[str, Array]]:
     """Choices after Hamiltonian transitions tuned to the particles, the step size after them, and what happened."""
     discrete = [a for a in target.latents if target.sites[a].is_discrete]
@@ -305,32 +318,101 @@ def _hamiltonian(
         )
     flat = target.unconstrain().flat
     positions = jax.vmap(flat.from_choices)(choices)
-    spread = jnp.var(positions, 0)
-    variances = jnp.where(spread > 0, spread, 1.0)
     n = positions.shape[0]
+    space = _Standardised.of(positions)
 
-    def transition(carry: Any, key: PRNGKeyArray) -> Any:
-        states, step_size = carry
-        length_key, step_key, move_key = jax.random.split(key, 3)
+    def log_density(u: Array) -> Array:
+        return flat.log_density(space.back(u))
+
+    def begin(z: Array) -> Any:
+        return kernels.hmc(step_size, 1).init(space.there(z), log_density)
+
+    begun: Any = jax.vmap(begin)(positions)
+
+    def correlations(states: Any) -> Array:
+        """Of what particles are with what they were: each coordinate, and the log density."""
+        was, now = (jnp.c_[s.position, s.logdensity] for s in (begun, states))
+        return _correlations(was, now)
+
+    def going_on(carry: Any) -> Array:
+        i, _, _, _, before, now = carry
+        if num_moves is not None:
+            return i < num_moves
+        # What no longer falls will not: particles that keep to their modes stay correlated.
+        falling = (now > SMALL_CORRELATION) & (now < before - SMALL_DECREASE)
+        return (i < MOST_MOVES) & ((i < 1) | jnp.any(falling))
+
+    def transition(carry: Any) -> Any:
+        i, states, step_size, rates, _, before = carry
+        time_key, step_key, move_key = jax.random.split(jax.random.fold_in(key, i), 3)
         # Lengths differ, or trajectories of one period would return to where they began; step sizes
         # differ from particle to particle, since some of them stand where the law is narrow.
-        length = jax.random.randint(length_key, (), 1, MOST_LEAPFROGS + 1)
+        time = TIME * jax.random.uniform(time_key, (), minval=0.5, maxval=1.5)
+        length = jnp.clip(jnp.ceil(time / step_size), 1, MOST_LEAPFROGS).astype(jnp.int32)
         step_sizes = step_size * SMALLEST_STEP ** jax.random.uniform(step_key, (n,))
 
         def one(key: PRNGKeyArray, state: Any, step_size: Array) -> Any:
-            kernel = kernels.hmc(step_size, length, variances)
-            return kernel.step(key, state, flat.log_density)
+            return kernels.hmc(step_size, length).step(key, state, log_density)
 
         states, info = jax.vmap(one)(jax.random.split(move_key, n), states, step_sizes)
         rate = jnp.mean(jnp.nan_to_num(info.acceptance_rate))
-        return (states, step_size * jnp.exp(rate - WANTED_ACCEPTANCE)), rate
+        step_size = step_size * jnp.exp(rate - WANTED_ACCEPTANCE)
+        return i + 1, states, step_size, rates + rate, before, correlations(states)
 
-    states: Any = jax.vmap(lambda z: kernels.hmc(step_size, 1).init(z, flat.log_density))(positions)
-    (states, step_size), rates = jax.lax.scan(
-        transition, (states, step_size), jax.random.split(key, num_moves)
-    )
-    choices = jax.vmap(flat.to_choices)(states.position)
-    return choices, step_size, {"acceptance_rate": jnp.mean(rates), "step_size": step_size}
+    ones = correlations(begun)
+    carry = (jnp.int32(0), begun, step_size, jnp.zeros_like(step_size), ones, ones)
+    i, states, step_size, rates, _, left = jax.lax.while_loop(going_on, transition, carry)
+    choices = jax.vmap(lambda u: flat.to_choices(space.back(u)))(states.position)
+    info = {
+        "acceptance_rate": rates / i,
+        "step_size": step_size,
+        "num_moves": i,
+        "correlation": jnp.max(left),
+    }
+    return choices, step_size, info
+
+
+class _Standardised(eqx.Module):
+    """Coordinates in which particles are uncorrelated, with unit variances: `z = centre + scales * (root @ u)`.
+
+    Where particles are too few to tell correlations, at less than ten different ones for each coordinate, they are
+    left as they are.
+    """
+
+    centre: Float[Array, " n"]
+    scales: Float[Array, " n"]
+    root: Float[Array, "n n"] | None
+
+    @classmethod
+    def of(cls, positions: Float[Array, "particle n"]) -> _Standardised:
+        num, size = positions.shape
+        centre, spread = jnp.mean(positions, 0), jnp.std(positions, 0)
+        scales = jnp.where(spread > 0, spread, 1.0)
+        if num < 10 * size:
+            return cls(centre, scales, None)
+        u = (positions - centre) / scales
+        different = 1 + jnp.sum(jnp.diff(jnp.sort(jnp.sum(u, 1))) > 0)
+        root = jnp.linalg.cholesky(jnp.matmul(u.T, u, precision="highest") / num)
+        known = jnp.all(jnp.isfinite(root)) & (different >= 10 * size)
+        return cls(centre, scales, jnp.where(known, root, jnp.eye(size, dtype=root.dtype)))
+
+    def back(self, u: Float[Array, " n"]) -> Float[Array, " n"]:
+        if self.root is not None:
+            u = jnp.matmul(self.root, u, precision="highest")
+        return self.centre + self.scales * u
+
+    def there(self, z: Float[Array, " n"]) -> Float[Array, " n"]:
+        u = (z - self.centre) / self.scales
+        if self.root is None:
+            return u
+        return jax.scipy.linalg.solve_triangular(self.root, u, lower=True)
+
+
+def _correlations(x: Float[Array, "particle n"], y: Float[Array, "particle n"]) -> Array:
+    """Of each column of one with that of the other; zero where one is constant."""
+    x, y = (v - jnp.mean(v, 0) for v in (x, y))
+    x, y = (v / jnp.sqrt(jnp.sum(v**2, 0)) for v in (x, y))
+    return jnp.nan_to_num(jnp.sum(x * y, 0))
 
 
 # --- what cannot be tempered ------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Family:
     @property
     def start(self) -> np.ndarray:
         """A point in the middle."""
-        return self.grid[0]
+        return np.asarray(self.grid[0])
 
     @property
     def num_points(self) -> int:

@@ -338,7 +338,7 @@ def captured(root: Any) -> Snapshot:
             for part in (x.func, *x.args, *x.keywords.values()):
                 visit(part)
         elif isinstance(x, dict):
-            for name, value in list(x.items()):  # what is captured may grow meanwhile
+            for name, value in dict(x).items():  # what is captured may grow, or shrink, meanwhile
                 note(x, name, value)
         elif isinstance(x, (list, tuple)):
             for i, value in enumerate(x):

@@ -310,8 +310,6 @@ def test_temperatures_where_nothing_else_is_left() -> None:
 
 def check_reference(name: str, runs: Any, key: str, values: dict[str, Any]) -> None:
     reference = load(CASES[name], "reference")
-    logs = np.asarray(runs.log_evidence)
-    assert abs(logsumexp(logs) - np.log(logs.size) - reference[key]) < 0.1
     ratio = ratios(runs, reference[key])
     near(ratio, 1.0, ratio.var())
     for scalar, value in values.items():
@@ -329,19 +327,21 @@ def test_eight_schools() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_regression_from_a_guide() -> None:
-    """Posterior deviations are 1e-4 of the prior's; the guide's are some twenty times the posterior's."""
-
-    @gen
-    def guess() -> None:
-        sample("beta", dist.Normal(jnp.ones(5), 0.02).to_event(1))
-        sample("sigma", dist.LogNormal(0.5, 0.7))
-
+def test_a_regression_from_the_prior() -> None:
+    """Posterior deviations are 1e-4 of the prior's; on the way the law is a funnel."""
     target = CASES["sblri"].target(load(CASES["sblri"], "data"))
-    runs = replicates(smc(tempering(guide=guess()), 500), target, 16)
+    runs = replicates(smc(tempering(), 1000), target, 8)
     values = {f"beta[{i + 1}]": runs.choices["beta"][..., i] for i in range(5)}
     values["sigma"] = runs.choices["sigma"]
     check_reference("sblri", runs, "log_evidence_exact_halfnormal_sigma", values)
+    # Each step adds the relative variance of its weights, if particles are independent, as good moves leave them; 4.27
+    # times that is the 1e-4 quantile of a variance with 7 degrees of freedom.
+    ess = np.asarray(runs.path.ess, float)
+    independent = np.sum(np.where(ess > 0, 1 / np.where(ess > 0, ess, 1) - 1 / 1000, 0), 1).mean()
+    assert np.var(np.asarray(runs.log_evidence), ddof=1) < 4.27 * independent
+    assert np.asarray(runs.path.info["correlation"]).max() < 0.5
+    moves = np.asarray(runs.path.info["num_moves"])
+    assert moves[np.asarray(runs.path.resampled)].mean() < 15
 
 
 # --- two modes --------------------------------------------------------------------------------------------------------
