@@ -27,7 +27,10 @@ from weft.ppl.errors import AddressError, ModelError, WeftError
 from weft.ppl.handlers import Given, expand
 from weft.ppl.programs import run_generate, run_inside, run_log_densities, run_log_density
 from weft.ppl.recovery import posterior
+from weft.ppl.series import Series, series
 from weft.ppl.splitting import Split, split
+
+from .lanes import Lanes
 
 Proposal = Callable[[Any, Int[Array, ""], dict[str, Any]], Program]
 """A proposal: from the carry, the step and what is observed there to a program over latent choices of the step."""
@@ -86,9 +89,12 @@ class filtering(eqx.Module):
                 f"filtering: proposal is a function or 'optimal', got {self.proposal!r}"
             )
 
-    def __call__(self, target: Target) -> Filter:
-        """The Feynman-Kac model of a target."""
+    def __call__(self, target: Target) -> Any:
+        """The Feynman-Kac model of a target: a `Filter`; `Lanes` of them, if its scan stands under a vmap."""
         target.program.require_density()
+        apart = self.series(target)
+        if apart is not None:
+            return self._over_lanes(apart, target)
         parts = split(target.program, list(target.data), self.scan)
         latents = tuple(tuple(a for a in part if a in target.latents) for part in parts.addresses)
         prefers = self.lookahead is not None or self.proposal == "optimal"
@@ -98,6 +104,32 @@ class filtering(eqx.Module):
         if self.proposal == "optimal":
             _check_optimal(target, latents[1])
         return made
+
+
+    def series(self, target: Target) -> Series | None:
+        """What the series of a target share, and one of them; None, if its scan does not stand under a vmap."""
+        settled = [a for a in target.data if a not in target.latents]
+        return series(target.program, target.data, settled, self.scan)
+
+    def _over_lanes(self, apart: Series, target: Target) -> Lanes:
+        name, shared = target.program.name, apart.shared.sites
+        free = [a for a in target.latents if a in shared]
+        if free:
+            raise ModelError(
+                f"filtering: the {apart.size} series of {name!r} share the latent choices "
+                f"{', '.join(map(repr, free))}, and a filter for each series wants these given: target.given(...). "
+                "pmmh() and smc(smc2()) infer them, with filters given them"
+            )
+        given = {a: g for a, g in target.data.items() if a in shared}
+        any_key = jax.random.key(0)  # nothing is left to draw
+        trace, log_shared = run_generate(apart.shared, any_key, unflatten(given))
+        data = {a: g for a, g in target.data.items() if a not in shared}
+
+        def one(index: Array) -> Any:
+            rows = jax.tree.map(lambda x: jnp.asarray(x)[index], data)
+            return self(Target(apart.lane(index, trace.value), rows, {}))
+
+        return Lanes.of(one, apart.size, log_shared)
 
 
 class Filter(eqx.Module):

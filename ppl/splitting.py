@@ -110,9 +110,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         ModelError: if there is no such scan at the top level, or more than one.
     """
     code, args = program.staged().code()
-    sums: list[Any] = []
-    flat, consts = stage(lambda *xs: _inline(code.jaxpr, list(xs), sums), args)
-    args = [*consts, *args]
+    flat, args, sums = inlined(code.jaxpr, args)
     jaxpr, _ = open_jaxpr(flat.jaxpr)
     at = _find(program, jaxpr, set(observed), scan)
     eqn, before, after = jaxpr.eqns[at], jaxpr.eqns[:at], jaxpr.eqns[at + 1 :]
@@ -229,6 +227,13 @@ def _staged(f: Any, args: list[Any], name: str) -> Program:
     return Program.of_code(code, [*consts, *args], name)
 
 
+def inlined(jaxpr: Any, args: list[Any]) -> tuple[Code, list[Any], list[Any]]:
+    """A program without calls that hold sites, its arguments, and the equations that sum choices out of a scan."""
+    sums: list[Any] = []
+    code, consts = stage(lambda *xs: _inline(jaxpr, list(xs), sums), args)
+    return code, [*consts, *args], sums
+
+
 def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[Any]:
     """Stage a jaxpr anew, without the calls that hold sites.
 
@@ -241,7 +246,7 @@ def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         if eqn_holds_sites(eqn) and eqn.primitive.name in CALLS:
             outs = _inline(inner_jaxprs(eqn)[0], ins, sums)
-        elif eqn.primitive is marginal_p and sums is not None and _holds_scan(eqn):
+        elif eqn.primitive is marginal_p and sums is not None and holds_scan(eqn):
             sums.append(eqn)
             outs = _inline(eqn.params["jaxpr"], ins, sums)
         else:
@@ -286,7 +291,7 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
     inside = [
         (_WHERE[jaxpr.eqns[i].primitive], names)
         for i, names in sited.items()
-        if jaxpr.eqns[i].primitive in _WHERE and _holds_scan(jaxpr.eqns[i])
+        if jaxpr.eqns[i].primitive in _WHERE and holds_scan(jaxpr.eqns[i])
     ]
     if inside:
         where, names = inside[0]
@@ -307,9 +312,10 @@ _WHERE = {
 }
 
 
-def _holds_scan(eqn: Any) -> bool:
+def holds_scan(eqn: Any) -> bool:
+    """Whether an equation is a scan, or holds one."""
     return eqn.primitive is scan_p or any(
-        _holds_scan(e) for j in inner_jaxprs(eqn) for e in open_jaxpr(j)[0].eqns
+        holds_scan(e) for j in inner_jaxprs(eqn) for e in open_jaxpr(j)[0].eqns
     )
 
 
