@@ -102,9 +102,9 @@ class Lanes(eqx.Module):
 
 
 def each_lane(f: Callable[..., Any], model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
-    """`f(model, key, *xs)`; of lanes for each of them, with a key of its own, results and `xs` leading with the lane."""
+    """`f(key, model, *xs)`; of lanes for each of them, with a key of its own, results and `xs` leading with the lane."""
     if not isinstance(model, Lanes):
-        return f(model, key, *xs)
+        return f(key, model, *xs)
 
     def one(model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
         return each_lane(f, model, key, *xs)
@@ -168,6 +168,7 @@ class LaneParticles(SequentialParticles):
             f"{roots.size} lanes with a filter each, {len(ess)} steps, resampled before {times.min()} to "
             f"{times.max()}; smallest effective sample size {ess[worst]:.3g} (lane {lane}, step {step}); the last "
             f"particles descend from {roots[fewest]} of the first, or more (lane {_named(fewest)})",
+            f"Each lane's particles were drawn by its last weights, and are worth {ess[-1].min():.3g} or more.",
         ]
         if roots[fewest] < 10:
             lines.append(
