@@ -117,8 +117,8 @@ class filtering(eqx.Module):
         if free:
             raise ModelError(
                 f"filtering: the {apart.size} series of {name!r} share the latent choices "
-                f"{', '.join(map(repr, free))}, and a filter for each series wants these given: target.given(...). "
-                "pmmh() and smc(smc2()) infer them, with filters given them"
+                f"{', '.join(map(repr, free))}, and a filter for each series wants these given, target.given(...); "
+                "pmmh() and smc(smc2()) infer them. What each series has of its own is drawn inside the vmap"
             )
         given = {a: g for a, g in target.data.items() if a in shared}
         any_key = jax.random.key(0)  # nothing is left to draw

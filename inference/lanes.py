@@ -1,12 +1,13 @@
 r"""One filter a lane: sequential Monte Carlo of series that stand under a ``jax.vmap``.
 
 Given what they share, the series of a panel are independent: each has particles, weights and resamplings of its own,
-and the estimates of their evidences, being independent and unbiased, multiply. With `v_l` the relative variance of lane
-`l`,
+and the estimates of their evidences, being independent and unbiased, multiply. With `v_l` the relative variance of that
+of lane `l`,
 
-    Z = prod_l Z_l,    Var(Z) / Z^2 = prod_l (1 + v_l) - 1,
+    Z = prod_l Z_l,    Var(Z) / Z^2 = prod_l (1 + v_l) - 1,    Var(log Z) = sum_l Var(log Z_l),
 
-where one filter for all of them together needs particles exponential in their number.
+where one filter for all of them together would weigh by a product over the lanes, and needs exponentially many
+particles.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ class OverLanes(Algorithm):
             choices=jax.tree.map(joined, runs.choices),
             log_weights=jnp.full(chosen.shape[1], log_evidence),
             log_evidence=log_evidence,
-            log_evidence_variance=jnp.prod(1 + runs.log_evidence_variance) - 1,
+            log_evidence_variance=jnp.sum(runs.log_evidence_variance),
             target=target if target.latents else None,
             path=path,
             state=state,
@@ -273,7 +274,8 @@ class OverLanes(Algorithm):
         try:
             dataclasses.replace(self.engine, model=model)._check_weights(one)
         except DensityError as e:
-            raise DensityError(f"lane {_named(lane)}, of {self.lanes.shape}: {e}") from None
+            sizes = " by ".join(map(str, self.lanes.shape))
+            raise DensityError(f"lane {_named(lane)} of {sizes}: {e}") from None
 
 
 def _evidences(state: Any) -> Array:

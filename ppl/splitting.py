@@ -285,8 +285,13 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
         )
     if scan is not None:
         raise ModelError(f"filtering: no top-level scan of {name!r} holds the site {scan!r}")
-    if scans:
-        found = "; ".join(", ".join(map(repr, names)) for names in scans.values())
+    unseen = scans or {
+        i: names
+        for i, names in sited.items()
+        if jaxpr.eqns[i].primitive is lanes_p and holds_scan(jaxpr.eqns[i])
+    }
+    if unseen:
+        found = "; ".join(", ".join(map(repr, names)) for names in unseen.values())
         raise ModelError(f"filtering: no site in the scan of {name!r} is observed ({found})")
     inside = [
         (_WHERE[jaxpr.eqns[i].primitive], names)
@@ -305,7 +310,6 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
 
 
 _WHERE = {
-    lanes_p: "a vmap: run one filter a series, jax.vmap over the data of a model for one",
     cond_p: "a cond",
     while_p: "a while_loop",
     scope_p: "a nested program",
