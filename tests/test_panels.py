@@ -176,7 +176,7 @@ def test_parameters_that_series_share() -> None:
     assert draws.choices["x"].shape == (4, 500, LANES, STEPS)
     assert draws.choices["first"].shape == (4, 500, LANES)
     slope = np.asarray(draws.choices["slope"])
-    ess = float(diagnostics.ess_bulk(slope))
+    ess = float(diagnostics.ess(slope))
     assert ess > 100
     assert abs(slope.mean() - mean) < 5.5 * sd / ess**0.5
 
