@@ -246,7 +246,9 @@ class Filter(eqx.Module):
             trace, log_weight = _run(parts.before, key, unflatten(self._given(0)))
             particle["varying"] = trace.value
             particle["before"] = self._latent(trace.choices, 0)
-        particle["carry"] = self._operands(particle)[1]
+        particle["carry"], entry = self._operands(particle)[1::3]
+        chosen = {} if parts.before is None else trace.choices
+        particle["message"] = parts.first_message(entry, chosen)
 
         any_key = jax.random.key(0)  # shapes only
 
@@ -255,9 +257,7 @@ class Filter(eqx.Module):
             return run_generate(program, any_key, given)[0].value[len(particle["carry"]) :]
 
         particle["ys"] = [
-            jnp.zeros((parts.length, *y.shape), y.dtype)
-            for y, read in zip(jax.eval_shape(first, particle), parts.reads_ys, strict=True)
-            if read
+            jnp.zeros((parts.length, *y.shape), y.dtype) for y in jax.eval_shape(first, particle)
         ]
         if parts.after_code is not None:
             last = jax.eval_shape(lambda p: self._finish(any_key, p)[0]["after"], particle)
@@ -298,10 +298,11 @@ class Filter(eqx.Module):
         trace, log_weight = _run(program, rest_key, entries)
         log_weight = log_weight - log_q if predictive is None else predictive
         num_carry = len(particle["carry"])
-        read = [y for y, r in zip(trace.value[num_carry:], parts.reads_ys, strict=True) if r]
+        carry, read = trace.value[:num_carry], trace.value[num_carry:]
         moved = {
             **particle,
-            "carry": trace.value[:num_carry],
+            "carry": carry,
+            "message": parts.next_message(*self._read(particle, i), trace.choices),
             "now": self._latent(trace.choices, 1),
             "ys": [b.at[i].set(y) for b, y in zip(particle["ys"], read, strict=True)],
         }
@@ -310,18 +311,16 @@ class Filter(eqx.Module):
     def _finish(self, key: PRNGKeyArray | None, particle: Any) -> tuple[Any, Float[Array, ""]]:
         """What follows the scan."""
         kept = self._operands(particle)[3]
-        program = self.parts.after(kept, particle["carry"], particle["ys"])
+        program = self.parts.after(kept, particle["carry"], particle["message"], particle["ys"])
         trace, log_weight = _run(program, key, unflatten(self._given(2)))
         return {**particle, "after": self._latent(trace.choices, 2)}, log_weight
 
     def _program(self, particle: Any, i: Any) -> Program:
-        consts, _, xs, _ = self._operands(particle)
-        return self.parts.step(consts, particle["carry"], [x[i] for x in xs])
+        return self.parts.step(*self._read(particle, i))
 
     def _integrated(self, particle: Any, i: Any) -> Program:
         """The step without its latent choices, as far as no observation is missing."""
-        consts, _, xs, _ = self._operands(particle)
-        f, args = self.parts.silent_step(consts, particle["carry"], [x[i] for x in xs])
+        f, args = self.parts.silent_step(*self._read(particle, i))
         hidden = [a for a in self.latents[1] if a not in self.data]
         return Model(marginalize(f, *hidden), self.parts.name)(*args).staged()
 
@@ -337,16 +336,21 @@ class Filter(eqx.Module):
                 total = total + jnp.sum(density if where is None else jnp.where(where, 0, density))
         return total
 
+    def _read(self, particle: Any, i: Any) -> tuple[list[Any], ...]:
+        """What a step reads: consts, carry, message, and its rows of the sequences."""
+        consts, _, xs, _, _ = self._operands(particle)
+        return consts, particle["carry"], particle["message"], [x[i] for x in xs]
+
     def _operands(self, particle: Any) -> tuple[list[Any], ...]:
-        """Consts, first carry and sequences of the scan, and what is kept for later; drawn or fixed."""
+        """Consts, first carry and sequences of the scan, what is kept for later, and the rest of the first carry."""
         parts, drawn = self.parts, iter(particle["varying"])
-        groups = (parts.consts, parts.carry, parts.xs, parts.kept)
+        groups = (parts.consts, parts.carry, parts.xs, parts.kept, parts.entry)
         return tuple([next(drawn) if x is None else jnp.asarray(x) for x in g] for g in groups)
 
     def _carry(self, particle: Any) -> Any:
         """The carry as the model has it, values that it never changes included."""
-        consts, _, _, _ = self._operands(particle)
-        return self.parts.carry_of(consts, particle["carry"])
+        consts = self._operands(particle)[0]
+        return self.parts.carry_of(consts, particle["carry"], particle["message"])
 
     def _index(self, t: Any) -> Any:
         return self.parts.length - 1 - t if self.parts.reverse else t

@@ -6,6 +6,7 @@ after it read. Calls (jit, checkpoint) around the scan are inlined.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from .addresses import flatten, unflatten
 from .compat import (
     CALLS,
     Literal,
@@ -26,9 +28,10 @@ from .compat import (
     while_p,
 )
 from .control import eqn_holds_sites, eqn_site_names, lanes_p, marginal_p, scope_p
-from .dependence import returned
 from .errors import ModelError
-from .marginals import bind_marginal
+from .handlers import Given
+from .marginals import Options, bind_marginal
+from .messages import HANDED, Form, blank, walked
 from .programs import Program
 from .staging import Code, stage
 
@@ -40,8 +43,11 @@ class Split(eqx.Module):
         before: gives what the scan and `after` read that varies with a choice; None, where none is made there.
         consts, carry, xs: operands of the scan; None, where `before` gives it.
         kept: values that `after` reads besides; None, where `before` gives it.
+        entry: the first values of the carry that `handed` tells of; None, where `before` gives it; empty, where what
+            comes before the scan hands them on.
         step_code, step_consts: the code of `step`, and arrays that it reads.
         after_code, after_consts: the same of `after`; None, where no site follows.
+        handed: how choices that are summed out reach the next step; None, where none does.
         reads_ys: which of the stacked outputs a site after the scan depends on.
         length: number of steps.
         reverse: whether they run backwards.
@@ -56,10 +62,12 @@ class Split(eqx.Module):
     carry: list[Any]
     xs: list[Any]
     kept: list[Any]
+    entry: list[Any]
     step_code: Code
     step_consts: list[Any]
     after_code: Code | None
     after_consts: list[Any]
+    handed: Handed | None
     reads_ys: tuple[bool, ...] = eqx.field(static=True)
     length: int = eqx.field(static=True)
     reverse: bool = eqx.field(static=True)
@@ -68,27 +76,100 @@ class Split(eqx.Module):
     markov: bool = eqx.field(static=True)
     name: str = eqx.field(static=True)
 
-    def step(self, consts: list[Any], carry: list[Any], x: list[Any]) -> Program:
-        """One step as a program, which returns the new carry and what the step puts out."""
-        args = [*self.step_consts, *consts, *carry, *x]
+    # A carry is in two: its leaves that are known, and the message of those that depend on what is summed out.
+
+    def step(
+        self, consts: list[Any], carry: list[Any], message: list[Any], x: list[Any]
+    ) -> Program:
+        """One step as a program, which returns the new carry and those of its outputs that `after` reads."""
+        args = [*self.step_consts, *consts, *carry, *message, *x]
         return Program.of_code(self.step_code, args, self.name)
 
-    def silent_step(self, consts: list[Any], carry: list[Any], x: list[Any]) -> Any:
+    def silent_step(
+        self, consts: list[Any], carry: list[Any], message: list[Any], x: list[Any]
+    ) -> Any:
         """The same as a function with sites that returns nothing, and its arguments."""
-        args = [*self.step_consts, *consts, *carry, *x]
+        args = [*self.step_consts, *consts, *carry, *message, *x]
         return _Silent(self.step_code), args
 
-    def after(self, kept: list[Any], carry: list[Any], ys: list[Any]) -> Program:
+    def after(
+        self, kept: list[Any], carry: list[Any], message: list[Any], ys: list[Any]
+    ) -> Program:
         """What follows the scan, as a program; `ys` are those outputs that it reads."""
         assert self.after_code is not None
-        return Program.of_code(self.after_code, [*self.after_consts, *kept, *carry, *ys], self.name)
+        args = [*self.after_consts, *kept, *carry, *message, *ys]
+        return Program.of_code(self.after_code, args, self.name)
 
-    def carry_of(self, consts: list[Any], carry: list[Any]) -> Any:
-        """The carry as the source has it; values that it never changes, which JAX makes consts, included."""
+    def first_message(self, entry: list[Any], choices: dict[str, Any]) -> list[Any]:
+        """The message that the first step reads; `choices` are those made before the scan."""
+        return [] if self.handed is None else self.handed.first(entry, choices)
+
+    def next_message(
+        self,
+        consts: list[Any],
+        carry: list[Any],
+        message: list[Any],
+        x: list[Any],
+        choices: dict[str, Any],
+    ) -> list[Any]:
+        """The message after a step whose other choices are known."""
+        args = [*consts, *carry, *message, *x]
+        return [] if self.handed is None else self.handed.then(args, choices)
+
+    def carry_of(self, consts: list[Any], carry: list[Any], message: list[Any]) -> Any:
+        """The carry as the source has it; values that it never changes, which JAX makes consts, included.
+
+        Of leaves that depend on what is summed out, it has the law.
+        """
         fixed, moving = self.names
+        if self.handed is not None:
+            state = _merged([*consts, *carry], self.handed.form.laws(message), self.handed.slots)
+            consts, carry = state[: len(fixed)], state[len(fixed) :]
         heads = {_head(n) for n in moving if n}
         stay = [(n, x) for n, x in zip(fixed, consts, strict=True) if n and _head(n) in heads]
         return named([n for n, _ in stay] + list(moving), [x for _, x in stay] + carry)
+
+
+class Handed(eqx.Module):
+    """How choices that are summed out reach the next step: by the message (`messages`) of what the carry holds of them.
+
+    Attributes:
+        step_code, step_consts: one step with the choices that are summed out as choices, which returns the state.
+        before_code, before_args: the same of what comes before the scan; None, where the carry is known there.
+        slots: which leaves of the state of the scan, its consts and its carry.
+        form: of the message.
+        addresses: of all that is summed out.
+        options: how.
+    """
+
+    step_code: Code
+    step_consts: list[Any]
+    before_code: Code | None
+    before_args: list[Any]
+    slots: tuple[int, ...] = eqx.field(static=True)
+    form: Form = eqx.field(static=True)
+    addresses: tuple[tuple[str, ...], ...] = eqx.field(static=True)
+    options: Options = eqx.field(static=True)
+
+    def first(self, entry: list[Any], choices: dict[str, Any]) -> list[Any]:
+        """The message before the first step."""
+        if self.before_code is None:
+            return self.form.certain(entry)
+        outs = range(len(self.slots))
+        return self._message(self.before_code, self.before_args, choices, outs)
+
+    def then(self, args: list[Any], choices: dict[str, Any]) -> list[Any]:
+        """The message after a step."""
+        return self._message(self.step_code, [*self.step_consts, *args], choices, self.slots)
+
+    def _message(
+        self, code: Code, args: list[Any], choices: dict[str, Any], outs: Sequence[int]
+    ) -> list[Any]:
+        given = {a: Given(x, checked=True) for a, x in flatten(choices).items()}
+        found = walked(code.jaxpr, args, unflatten(given), self.addresses, self.options)
+        form, message = found.hand_on(outs)
+        assert form == self.form, (form, self.form)
+        return message
 
 
 class _Silent(eqx.Module):
@@ -107,7 +188,8 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         scan: an address of the scan that is meant, where there are several.
 
     Raises:
-        ModelError: if there is no such scan at the top level, or more than one.
+        ModelError: if there is no such scan at the top level, or more than one; if what is summed out cannot be handed
+            from step to step.
     """
     code, args = program.staged().code()
     flat, args, sums = inlined(code.jaxpr, args)
@@ -116,6 +198,8 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     eqn, before, after = jaxpr.eqns[at], jaxpr.eqns[:at], jaxpr.eqns[at + 1 :]
     params = eqn.params
     num_consts, num_carry = scan_sizes(params)
+    addresses = tuple(dict.fromkeys(a for e in sums for a in e.params["addresses"]))
+    options = sums[0].params["options"] if sums else None
 
     # What the sites after the scan read, and what they need for it.
     last = _needed(after)
@@ -123,6 +207,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     made = {v for e in last for v in e.outvars}
     outs = list(eqn.outvars)
     kept = [v for v in read_after if v not in made and v not in outs]
+    reads_ys = tuple(v in read_after for v in outs[num_carry:])
 
     # What varies with a choice is drawn for each particle; the rest is computed once.
     random: set[Any] = set()
@@ -130,7 +215,6 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         if eqn_holds_sites(e) or any(not isinstance(v, Literal) and v in random for v in e.invars):
             random.update(e.outvars)
     wanted = [*eqn.invars, *kept]
-    varying = [not isinstance(v, Literal) and v in random for v in wanted]
 
     def run(equations: Any, values: dict[Any, Any], read: Sequence[Any]) -> list[Any]:
         for e in equations:
@@ -142,38 +226,93 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         e for e in before if not any(v in random for v in e.outvars) and not eqn_holds_sites(e)
     ]
     once = dict(zip(jaxpr.invars, args, strict=True))
-    fixed = [v for v, w in zip(wanted, varying, strict=True) if not w]
-    values = iter(run(plain, once, fixed))
-    operands = [None if w else next(values) for w in varying]
 
-    def first(*xs: Any) -> list[Any]:
-        return run(
-            before,
-            dict(zip(jaxpr.invars, xs, strict=True)),
-            [v for v, w in zip(wanted, varying, strict=True) if w],
-        )
+    def first(read: Sequence[Any], *xs: Any) -> list[Any]:
+        return run(before, dict(zip(jaxpr.invars, xs, strict=True)), read)
 
-    sited_before = any(eqn_holds_sites(e) for e in before)
+    # What is summed out, and what the steps hand on of it.
     body = params["jaxpr"]
-    avals = [v.aval for v in open_jaxpr(body)[0].invars]
-    step = _summed(lambda *xs: _inline(body, list(xs)), body, sums, program.name)
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    step_code, step_consts = stage(step, shapes)
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in open_jaxpr(body)[0].invars]
+    num_state = num_consts + num_carry
+    read = [num_state + i for i, r in enumerate(reads_ys) if r]
+    sited_before = any(eqn_holds_sites(e) for e in before)
+    handed, handed_before, gone = None, False, set()
+    if addresses:
+        begins = stage(functools.partial(first, wanted), args) if sited_before else None
+        depends = [] if begins is None else _depends(begins, args, addresses, options)
+        first_slots = tuple(i for i in depends if i < num_state)
+        constant = {eqn.invars[i] for i in first_slots if i < num_consts}
+        gone = {wanted[i] for i in depends if i >= num_state}
+        if gone - constant or any(num_state <= i < len(eqn.invars) for i in depends):
+            raise ModelError(
+                f"filtering: {_listed(addresses)} is summed out, and read before the scan by what the scan, or what "
+                "follows it, reads beside its carry: a filter hands on consts and carry only. Leave it in the model"
+            )
+        handed_before = bool(first_slots)
+        before_args = None if begins is None else (begins, args)
+        handed = _handed(
+            body, avals, num_consts, num_carry, read, first_slots, before_args, addresses, options
+        )
+    slots, form = ((), None) if handed is None else (handed.slots, handed.form)
+    entry = [wanted[i] for i in slots]
+    if handed is not None and handed_before:
+        code, found = stage(functools.partial(first, entry), args)
+        handed = dataclasses.replace(handed, before_code=code, before_args=[*found, *args])
+        entry = []
 
-    reads_ys = tuple(v in read_after for v in outs[num_carry:])
-    inputs = [
-        *kept,
-        *outs[:num_carry],
-        *(v for v, r in zip(outs[num_carry:], reads_ys, strict=True) if r),
-    ]
+    kept = [v for v in kept if v not in gone]
+    groups = (
+        [wanted[i] for i in range(num_consts) if i not in slots],
+        [wanted[i] for i in range(num_consts, num_state) if i not in slots],
+        eqn.invars[num_state:],
+        kept,
+        entry,
+    )
+    operands = [v for group in groups for v in group]
+    varying = [not isinstance(v, Literal) and v in random for v in operands]
+    fixed = iter(run(plain, once, [v for v, w in zip(operands, varying, strict=True) if not w]))
+    filled = iter([None if w else next(fixed) for w in varying])
+    consts, carry, xs, kept_values, entry = ([next(filled) for _ in group] for group in groups)
+
+    staged_before = None
+    if sited_before:
+        drawn = [v for v, w in zip(operands, varying, strict=True) if w]
+        f = _without(functools.partial(first, drawn), addresses, options, before)
+        staged_before = _staged(f, args, program.name)
+
+    message = [] if form is None else [HANDED]
+    step = _step(body, num_consts, num_carry, slots, form)
+    wanted_outs = [*(i for i in range(num_consts, num_state) if i not in slots), *read]
+
+    def known(*xs: Any) -> list[Any]:
+        found = step(*xs)
+        return [found[i] for i in wanted_outs]
+
+    step_code, step_consts = stage(
+        _without(known, addresses, options, [eqn], message),
+        _inputs(avals, num_state, slots, form),
+    )
+
+    # The state after the scan: consts as they were, and the carry.
+    state = [*eqn.invars[:num_consts], *outs[:num_carry]]
+    ends = [outs[i - num_consts] for i in read]
+    inputs = [*kept, *(state[i] for i in range(num_consts, num_state) if i not in slots)]
 
     def then(*xs: Any) -> list[Any]:
-        return run(last, dict(zip(inputs, xs, strict=True)), [])
+        n, m = len(inputs), len(xs) - len(ends)
+        values = dict(zip([*inputs, *ends], [*xs[:n], *xs[m:]], strict=True))
+        if form is not None:
+            values.update(zip([state[i] for i in slots], form.draw(xs[n:m]), strict=True))
+        return run(last, values, [])
 
     after_code, after_consts = None, []
     if last:
-        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs]
-        after_code, after_consts = stage(then, shapes)
+        shapes = [
+            *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs),
+            *([] if form is None else form.shapes),
+            *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in ends),
+        ]
+        after_code, after_consts = stage(_without(then, addresses, options, last, message), shapes)
 
     debug = getattr(open_jaxpr(body)[0], "debug_info", None)
     names = [str(n or "") for n in getattr(debug, "arg_names", None) or ()]
@@ -181,45 +320,141 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     n, m = num_consts, num_consts + num_carry
     parts = (before, [eqn], last)
     return Split(
-        before=_staged(first, args, program.name) if sited_before else None,
-        consts=operands[:n],
-        carry=operands[n:m],
-        xs=operands[m : len(eqn.invars)],
-        kept=operands[len(eqn.invars) :],
+        before=staged_before,
+        consts=consts,
+        carry=carry,
+        xs=xs,
+        kept=kept_values,
+        entry=entry,
         step_code=step_code,
         step_consts=step_consts,
         after_code=after_code,
         after_consts=after_consts,
+        handed=handed,
         reads_ys=reads_ys,
         length=params["length"],
         reverse=params["reverse"],
         names=(tuple(names[:n]), tuple(names[n:m])),
         addresses=tuple(tuple(a for e in part for a in eqn_site_names(e)) for part in parts),
-        markov=_is_markov(body, num_consts, num_carry) and not any(reads_ys),
+        markov=_is_markov(body, num_consts, num_carry) and not any(reads_ys) and handed is None,
         name=program.name,
     )
 
 
-def _summed(step: Any, body: Any, sums: list[Any], name: str) -> Any:
-    """A step without the choices that were summed out of the whole; they must be of no concern to later steps."""
-    for eqn in sums:
-        addresses = eqn.params["addresses"]
-        names = [".".join(a) for a in addresses]
-        within = {n for e in open_jaxpr(body)[0].eqns for n in eqn_site_names(e)}
-        carried = returned(body) & set(names)
-        outside = [n for n in names if n not in within]
-        if carried or outside:
-            which = ", ".join(map(repr, [*sorted(carried), *outside]))
-            raise ModelError(
-                f"filtering: {name!r} sums out {which}, and a filter can sum out what one step draws and no other "
-                "reads: leave the others in, or sum out the whole chain and take its exact density"
-            )
-        step = functools.partial(_without, step, addresses, eqn.params["options"])
+# --- what is summed out -----------------------------------------------------------------------------------------------
+
+
+def _step(
+    body: Any, num_consts: int, num_carry: int, slots: tuple[int, ...], form: Form | None
+) -> Any:
+    """One step, which reads some leaves of its state, consts and carry, from a message; it returns all and its outputs."""
+    num_known = num_consts + num_carry - len(slots)
+
+    def step(*xs: Any) -> list[Any]:
+        m = num_known + (0 if form is None else len(form.shapes))
+        handed = [] if form is None else form.draw(xs[num_known:m])
+        state = _merged(xs[:num_known], handed, slots)
+        return [*state[:num_consts], *_inline(body, [*state, *xs[m:]])]
+
     return step
 
 
-def _without(step: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
-    return bind_marginal(step, list(xs), addresses, options)
+def _inputs(
+    avals: list[Any], num_state: int, slots: tuple[int, ...], form: Form | None
+) -> list[Any]:
+    """Shapes of what such a step reads."""
+    known = [avals[i] for i in range(num_state) if i not in slots]
+    return [*known, *([] if form is None else form.shapes), *avals[num_state:]]
+
+
+def _handed(
+    body: Any,
+    avals: list[Any],
+    num_consts: int,
+    num_carry: int,
+    read: list[int],
+    slots: tuple[int, ...],
+    begins: Any,
+    addresses: Any,
+    options: Options,
+) -> Handed | None:
+    """How what is summed out reaches the next step, if it does.
+
+    Which leaves of the state depend on it, and the form of their message, is found by walking steps until another one
+    changes nothing. `slots` are those that do before the first step.
+    """
+    num_state = num_consts + num_carry
+    form: Form | None = None
+    before = bool(slots)
+    while True:
+        if before:
+            (code, found), args = begins
+            form = _form(code, [*found, *args], addresses, options, slots)
+        inputs = _inputs(avals, num_state, slots, form)
+        step = stage(_step(body, num_consts, num_carry, slots, form), inputs)
+        depends = _depends(step, inputs, addresses, options)
+        if set(depends) & set(read):
+            raise ModelError(
+                f"filtering: what follows the scan reads an output of every step that depends on {_listed(addresses)}, "
+                "which is summed out: observe it inside the step, or leave it in the model"
+            )
+        grown = tuple(sorted({*slots, *(i for i in depends if i < num_state)}))
+        if not grown:
+            return None
+        code, found = step
+        new = _form(code, [*found, *inputs], addresses, options, grown)
+        if (grown, new) == (slots, form):
+            return Handed(code, found, None, [], slots, new, addresses, options)
+        if before and grown == slots:
+            raise ModelError(
+                f"filtering: what comes before the scan hands on another law of {_listed(addresses)} than the steps do "
+                f"({form} and {new}): give it, or draw it in the first step"
+            )
+        slots, form = grown, new
+
+
+def _depends(staged: Any, args: list[Any], addresses: Any, options: Options) -> list[int]:
+    """Which outputs of staged code depend on what is summed out."""
+    code, consts = staged
+    found: list[int] = []
+
+    def walk(args: list[Any]) -> None:
+        seen = walked(code.jaxpr, args, blank(code.jaxpr, addresses), addresses, options)
+        found.extend(i for i in range(len(seen.outs)) if seen.depends(i))
+
+    jax.eval_shape(walk, [*consts, *args])
+    return found
+
+
+def _form(code: Code, args: list[Any], addresses: Any, options: Options, outs: Any) -> Form:
+    """The form of the message of some outputs."""
+    found: list[Form] = []
+
+    def walk(args: list[Any]) -> None:
+        seen = walked(code.jaxpr, args, blank(code.jaxpr, addresses), addresses, options)
+        found.append(seen.hand_on(outs)[0])
+
+    jax.eval_shape(walk, args)
+    return found[0]
+
+
+def _without(
+    f: Any, addresses: Any, options: Any, sites: Sequence[Any], more: Sequence[str] = ()
+) -> Any:
+    """A function without those choices, among its sites, that are summed out; and without others at its top."""
+    names = {a for e in sites for a in eqn_site_names(e)}
+    mine = (*(a for a in addresses if ".".join(a) in names), *((a,) for a in more))
+    return (lambda *xs: bind_marginal(f, list(xs), mine, options)) if mine else f
+
+
+def _listed(addresses: Any) -> str:
+    return " and ".join(repr(".".join(a)) for a in addresses)
+
+
+def _merged(known: Sequence[Any], others: Sequence[Any], slots: tuple[int, ...]) -> list[Any]:
+    """Leaves of a carry, those of some slots among the rest."""
+    rest, mine = iter(known), iter(others)
+    return [next(mine) if i in slots else next(rest) for i in range(len(known) + len(others))]
 
 
 def _staged(f: Any, args: list[Any], name: str) -> Program:
