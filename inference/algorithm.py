@@ -131,7 +131,7 @@ class Algorithm(Printed, eqx.Module):
             state = _begin(settings, staged, key, init)
         if not self.begins(state):
             raise self.refusal(state, staged)
-        start, stop = int(state.iteration), self.num_iterations(staged)
+        start, stop = int(state.iteration), settings.num_iterations(staged)
 
         def advance(state: Any, first: int, last: int) -> Any:
             return _advance((settings, staged, key, jnp.int32(first), jnp.int32(last)), state)

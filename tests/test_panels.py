@@ -13,7 +13,6 @@ import numpyro.distributions as dist
 import pytest
 from weft.inference import (
     backward_sampling,
-    diagnostics,
     filtering,
     paris,
     parisian_gibbs,
@@ -21,6 +20,7 @@ from weft.inference import (
     smc,
     smc2,
 )
+from weft.inference.pmmh import Parameters
 from weft.ppl import DensityError, ModelError, WeftError
 
 from weft import gen, kernels, normalize, observed, sample, testing
@@ -162,29 +162,48 @@ def test_whole_law() -> None:
 
 
 def test_parameters_that_series_share() -> None:
-    target = panel().given(DATA)
-    grid = np.linspace(-1.0, 2.0, 1001)
+    """What particle Metropolis-Hastings and SMC squared weigh parameters by."""
+    target, slope, num = panel().given(DATA), 0.8, 200
+    algorithm = pmmh(50)
+
+    def estimate(key: Any) -> Any:
+        parameters = Parameters(target, filtering())
+        position = parameters.space.from_choices({"slope": jnp.asarray(slope)})
+        return algorithm._estimate(key, parameters, position)
+
+    log_density, choices = jax.jit(jax.vmap(estimate))(jax.random.split(KEY, num))
+    exact = sum(lane_evidence(lane, slope) for lane in range(LANES)) + float(log_shared(slope))
+    unbiased(log_density, exact)
+    means = np.stack([smoothed(lane, slope) for lane in range(LANES)])
+    ratio = np.exp(np.asarray(log_density, np.float64) - exact)
+    away = ratio[:, None, None] * (np.asarray(choices["x"], np.float64) - means)
+    assert (np.abs(away.mean(0)) < 5.5 * away.std(0, ddof=1) / num**0.5).all()
+    assert choices["first"].shape == (num, LANES)
+    draws = jax.eval_shape(lambda key: algorithm.run(key, target, progress=False), KEY)
+    assert draws.choices["x"].shape == (4, 1000, LANES, STEPS)
+
+    # A particle of parameters, with the weights of its filters' steps: they average to the evidence.
+    model = smc2(50)(target)
+    assert model.num_steps == STEPS + 1
+
+    def weigh(key: Any) -> Any:
+        first, rest = jax.random.split(key)
+        particle, log_weight = model.init(first)
+
+        def step(t: Any, state: Any) -> Any:
+            particle, more = model.step(jax.random.fold_in(rest, t), t, state[0])
+            return particle, state[1] + more
+
+        return jax.lax.fori_loop(1, model.num_steps, step, (particle, log_weight))
+
+    particles, log_weights = jax.jit(jax.vmap(weigh))(jax.random.split(KEY, 1000))
+    grid = np.linspace(-1.5, 2.5, 801)
     terms = [sum(lane_evidence(lane, a) for lane in range(LANES)) for a in grid]
-    terms = np.asarray(terms) + np.asarray(log_shared(jnp.asarray(grid)))
-    weights = np.exp(terms - terms.max())
-    exact = np.log(weights.sum() * (grid[1] - grid[0])) + terms.max()
-    weights /= weights.sum()
-    mean = weights @ grid
-    sd = (weights @ (grid - mean) ** 2) ** 0.5
-
-    draws = pmmh(50, 500, num_warmup=200).run(KEY, target, progress=False)
-    assert draws.choices["x"].shape == (4, 500, LANES, STEPS)
-    assert draws.choices["first"].shape == (4, 500, LANES)
-    slope = np.asarray(draws.choices["slope"])
-    ess = float(diagnostics.ess(slope))
-    assert ess > 100
-    assert abs(slope.mean() - mean) < 5.5 * sd / ess**0.5
-
-    algorithm = smc(smc2(30, num_moves=1), 50)
-    runs = jax.jit(jax.vmap(lambda k: algorithm.run(k, target, progress=False)))(
-        jax.random.split(KEY, 24)
-    )
-    unbiased(runs.log_evidence, exact)
+    terms = np.asarray(terms) + np.asarray(log_shared(jnp.asarray(grid)), np.float64)
+    evidence = np.exp(terms).sum() * (grid[1] - grid[0])
+    unbiased(log_weights, np.log(evidence))
+    found = log_weights + Normal(0.5, 0.3).log_prob(particles["position"][:, 0])
+    np.testing.assert_allclose(particles["log_joint"], found, rtol=1e-4)
 
 
 @gen
@@ -197,3 +216,145 @@ def no_starts(num_steps: int = STEPS) -> Any:
         jax.lax.scan(step, x, length=num_steps)
 
     jax.vmap(one)(jnp.zeros(LANES))
+
+
+def test_smoothing() -> None:
+    """Paths drawn back and sums over them, of each lane; a filter that looks at the observation."""
+    target = no_starts().given({"y": Y})
+    gram = np.tril(0.8 ** (np.arange(STEPS)[:, None] - np.arange(STEPS)))
+    prior = 0.49 * gram @ gram.T
+    total = prior + 0.25 * np.eye(STEPS)
+    exact = Y @ np.linalg.solve(total, prior)
+    algorithm = smc(filtering("optimal"), 100, history="full")
+
+    def one(key: Any) -> Any:
+        run_key, path_key, sum_key = jax.random.split(key, 3)
+        found = algorithm.run(run_key, target, progress=False)
+        paths = backward_sampling(path_key, found, 50).choices["x"]
+        return found.log_evidence, paths, paris(sum_key, found, lambda before, now, t: now["x"])
+
+    log_evidence, paths, sums = jax.jit(jax.vmap(one))(jax.random.split(KEY, 50))
+    log_density = -0.5 * np.einsum("li,li->", Y, np.linalg.solve(total, Y.T).T)
+    unbiased(log_evidence, log_density - LANES / 2 * np.linalg.slogdet(2 * np.pi * total)[1])
+    assert paths.shape == (50, 50, LANES, STEPS)
+    for found, wanted in ((paths.mean(1), exact), (sums, exact.sum(-1))):
+        found = np.asarray(found, np.float64)
+        error = found.std(0, ddof=1) / 50**0.5
+        # A ratio of estimates is biased by the order of its variance.
+        z = (np.abs(found.mean(0) - wanted) - found.var(0)) / error
+        assert z.max() < 5.5, z
+    chains = parisian_gibbs(lambda before, now, t: now["x"], 4, 3, num_warmup=1, num_chains=2)
+    draws = jax.eval_shape(lambda key: chains.run(key, target, progress=False), KEY)
+    assert draws.derived["sum"].shape == (2, 3, LANES)
+    assert draws.choices["x"].shape == (2, 3, LANES, STEPS)
+
+
+def test_more_data_and_many_lanes() -> None:
+    """A run that goes on is one run; lanes of lanes are lanes, with draws of their own."""
+    short = smc(filtering(), 20, history="full").run(
+        KEY, no_starts(2).given({"y": Y[:, :2]}), progress=False
+    )
+    target = no_starts().given({"y": Y})
+    again = smc(filtering(), 20, history="full").run(KEY, target, resume=short, progress=False)
+    whole = smc(filtering(), 20, history="full").run(KEY, target, progress=False)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        assert bool((a == b).all())
+    assert f"{LANES} lanes with a filter each" in repr(whole)
+    x = whole.path.particles["now"]["x"]
+    along = np.asarray(whole.along(x))
+    assert along.shape == (LANES, 20, STEPS)
+    # Each slot of the choices is a path of each lane.
+    paths = np.moveaxis(np.asarray(whole.choices["x"]), 0, 1)
+    assert all({*map(bytes, p)} <= {*map(bytes, a)} for p, a in zip(paths, along, strict=True))
+
+    @gen
+    def groups() -> Any:
+        jax.vmap(lambda _: no_starts.function())(jnp.arange(2))
+
+    with pytest.raises(WeftError, match=r"had lanes \(3,\), this model has 2"):
+        smc(filtering(), 20).run(
+            KEY, groups().given({"y": jnp.stack([Y, Y])}), resume=short, progress=False
+        )
+
+
+def run(model: Any, data: Any, **settings: Any) -> Any:
+    return smc(filtering(), 10, **settings).run(KEY, model().given(data), progress=False)
+
+
+@gen
+def mixed() -> Any:
+    first = jax.vmap(lambda x: sample("first", Normal(x, 1.0)))(jnp.zeros(LANES))
+
+    def one(x: Any) -> Any:
+        def step(x: Any, _: Any) -> Any:
+            x = sample("x", Normal(x, 1.0))
+            return x, sample("y", Normal(x, 0.5))
+
+        return jax.lax.scan(step, x, length=STEPS)[0]
+
+    return jax.vmap(one)(first - first.mean())
+
+
+@gen
+def total() -> Any:
+    def one(x: Any) -> Any:
+        def step(x: Any, _: Any) -> Any:
+            x = sample("x", Normal(x, 1.0))
+            return x, sample("y", Normal(x, 0.5))
+
+        return jax.lax.scan(step, x, length=STEPS)[0]
+
+    sample("sum", Normal(jax.vmap(one)(jnp.zeros(LANES)).sum(), 1.0))
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "shared latents": (
+        lambda: run(panel, DATA),
+        ModelError,
+        r"share the latent choices 'slope'.*pmmh\(\) and smc\(smc2\(\)\) infer them",
+    ),
+    "lanes meet": (
+        lambda: run(mixed, {"y": Y}),
+        ModelError,
+        r"'x', 'y' would read several \('reduce_sum' .*reduces over their axis 0",
+    ),
+    "lanes meet after": (
+        lambda: run(total, {"y": Y, "sum": 0.0}),
+        ModelError,
+        r"'sum' would read several",
+    ),
+    "nothing observed in the scan": (
+        lambda: run(no_starts, {}),
+        ModelError,
+        r"no site in the scan of 'no_starts' is observed \('x', 'y'\)",
+    ),
+    "rejuvenation": (
+        lambda: run(no_starts, {"y": Y}, rejuvenate=kernels.random_walk(0.1)),
+        WeftError,
+        "nothing can rejuvenate them",
+    ),
+    "all weights zero": (
+        lambda: run(no_starts, {"y": np.where(np.arange(LANES)[:, None] == 1, 1e30, Y)}),
+        DensityError,
+        r"lane 1 of 3: smc: at step 0, all weights are zero.*y = 1\.e\+30",
+    ),
+    "no parameter": (
+        lambda: pmmh(10).run(KEY, no_starts().given({"y": Y})),
+        WeftError,
+        "no latent choice that its 3 series share",
+    ),
+    "inside a program": (
+        lambda: normalize(
+            no_starts().given({"y": Y}), by=smc(filtering(), 10)
+        ).random_weighted(KEY),
+        WeftError,
+        "normalize a model of one, inside the vmap",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case: str) -> None:
+    refused, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        refused()
