@@ -133,6 +133,8 @@ def along(indices: Int[Array, " step"], particles: Any) -> Any:
 class conditional_smc(Kernel):
     """Conditional SMC: a kernel that moves the latent choices of the model's scan, all others given.
 
+    Of series under a `jax.vmap` each is moved by a run of its own.
+
     Attributes:
         num_particles: `N`, 2 at least; the longer the series, the more (without `update`, many more).
         update: `"ancestor"` sampling, `"backward"` sampling, or None: a path along the genealogy.
@@ -292,7 +294,7 @@ def backward_sampling(
     Args:
         key: random key.
         particles: what `smc(filtering(), ..., history="full")` gave, for a model without latent choices outside
-            the scan.
+            the scan. Of series under a vmap a path of each is drawn.
         num_samples: number of paths.
         scan: as given to `filtering`.
 

@@ -44,6 +44,10 @@ class filtering(eqx.Module):
     observations after the scan are a last step. Elements that are not observed (`observed(y, where=...)`, or
     data shorter than the scan) are drawn and do not weigh.
 
+    A scan under `jax.vmap`, or several of them, is a panel of series: each lane has a filter of its own, with its own
+    weights and resamplings, and the evidences multiply. What the series share, choices outside of the vmap, must be
+    given (`pmmh` and `smc2` infer it), and no density may read choices of several series.
+
     Attributes:
         proposal: what draws the latent choices of a step: by default the model itself (the bootstrap
             filter); a function `(carry, t, observed) -> program` (a guided filter), whose choices are
@@ -56,7 +60,8 @@ class filtering(eqx.Module):
         scan: an address in the scan that is meant, where several hold observations.
 
     Raises:
-        ModelError: if there is no such scan at the top level of the model; it names what stands in the way.
+        ModelError: if there is no such scan at the top level of the model, or under a vmap there; it names what stands
+            in the way. If series share latent choices, or read each other's.
         AddressError: if a proposal draws what is no latent choice of a step.
 
     References:
@@ -104,7 +109,6 @@ class filtering(eqx.Module):
         if self.proposal == "optimal":
             _check_optimal(target, latents[1])
         return made
-
 
     def series(self, target: Target) -> Series | None:
         """What the series of a target share, and one of them; None, if its scan does not stand under a vmap."""

@@ -242,7 +242,9 @@ class OverLanes(Algorithm):
 
     def result(self, state: LaneState, target: Target) -> LaneParticles:
         states = state if tracing(state) else _until(state, int(state.iteration) + 1)
-        runs = self._each(lambda engine, state: engine.result(state, nothing().given()), states.states)
+        runs = self._each(
+            lambda engine, state: engine.result(state, nothing().given()), states.states
+        )
         path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), runs.path)
         if not tracing(state):
             self._check_weights(path)
@@ -289,5 +291,3 @@ def _until(state: Any, done: int, depth: int = 0) -> Any:
     return dataclasses.replace(
         state, path=jax.tree.map(lambda x: x[(slice(None),) * depth + (slice(done),)], state.path)
     )
-
-

@@ -110,6 +110,9 @@ class PMMHState(State):
 class pmmh(Algorithm):
     r"""Particle marginal Metropolis-Hastings for the choices before a scan, with a path for each draw.
 
+    Of series under a `jax.vmap` the parameters are the choices outside of it, which the series share; what each draws
+    before its own scan is left to its filter.
+
     Attributes:
         num_particles: of each filter; as a rule so many that the standard deviation of the log evidence near
             the mode is about 1.2 (Doucet et al. 2015). With too few the chain stands still for long.
@@ -123,7 +126,7 @@ class pmmh(Algorithm):
     density.
 
     Raises:
-        WeftError: if no latent choice stands before the scan.
+        WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
         ModelError: if one stands after it.
         DensityError: if one is discrete.
 

@@ -550,12 +550,17 @@ def _total_and_ess(log_weights: Array) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _derivative_of(x: Array) -> Array:
     """Zero, with the derivative of `x`."""
-    return jnp.zeros_like(x)
+    return _zero(x)
+
+
+def _zero(x: Array) -> Array:
+    """Zeros that read `x`: within a cond, JAX loses the axis of a vmap of a constant with a custom derivative."""
+    return jnp.where(jnp.isnan(x), 0.0, jnp.zeros_like(x))
 
 
 @_derivative_of.defjvp
 def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return jnp.zeros_like(primals[0]), tangents[0]
+    return _zero(primals[0]), tangents[0]
 
 
 def _is_model(x: Any) -> bool:

@@ -28,7 +28,8 @@ class smc2(eqx.Module):
     r"""SMC squared, for `smc`: the posterior of the choices before a scan, one observation after another.
 
     `smc(smc2(), num_particles=200).run(key, target)` gives weighted particles of the parameters, with estimates of
-    the evidence (unbiased) after each observation.
+    the evidence (unbiased) after each observation. Of series under a `jax.vmap` the parameters are the choices outside
+    of it, and a step takes the filters of all series one observation further.
 
     Attributes:
         num_state_particles: of each filter; the variance of its log evidence over all observations should be near one,
@@ -37,7 +38,7 @@ class smc2(eqx.Module):
         filter: how to filter.
 
     Raises:
-        WeftError: if no latent choice stands before the scan.
+        WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
         ModelError: if one stands after it.
 
     References:

@@ -242,9 +242,7 @@ def _evaluate(
             out: list[int | None] = [0] * len(eqn.outvars)
             *inner, outer = eqn.params["lanes"]
             own = [
-                jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-                if m and p is None
-                else x
+                jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) if m and p is None else x
                 for x, p, m in zip(ins, at, outer.mapped, strict=True)
             ]
             if inner or eqn.primitive is site_p:
@@ -279,7 +277,9 @@ def _one_of(
     name, target = eqn.primitive.name, out[0]
     if name in ELEMENTWISE and target is not None and set(out) == {target}:
         # A scalar beside arrays (of select_n, clamp) is the same for all lanes.
-        return bind(eqn, [take(x, target) if p is None else x for x, p in zip(ins, at, strict=True)])
+        return bind(
+            eqn, [take(x, target) if p is None else x for x, p in zip(ins, at, strict=True)]
+        )
     # One lane in the place of all of them: for what is asked of the others, they are all alike.
     resized = _RESIZED.get(name)
     alone = name in _SINGLE and len(ins) == 1 and target is not None

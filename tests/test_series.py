@@ -143,7 +143,5 @@ def test_lanes_multiply_to_the_whole(name: str) -> None:
     assert lanes.shape == (len(choices["y"]),)
     assert log_density + lanes.sum() == pytest.approx(whole, rel=1e-4)
     # The data of one lane are of no concern to the others.
-    moved = jax.vmap(one)(
-        jnp.arange(apart.size), {**rows, "y": rows["y"].at[1].add(1.0)}
-    )
+    moved = jax.vmap(one)(jnp.arange(apart.size), {**rows, "y": rows["y"].at[1].add(1.0)})
     assert np.flatnonzero(moved != lanes).tolist() == [1]
