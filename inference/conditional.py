@@ -26,8 +26,8 @@ from weft.ppl.errors import ModelError, WeftError
 from .algorithm import require_counts
 from .combinators import cycle
 from .filtering import Filter, Proposal, filtering
-from .mcmc import mcmc
 from .lanes import Lanes, each_lane
+from .mcmc import mcmc
 from .moves import Choices, Info, Kernel, entered
 from .resampling import multinomial
 from .results import Particles
@@ -204,10 +204,8 @@ class conditional_smc(Kernel):
 def given_the_rest(how: filtering, choices: Choices, target: Target) -> Filter | Lanes:
     """The filter of a target in which only the choices of the scan are left."""
     apart = how.series(target)
-    if apart is None:
-        within = how(target).latents[1]
-    else:
-        within = [a for a in apart.scanned if a in target.latents]
+    within = how(target).latents[1] if apart is None else apart.scanned
+    within = [a for a in within if a in target.latents]
     if not within:
         raise ModelError(
             f"conditional SMC: the scan of {target.program.name!r} has no latent choice to be moved"

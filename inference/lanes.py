@@ -103,7 +103,7 @@ class Lanes(eqx.Module):
 
 
 def each_lane(f: Callable[..., Any], model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
-    """`f(key, model, *xs)`; of lanes for each of them, with a key of its own, results and `xs` leading with the lane."""
+    """`f(key, model, *xs)`; of lanes for each, with a key of its own, results and `xs` leading with the lane."""
     if not isinstance(model, Lanes):
         return f(key, model, *xs)
 
@@ -128,9 +128,9 @@ def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
 class LaneParticles(SequentialParticles):
     """Particles of all lanes together: one of each, drawn by its weight; so their weights are equal.
 
-    The fields of `path` have the axis of the lanes after that of the step, and `path.log_increments` sums, over both, to
-    the log evidence less the log density of what is given outside of the lanes. The weights of each lane are in what
-    `collect` made of them, and in the full history.
+    The fields of `path` have the axis of the lanes after that of the step, and `path.log_increments` sums, over both,
+    to the log evidence less the log density of what is given outside of the lanes. The weights of each lane are in
+    what `collect` made of them, and in the full history. `log_evidence_variance` is the sum over lanes.
     """
 
     def along(self, tree: Any) -> Any:
@@ -203,20 +203,22 @@ class OverLanes(Algorithm):
     def num_iterations(self, target: Target) -> int:
         return self.lanes.num_steps - 1
 
-    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> LaneState:
+    def init(self, key: PRNGKeyArray, target: Target, init: LaneState | None = None) -> LaneState:
         run_key, last_key = jax.random.split(key)
-        before = () if init is None else (init.states,)
-        if before and init.states.iteration.shape != (self.lanes.size,):
-            raise WeftError(
-                f"smc: the run to be resumed had lanes {init.states.iteration.shape}, this model has "
-                f"{self.lanes.size}"
-            )
+        before = []
+        if init is not None:
+            last_key, before = init.key, [init.states]
+            had = init.states.iteration.shape[0]
+            if had != self.lanes.size:
+                raise WeftError(
+                    f"smc: the run to be resumed had {had} lanes, this model has {self.lanes.size}"
+                )
 
         def one(engine: Any, key: PRNGKeyArray, *state: Any) -> Any:
             return engine.init(key, nothing().given(), *state)
 
         states = self._each(one, _keys(run_key, self.lanes.size), *before)
-        return LaneState(states.iteration[0], states, last_key if init is None else init.key)
+        return LaneState(states.iteration[0], states, last_key)
 
     def step(self, key: PRNGKeyArray, state: LaneState, target: Target) -> LaneState:
         def one(engine: Any, key: PRNGKeyArray, state: Any) -> Any:

@@ -162,6 +162,7 @@ class _Walk:
                 continue
             why = next((self.mixed[v] for v in vs if v in self.mixed), None)
             places = [None if isinstance(v, Literal) else self.places.get(v) for v in eqn.invars]
+            found: list[int | None] = []
             if why is None:
                 try:
                     found = self._place(eqn, places)
@@ -284,7 +285,7 @@ def _one_of(
     resized = _RESIZED.get(name)
     alone = name in _SINGLE and len(ins) == 1 and target is not None
     times = 1 if alone else size
-    if alone and resized is not None:
+    if alone and resized is not None and target is not None:
         sizes = list(eqn.params[resized])
         sizes[target] = 1
         eqn = eqn.replace(params={**eqn.params, resized: tuple(sizes)})

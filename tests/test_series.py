@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.ppl import ModelError
 from weft.ppl.addresses import flatten
 from weft.ppl.series import series
 
