@@ -42,7 +42,8 @@ class filtering(eqx.Module):
     The model is taken as it is written: one scan at the top level has sites that are observed. Choices before
     the scan (parameters, the first state) are drawn for each particle and travel with it; choices and
     observations after the scan are a last step. Elements that are not observed (`observed(y, where=...)`, or
-    data shorter than the scan) are drawn and do not weigh.
+    data shorter than the scan) are drawn and do not weigh. Of a model with choices summed out (`marginalize`) the
+    others are drawn only; what the carry holds of a chain is handed on as a law (`weft.ppl.messages`).
 
     A scan under `jax.vmap`, or several of them, is a panel of series: each lane has a filter of its own, with its own
     weights and resamplings, and the evidences multiply. What the series share, choices outside of the vmap, must be
@@ -51,7 +52,8 @@ class filtering(eqx.Module):
     Attributes:
         proposal: what draws the latent choices of a step: by default the model itself (the bootstrap
             filter); a function `(carry, t, observed) -> program` (a guided filter), whose choices are
-            addresses of the step, and those that it lacks are drawn from the model; or `"optimal"`, the exact
+            addresses of the step, and those that it lacks are drawn from the model (in the carry, what is summed
+            out stands as its law); or `"optimal"`, the exact
             law of the choices given the carry and the observation, where `marginalize` can integrate them
             out of a step.
         lookahead: a function `(carry, t, observed)` to a logarithm by which particles are preferred when
@@ -139,8 +141,9 @@ class filtering(eqx.Module):
 class Filter(eqx.Module):
     """The Feynman-Kac model of a filter; `filtering` makes it.
 
-    A particle is a dict: what varies with choices before the scan, the carry, the outputs that are read after the
-    scan, and the choices, by address, made before the scan, in the last step, and after the scan.
+    A particle is a dict: what varies with choices before the scan, the carry, the law of those leaves of it that depend
+    on what is summed out (the message), the outputs that are read after the scan, and the choices, by address, made
+    before the scan, in the last step, and after the scan.
     """
 
     parts: Split
@@ -245,14 +248,13 @@ class Filter(eqx.Module):
         """A particle before the first step."""
         parts = self.parts
         particle: dict[str, Any] = {"varying": [], "before": {}, "after": {}, "ys": []}
-        log_weight = jnp.zeros(())
+        log_weight, choices = jnp.zeros(()), {}
         if parts.before is not None:
             trace, log_weight = _run(parts.before, key, unflatten(self._given(0)))
-            particle["varying"] = trace.value
-            particle["before"] = self._latent(trace.choices, 0)
+            particle["varying"], choices = trace.value, trace.choices
+            particle["before"] = self._latent(choices, 0)
         particle["carry"], entry = self._operands(particle)[1::3]
-        chosen = {} if parts.before is None else trace.choices
-        particle["message"] = parts.first_message(entry, chosen)
+        particle["message"] = parts.first_message(entry, choices)
 
         any_key = jax.random.key(0)  # shapes only
 

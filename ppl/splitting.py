@@ -199,7 +199,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     params = eqn.params
     num_consts, num_carry = scan_sizes(params)
     addresses = tuple(dict.fromkeys(a for e in sums for a in e.params["addresses"]))
-    options = sums[0].params["options"] if sums else None
+    options: Any = sums[0].params["options"] if sums else None
 
     # What the sites after the scan read, and what they need for it.
     last = _needed(after)
@@ -347,7 +347,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
 def _step(
     body: Any, num_consts: int, num_carry: int, slots: tuple[int, ...], form: Form | None
 ) -> Any:
-    """One step, which reads some leaves of its state, consts and carry, from a message; it returns all and its outputs."""
+    """One step, which reads some leaves of its state, consts and carry, from a message, and returns all."""
     num_known = num_consts + num_carry - len(slots)
 
     def step(*xs: Any) -> list[Any]:

@@ -228,16 +228,6 @@ def test_what_a_step_can_sum_out() -> None:
     assert abs(z[0].mean() - z[1].mean()) < 5 * error
     assert z[1].var() < 0.8 * z[0].var()
 
-    def switching(k: Any, _: Any) -> Any:
-        k = sample("k", dist.Bernoulli(jnp.where(k == 1, 0.8, 0.3)))
-        x = sample("x", Normal(0.0, 1.0))
-        sample("y", Normal(x + k, 1.0))
-        return k, None
-
-    carried = gen(lambda: jax.lax.scan(switching, 0, length=STEPS)[1])
-    with pytest.raises(ModelError, match="sums out 'k', and a filter can sum out what one step"):
-        algorithm.run(KEY, marginalize(carried, "k")().given({"y": Y}), progress=False)
-
 
 def test_a_scan_that_runs_backwards() -> None:
     @gen
