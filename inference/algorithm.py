@@ -143,7 +143,7 @@ class Algorithm(Printed, eqx.Module):
             stop,
             title=type(self).__name__,
             progress=progress,
-            describe=self.describe,
+            describe=settings.describe,
             finished=settings.finished,
         )
         if done < stop and not settings.finished(state):

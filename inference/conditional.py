@@ -26,6 +26,7 @@ from weft.ppl.errors import ModelError, WeftError
 from .algorithm import require_counts
 from .combinators import cycle
 from .filtering import Filter, Proposal, filtering
+from .lanes import Lanes, each_lane
 from .mcmc import mcmc
 from .moves import Choices, Info, Kernel, entered
 from .resampling import multinomial
@@ -132,6 +133,8 @@ def along(indices: Int[Array, " step"], particles: Any) -> Any:
 class conditional_smc(Kernel):
     """Conditional SMC: a kernel that moves the latent choices of the model's scan, all others given.
 
+    Of series under a `jax.vmap` each is moved by a run of its own.
+
     Attributes:
         num_particles: `N`, 2 at least; the longer the series, the more (without `update`, many more).
         update: `"ancestor"` sampling, `"backward"` sampling, or None: a path along the genealogy.
@@ -182,19 +185,27 @@ class conditional_smc(Kernel):
         model = given_the_rest(filtering(self.proposal, scan=self.scan), choices, target)
         if self.update is not None:
             require_markov(model, f"conditional_smc(update={self.update!r})")
-        reference = model.reference(choices)
+        flat = flatten(choices)
+        within = {a: flat[a] for a in model.latents[1]}
+        moved, shares = each_lane(self._move, model, key, within)
+        return unflatten({**flat, **moved}), {"acceptance_rate": jnp.mean(shares)}
+
+    def _move(self, key: PRNGKeyArray, model: Filter, within: dict[str, Array]) -> Any:
+        """The choices of one scan moved, and the share of its steps at which they are others."""
         run_key, path_key = jax.random.split(key)
+        reference = model.reference(within)
         found = around(run_key, model, reference, self.num_particles, self.update == "ancestor")
         ends = backward if self.update == "backward" else traced
         indices = ends(path_key, model, found)
         moved = model.steps_of(along(indices, found.particles))
-        share = jnp.mean(indices[: model.parts.length] != 0)
-        return unflatten({**flatten(choices), **moved}), {"acceptance_rate": share}
+        return moved, jnp.mean(indices[: model.parts.length] != 0)
 
 
-def given_the_rest(how: filtering, choices: Choices, target: Target) -> Filter:
+def given_the_rest(how: filtering, choices: Choices, target: Target) -> Filter | Lanes:
     """The filter of a target in which only the choices of the scan are left."""
-    within = how(target).latents[1]
+    apart = how.series(target)
+    within = how(target).latents[1] if apart is None else apart.scanned
+    within = [a for a in within if a in target.latents]
     if not within:
         raise ModelError(
             f"conditional SMC: the scan of {target.program.name!r} has no latent choice to be moved"
@@ -203,7 +214,7 @@ def given_the_rest(how: filtering, choices: Choices, target: Target) -> Filter:
     return how(target.given(rest))
 
 
-def require_markov(model: Filter, what: str) -> None:
+def require_markov(model: Filter | Lanes, what: str) -> None:
     """Raise ModelError if the weights of a step's ancestors were not all there is to it."""
     if not model.parts.markov:
         raise ModelError(
@@ -281,7 +292,7 @@ def backward_sampling(
     Args:
         key: random key.
         particles: what `smc(filtering(), ..., history="full")` gave, for a model without latent choices outside
-            the scan.
+            the scan. Of series under a vmap a path of each is drawn.
         num_samples: number of paths.
         scan: as given to `filtering`.
 
@@ -310,11 +321,15 @@ def backward_sampling(
     """
     model, found = genealogy(particles, scan, "backward_sampling")
 
-    def one(key: PRNGKeyArray) -> Any:
-        return along(backward(key, model, found), found.particles)
+    def one(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+        path = along(backward(key, model, found), found.particles)
+        last = jax.tree.map(lambda x: x[-1:], path)
+        whole = model.paths(last, jax.tree.map(lambda x: x[None], path))
+        return jax.tree.map(lambda x: x[0], whole)
 
-    paths = jax.jit(jax.vmap(one))(jax.random.split(key, num_samples))
-    choices = model.paths(jax.tree.map(lambda x: x[:, -1], paths), paths)
+    choices = jax.jit(jax.vmap(lambda k: each_lane(one, model, k, found)))(
+        jax.random.split(key, num_samples)
+    )
     evidence = particles.log_evidence
     return Particles(
         choices=choices,
@@ -327,8 +342,8 @@ def backward_sampling(
 
 def genealogy(
     particles: SequentialParticles, scan: str | None, what: str
-) -> tuple[Filter, Genealogy]:
-    """The filter that was run, and all its particles, for what goes back through them."""
+) -> tuple[Filter | Lanes, Genealogy]:
+    """The filter that was run, and all its particles, for what goes back through them; of lanes these lead."""
     path = particles.path
     if path is None or path.particles is None or path.log_weights is None:
         raise WeftError(f"{what}: run the filter with history='full'")
@@ -336,10 +351,12 @@ def genealogy(
     only_the_scan(model, what)
     require_markov(model, what)
     assert path.ancestors is not None
-    return model, Genealogy(path.particles, path.log_weights, path.ancestors)
+    found = Genealogy(path.particles, path.log_weights, path.ancestors)
+    ndim = len(model.shape) if isinstance(model, Lanes) else 0
+    return model, jax.tree.map(lambda x: jnp.moveaxis(x, 0, ndim), found)
 
 
-def only_the_scan(model: Filter, what: str) -> None:
+def only_the_scan(model: Filter | Lanes, what: str) -> None:
     """Raise WeftError if a latent choice stands outside the scan."""
     outside = [*model.latents[0], *model.latents[2]]
     if outside:

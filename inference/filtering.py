@@ -27,7 +27,10 @@ from weft.ppl.errors import AddressError, ModelError, WeftError
 from weft.ppl.handlers import Given, expand
 from weft.ppl.programs import run_generate, run_inside, run_log_densities, run_log_density
 from weft.ppl.recovery import posterior
+from weft.ppl.series import Series, series
 from weft.ppl.splitting import Split, split
+
+from .lanes import Lanes
 
 Proposal = Callable[[Any, Int[Array, ""], dict[str, Any]], Program]
 """A proposal: from the carry, the step and what is observed there to a program over latent choices of the step."""
@@ -42,6 +45,10 @@ class filtering(eqx.Module):
     data shorter than the scan) are drawn and do not weigh. Of a model with choices summed out (`marginalize`) the
     others are drawn only; what the carry holds of a chain is handed on as a law (`weft.ppl.messages`).
 
+    A scan under `jax.vmap`, or several of them, is a panel of series: each lane has a filter of its own, with its own
+    weights and resamplings, and the evidences multiply. What the series share, choices outside of the vmap, must be
+    given (`pmmh` and `smc2` infer it), and no density may read choices of several series.
+
     Attributes:
         proposal: what draws the latent choices of a step: by default the model itself (the bootstrap
             filter); a function `(carry, t, observed) -> program` (a guided filter), whose choices are
@@ -55,7 +62,8 @@ class filtering(eqx.Module):
         scan: an address in the scan that is meant, where several hold observations.
 
     Raises:
-        ModelError: if there is no such scan at the top level of the model; it names what stands in the way.
+        ModelError: if there is no such scan at the top level of the model, or under a vmap there; it names what stands
+            in the way. If series share latent choices, or read each other's.
         AddressError: if a proposal draws what is no latent choice of a step.
 
     References:
@@ -88,9 +96,12 @@ class filtering(eqx.Module):
                 f"filtering: proposal is a function or 'optimal', got {self.proposal!r}"
             )
 
-    def __call__(self, target: Target) -> Filter:
-        """The Feynman-Kac model of a target."""
+    def __call__(self, target: Target) -> Any:
+        """The Feynman-Kac model of a target: a `Filter`; `Lanes` of them, if its scan stands under a vmap."""
         target.program.require_density()
+        apart = self.series(target)
+        if apart is not None:
+            return self._over_lanes(apart, target)
         parts = split(target.program, list(target.data), self.scan)
         latents = tuple(tuple(a for a in part if a in target.latents) for part in parts.addresses)
         prefers = self.lookahead is not None or self.proposal == "optimal"
@@ -100,6 +111,31 @@ class filtering(eqx.Module):
         if self.proposal == "optimal":
             _check_optimal(target, latents[1])
         return made
+
+    def series(self, target: Target) -> Series | None:
+        """What the series of a target share, and one of them; None, if its scan does not stand under a vmap."""
+        settled = [a for a in target.data if a not in target.latents]
+        return series(target.program, target.data, settled, self.scan)
+
+    def _over_lanes(self, apart: Series, target: Target) -> Lanes:
+        name, shared = target.program.name, apart.shared.sites
+        free = [a for a in target.latents if a in shared]
+        if free:
+            raise ModelError(
+                f"filtering: the {apart.size} series of {name!r} share the latent choices "
+                f"{', '.join(map(repr, free))}, and a filter for each series wants these given, target.given(...); "
+                "pmmh() and smc(smc2()) infer them. What each series has of its own is drawn inside the vmap"
+            )
+        given = {a: g for a, g in target.data.items() if a in shared}
+        any_key = jax.random.key(0)  # nothing is left to draw
+        trace, log_shared = run_generate(apart.shared, any_key, unflatten(given))
+        data = {a: g for a, g in target.data.items() if a not in shared}
+
+        def one(index: Array) -> Any:
+            rows = jax.tree.map(lambda x: jnp.asarray(x)[index], data)
+            return self(Target(apart.lane(index, trace.value), rows, {}))
+
+        return Lanes.of(one, apart.size, log_shared)
 
 
 class Filter(eqx.Module):

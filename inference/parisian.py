@@ -35,6 +35,7 @@ from .conditional import (
     require_markov,
 )
 from .filtering import Filter, filtering
+from .lanes import each_lane
 from .results import Draws
 from .smc import SequentialParticles, smc
 
@@ -63,7 +64,7 @@ def paris(
         scan: as given to `filtering`.
 
     Returns:
-        What the functional returns, summed and averaged.
+        What the functional returns, summed and averaged; of series under a vmap for each of them, `(lane, ...)`.
 
     Raises:
         WeftError: if the run kept no history, or a choice stands outside the scan.
@@ -87,7 +88,11 @@ def paris(
     """
     _require_backward(num_backward)
     model, found = genealogy(particles, scan, "paris")
-    return _expectation(key, model, found, functional, num_backward)
+
+    def one(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+        return _expectation(key, model, found, functional, num_backward)
+
+    return each_lane(one, model, key, found)
 
 
 @eqx.filter_jit
@@ -220,8 +225,7 @@ class parisian_gibbs(Algorithm):
                 run_key, target, progress=False
             )
             _, all_of_them = genealogy(found, self.filter.scan, "parisian_gibbs")
-            path = along(backward(path_key, model, all_of_them), all_of_them.particles)
-            return model.taken(path)
+            return each_lane(_drawn, model, path_key, all_of_them)
 
         reference = jax.vmap(begin)(jax.random.split(key, self.num_chains))
         one = jax.tree.map(lambda x: x[0], reference)
@@ -242,13 +246,17 @@ class parisian_gibbs(Algorithm):
         )
         return ParisianState(state.iteration + 1, reference, draws)
 
-    def _iterate(self, key: PRNGKeyArray, model: Filter, reference: Any) -> tuple[Any, Any]:
+    def _iterate(self, key: PRNGKeyArray, model: Any, reference: Any) -> tuple[Any, Any]:
         """The next path, and it with the estimate."""
-        run_key, path_key, sum_key = jax.random.split(key, 3)
-        found = around(run_key, model, reference, self.num_particles)
-        total = _expectation(sum_key, model, found, self.functional, self.num_backward)
-        path = along(backward(path_key, model, found), found.particles)
-        return model.taken(path), {"sum": total, "path": model.steps_of(path)}
+
+        def one(key: PRNGKeyArray, model: Filter, reference: Any) -> Any:
+            run_key, path_key, sum_key = jax.random.split(key, 3)
+            found = around(run_key, model, reference, self.num_particles)
+            total = _expectation(sum_key, model, found, self.functional, self.num_backward)
+            path = along(backward(path_key, model, found), found.particles)
+            return model.taken(path), {"sum": total, "path": model.steps_of(path)}
+
+        return each_lane(one, model, key, reference)
 
     def result(self, state: ParisianState, target: Target) -> Draws:
         draws = state.draws
@@ -256,6 +264,11 @@ class parisian_gibbs(Algorithm):
             done = int(state.iteration) - self.num_warmup
             draws = jax.tree.map(lambda x: x[:, :done], draws)
         return Draws(choices=unflatten(draws["path"]), derived={"sum": draws["sum"]}, target=target)
+
+
+def _drawn(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+    """The choices of a path, drawn from its end on."""
+    return model.taken(along(backward(key, model, found), found.particles))
 
 
 def _require_backward(num_backward: int) -> None:

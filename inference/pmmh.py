@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from weft.ppl import Target
+from weft.ppl import Program, Target
 from weft.ppl.addresses import flatten, unflatten
 from weft.ppl.compat import Tracer
 from weft.ppl.errors import ModelError, WeftError
+from weft.ppl.series import Series
 
 from .algorithm import Algorithm, State, require_counts
 from .filtering import Filter, filtering
@@ -29,27 +30,22 @@ from .smc import smc
 
 
 class Parameters:
-    """The choices before a scan: their prior, as a target of its own, and the filter given them."""
+    """The choices before a scan, or outside of the vmap of several: their prior, and the filter given them."""
 
     def __init__(self, target: Target, how: filtering) -> None:
-        self.target, self.how = target, how
-        self.model: Filter = how(target)
-        before, _, after = self.model.latents
-        name = target.program.name
-        if not before:
-            raise WeftError(
-                f"{name!r} has no latent choice before its scan: nothing to infer but the path"
-            )
-        if after:
-            raise ModelError(
-                f"the choices {', '.join(map(repr, after))} of {name!r} stand after its scan, and parameters "
-                "stand before it: move them there, or take particle_gibbs"
-            )
-        program = self.model.parts.before
-        assert program is not None
-        data = {a: g for a, g in target.data.items() if a in self.model.parts.addresses[0]}
+        self.target = target
+        apart = how.series(target)
+        program = _before(how(target), target) if apart is None else _outside(apart, target)
+        data = {a: g for a, g in target.data.items() if a in program.sites}
         self.prior = program.given(unflatten(data))
         self.space = self.prior.unconstrain().flat
+
+    def draw(self, key: PRNGKeyArray) -> tuple[dict[str, Any], Array]:
+        """Parameters, and the log density of their prior: without what is observed beside them."""
+        trace, log_weight = self.prior.generate(key)
+        found = flatten(trace.choices)
+        drawn = unflatten({a: found[a] for a in self.prior.latents})
+        return drawn, trace.log_density - log_weight
 
     def choices(self, position: Array) -> dict[str, Any]:
         return self.space.to_choices(position)
@@ -61,6 +57,34 @@ class Parameters:
     def log_prior_change(self, position: Array, choices: dict[str, Any]) -> Array:
         """What the change of variables adds to the log density."""
         return self.space.log_density(position) - self.prior.log_density(choices)
+
+
+def _before(model: Filter, target: Target) -> Program:
+    """The program before a scan, whose choices are the parameters."""
+    before, _, after = model.latents
+    name = target.program.name
+    if not before:
+        raise WeftError(
+            f"{name!r} has no latent choice before its scan: nothing to infer but the path"
+        )
+    if after:
+        raise ModelError(
+            f"the choices {', '.join(map(repr, after))} of {name!r} stand after its scan, and parameters "
+            "stand before it: move them there, or take particle_gibbs"
+        )
+    program = model.parts.before
+    assert program is not None
+    return program
+
+
+def _outside(apart: Series, target: Target) -> Program:
+    """The program outside of the vmap of several series, whose choices are the parameters."""
+    if not any(a in target.latents for a in apart.shared.sites):
+        raise WeftError(
+            f"{target.program.name!r} has no latent choice that its {apart.size} series share: nothing to infer but "
+            "what each has of its own, for which smc(filtering()) is"
+        )
+    return apart.shared
 
 
 class Chain(NamedTuple):
@@ -86,6 +110,9 @@ class PMMHState(State):
 class pmmh(Algorithm):
     r"""Particle marginal Metropolis-Hastings for the choices before a scan, with a path for each draw.
 
+    Of series under a `jax.vmap` the parameters are the choices outside of it, which the series share; what each draws
+    before its own scan is left to its filter.
+
     Attributes:
         num_particles: of each filter; as a rule so many that the standard deviation of the log evidence near
             the mode is about 1.2 (Doucet et al. 2015). With too few the chain stands still for long.
@@ -99,7 +126,7 @@ class pmmh(Algorithm):
     density.
 
     Raises:
-        WeftError: if no latent choice stands before the scan.
+        WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
         ModelError: if one stands after it.
         DensityError: if one is discrete.
 
@@ -152,8 +179,8 @@ class pmmh(Algorithm):
             draw_key, filter_key = jax.random.split(key)
 
             def attempt(i: Array) -> Any:
-                trace, _ = parameters.prior.generate(jax.random.fold_in(draw_key, i))
-                position = parameters.space.from_choices(trace.choices)
+                drawn, _ = parameters.draw(jax.random.fold_in(draw_key, i))
+                position = parameters.space.from_choices(drawn)
                 found = self._estimate(jax.random.fold_in(filter_key, i), parameters, position)
                 return i + 1, position, *found
 

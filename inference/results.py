@@ -309,7 +309,7 @@ class Particles(eqx.Module):
                     f"resample: the largest log weight is {largest}, no particle can be drawn by them"
                 )
         count = self.num_particles if num_samples is None else num_samples
-        chosen = _shuffled(as_key(key), self.log_weights, count)
+        chosen = shuffled(as_key(key), self.log_weights, count)
         evidence = self.log_evidence
         if evidence is None:
             evidence = jax.nn.logsumexp(self.log_weights) - jnp.log(self.num_particles)
@@ -444,7 +444,7 @@ class Particles(eqx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _shuffled(key: PRNGKeyArray, log_weights: Array, count: int) -> Int[Array, " count"]:
+def shuffled(key: PRNGKeyArray, log_weights: Array, count: int) -> Int[Array, " count"]:
     """Indices of a systematic resampling, shuffled."""
     draw, shuffle = jax.random.split(key)
     return jax.random.permutation(shuffle, systematic(draw, log_weights, count))

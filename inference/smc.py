@@ -228,7 +228,7 @@ class smc(Algorithm):
         if target is None:
             if not _is_model(self.model):
                 raise TypeError("smc: this model is made from a target: run(key, target)")
-            target = _nothing().given()
+            target = nothing().given()
         if init is not None:
             raise WeftError("smc has no starting point: its model has first particles")
         if resume is not None and resume.state is None:
@@ -238,8 +238,10 @@ class smc(Algorithm):
         state = None if resume is None else resume.state
         return super().run(key, target, init=state, progress=progress)
 
-    def prepare(self, target: Target) -> smc:
-        model = self._made(target)
+    def prepare(self, target: Target) -> Algorithm:
+        from .lanes import Lanes, OverLanes
+
+        model: Any = self._made(target)
         if model.num_steps < 1:
             raise WeftError("smc: the model has no step")
         if not hasattr(model, "rejuvenate") and (
@@ -250,6 +252,8 @@ class smc(Algorithm):
                 "rejuvenate them: leave out rejuvenate and waste_free, or give the model a method "
                 "rejuvenate(key, t, particles, kernel)"
             )
+        if isinstance(model, Lanes):
+            return OverLanes(self, model)
         _check_particle(model)
         return dataclasses.replace(self, model=model)
 
@@ -420,8 +424,14 @@ class smc(Algorithm):
 
     def _filter(self, target: Target) -> Any:
         from .filtering import Filter
+        from .lanes import Lanes
 
         model = self._made(target)
+        if isinstance(model, Lanes):
+            raise WeftError(
+                f"smc inside a program (by=smc(...)) filters one series, and those of {target.program.name!r} stand "
+                "under a vmap: normalize a model of one, inside the vmap of the program around it"
+            )
         if not isinstance(model, Filter):
             raise WeftError(
                 f"smc inside a program (by=smc(...)) takes filtering(...), whose steps are programs; "
@@ -551,12 +561,17 @@ def _total_and_ess(log_weights: Array) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _derivative_of(x: Array) -> Array:
     """Zero, with the derivative of `x`."""
-    return jnp.zeros_like(x)
+    return _zero(x)
+
+
+def _zero(x: Array) -> Array:
+    """Zeros that read `x`: within a cond, JAX loses the axis of a vmap of a constant with a custom derivative."""
+    return jnp.where(jnp.isnan(x), 0.0, jnp.zeros_like(x))
 
 
 @_derivative_of.defjvp
 def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return jnp.zeros_like(primals[0]), tangents[0]
+    return _zero(primals[0]), tangents[0]
 
 
 def _is_model(x: Any) -> bool:
@@ -581,5 +596,5 @@ def _check_particle(model: FeynmanKac) -> None:
 
 
 @gen
-def _nothing() -> None:
+def nothing() -> None:
     """A program without choices, for models that need no target."""

@@ -19,6 +19,7 @@ from weft.ppl.errors import WeftError
 
 from .algorithm import require_counts
 from .filtering import Filter, filtering
+from .lanes import Lanes, each_lane, total_evidence
 from .pmmh import Parameters, random_step
 from .resampling import systematic
 
@@ -27,7 +28,8 @@ class smc2(eqx.Module):
     r"""SMC squared, for `smc`: the posterior of the choices before a scan, one observation after another.
 
     `smc(smc2(), num_particles=200).run(key, target)` gives weighted particles of the parameters, with estimates of
-    the evidence (unbiased) after each observation.
+    the evidence (unbiased) after each observation. Of series under a `jax.vmap` the parameters are the choices outside
+    of it, and a step takes the filters of all series one observation further.
 
     Attributes:
         num_state_particles: of each filter; the variance of its log evidence over all observations should be near one,
@@ -36,7 +38,7 @@ class smc2(eqx.Module):
         filter: how to filter.
 
     Raises:
-        WeftError: if no latent choice stands before the scan.
+        WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
         ModelError: if one stands after it.
 
     References:
@@ -84,7 +86,9 @@ class FilterOfFilters(eqx.Module):
 
     @property
     def num_steps(self) -> int:
-        return self.filter(self.target).num_steps
+        parameters = self.parameters
+        anywhere = parameters.choices(jnp.zeros(parameters.space.size))
+        return self._model(parameters, anywhere).num_steps
 
     @property
     def parameters(self) -> Parameters:
@@ -93,11 +97,11 @@ class FilterOfFilters(eqx.Module):
     def init(self, key: PRNGKeyArray) -> tuple[Any, Float[Array, ""]]:
         draw_key, filter_key = jax.random.split(key)
         parameters = self.parameters
-        trace, seen = parameters.prior.generate(draw_key)
-        states, joint = self._begin(filter_key, self._model(parameters, trace.choices))
-        position = parameters.space.from_choices(trace.choices)
+        drawn, log_prior = parameters.draw(draw_key)
+        states, joint = self._begin(filter_key, self._model(parameters, drawn))
+        position = parameters.space.from_choices(drawn)
         particle = {"position": position, "states": states, "log_joint": joint}
-        return particle, joint - (trace.log_density - seen)
+        return particle, joint - log_prior
 
     def step(
         self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any
@@ -152,15 +156,28 @@ class FilterOfFilters(eqx.Module):
 
     # --- the filter of one particle ---
 
-    def _model(self, parameters: Parameters, choices: dict[str, Any]) -> Filter:
+    def _model(self, parameters: Parameters, choices: dict[str, Any]) -> Filter | Lanes:
         return self.filter(parameters.given(choices))
 
-    def _begin(self, key: PRNGKeyArray, model: Filter) -> tuple[Any, Array]:
+    def _begin(self, key: PRNGKeyArray, model: Filter | Lanes) -> tuple[Any, Array]:
+        states, log_evidence = each_lane(self._first, model, key)
+        return states, total_evidence(model, log_evidence)
+
+    def _advance(
+        self, key: PRNGKeyArray, t: Any, model: Filter | Lanes, states: Any
+    ) -> tuple[Any, Array]:
+        def one(key: PRNGKeyArray, model: Filter, states: Any) -> Any:
+            return self._next(key, t, model, states)
+
+        states, more = each_lane(one, model, key, states)
+        return states, jnp.sum(more)
+
+    def _first(self, key: PRNGKeyArray, model: Filter) -> tuple[Any, Array]:
         n = self.num_state_particles
         particles, log_weights = jax.vmap(model.init)(jax.random.split(key, n))
         return (particles, log_weights), logsumexp(log_weights) - jnp.log(n)
 
-    def _advance(self, key: PRNGKeyArray, t: Any, model: Filter, states: Any) -> tuple[Any, Array]:
+    def _next(self, key: PRNGKeyArray, t: Any, model: Filter, states: Any) -> tuple[Any, Array]:
         n = self.num_state_particles
         particles, log_weights = states
         resample_key, move_key = jax.random.split(key)

@@ -192,9 +192,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
             from step to step.
     """
     code, args = program.staged().code()
-    sums: list[Any] = []
-    flat, consts = stage(lambda *xs: _inline(code.jaxpr, list(xs), sums), args)
-    args = [*consts, *args]
+    flat, args, sums = inlined(code.jaxpr, args)
     jaxpr, _ = open_jaxpr(flat.jaxpr)
     at = _find(program, jaxpr, set(observed), scan)
     eqn, before, after = jaxpr.eqns[at], jaxpr.eqns[:at], jaxpr.eqns[at + 1 :]
@@ -464,6 +462,13 @@ def _staged(f: Any, args: list[Any], name: str) -> Program:
     return Program.of_code(code, [*consts, *args], name)
 
 
+def inlined(jaxpr: Any, args: list[Any]) -> tuple[Code, list[Any], list[Any]]:
+    """A program without calls that hold sites, its arguments, and the equations that sum choices out of a scan."""
+    sums: list[Any] = []
+    code, consts = stage(lambda *xs: _inline(jaxpr, list(xs), sums), args)
+    return code, [*consts, *args], sums
+
+
 def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[Any]:
     """Stage a jaxpr anew, without the calls that hold sites.
 
@@ -476,7 +481,7 @@ def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
         if eqn_holds_sites(eqn) and eqn.primitive.name in CALLS:
             outs = _inline(inner_jaxprs(eqn)[0], ins, sums)
-        elif eqn.primitive is marginal_p and sums is not None and _holds_scan(eqn):
+        elif eqn.primitive is marginal_p and sums is not None and holds_scan(eqn):
             sums.append(eqn)
             outs = _inline(eqn.params["jaxpr"], ins, sums)
         else:
@@ -515,13 +520,18 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
         )
     if scan is not None:
         raise ModelError(f"filtering: no top-level scan of {name!r} holds the site {scan!r}")
-    if scans:
-        found = "; ".join(", ".join(map(repr, names)) for names in scans.values())
+    unseen = scans or {
+        i: names
+        for i, names in sited.items()
+        if jaxpr.eqns[i].primitive is lanes_p and holds_scan(jaxpr.eqns[i])
+    }
+    if unseen:
+        found = "; ".join(", ".join(map(repr, names)) for names in unseen.values())
         raise ModelError(f"filtering: no site in the scan of {name!r} is observed ({found})")
     inside = [
         (_WHERE[jaxpr.eqns[i].primitive], names)
         for i, names in sited.items()
-        if jaxpr.eqns[i].primitive in _WHERE and _holds_scan(jaxpr.eqns[i])
+        if jaxpr.eqns[i].primitive in _WHERE and holds_scan(jaxpr.eqns[i])
     ]
     if inside:
         where, names = inside[0]
@@ -535,16 +545,16 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
 
 
 _WHERE = {
-    lanes_p: "a vmap: run one filter a series, jax.vmap over the data of a model for one",
     cond_p: "a cond",
     while_p: "a while_loop",
     scope_p: "a nested program",
 }
 
 
-def _holds_scan(eqn: Any) -> bool:
+def holds_scan(eqn: Any) -> bool:
+    """Whether an equation is a scan, or holds one."""
     return eqn.primitive is scan_p or any(
-        _holds_scan(e) for j in inner_jaxprs(eqn) for e in open_jaxpr(j)[0].eqns
+        holds_scan(e) for j in inner_jaxprs(eqn) for e in open_jaxpr(j)[0].eqns
     )
 
 
