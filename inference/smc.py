@@ -575,7 +575,9 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 def _is_model(x: Any) -> bool:
-    return isinstance(x, FeynmanKac)
+    from .lanes import Lanes
+
+    return isinstance(x, (FeynmanKac, Lanes))
 
 
 def _check_particle(model: FeynmanKac) -> None:
