@@ -25,10 +25,15 @@ from weft.ppl import Target, gen
 from weft.ppl.errors import DensityError, ModelError, WeftError
 
 from .algorithm import Algorithm, State
+from .coalescence import Coalescence
 from .feynman_kac import FeynmanKac
 from .resampling import Resampling, systematic
 from .results import Particles
 from .runner import tracing
+
+
+FEW_ANCESTORS = 10
+"""So many are too few to tell a variance from."""
 
 
 class Path(eqx.Module):
@@ -38,7 +43,9 @@ class Path(eqx.Module):
         ess: effective sample size of the weights after each step.
         log_increments: by how much each step raised the log evidence.
         resampled: whether the particles were resampled before the step.
-        num_ancestors: from how many of the first particles those of the step descend.
+        num_ancestors: from how many particles of the step `since` those of the step descend.
+        since: an earlier step, the first one as long as many of its particles have descendants; see
+            `weft.inference.coalescence`.
         collected: what `collect` gave, `(step, ...)`.
         ancestors: `(step, particle)`, which particle of the step before each descends from; `None`
             without history.
@@ -51,6 +58,7 @@ class Path(eqx.Module):
     log_increments: Float[Array, " step"]
     resampled: Bool[Array, " step"]
     num_ancestors: Int[Array, " step"]
+    since: Int[Array, " step"]
     collected: Any
     ancestors: Int[Array, "step particle"] | None = None
     particles: Any = None
@@ -87,15 +95,18 @@ class SequentialParticles(Particles):
         if self.path is None or tracing(self.path):
             return title
         ess, worst = np.asarray(self.path.ess), int(np.argmin(self.path.ess))
-        times, roots = int(np.sum(self.path.resampled)), int(self.path.num_ancestors[-1])
+        times, fewest = int(np.sum(self.path.resampled)), int(np.min(self.path.num_ancestors))
+        roots, since = int(self.path.num_ancestors[-1]), int(self.path.since[-1])
         lines = [
             title,
             f"{ess.size} steps, resampled before {times}; smallest effective sample size {ess[worst]:.3g} (step "
-            f"{worst}); the last particles descend from {roots} of the first",
+            f"{worst}); the last particles descend from {roots} of those of step {since}",
         ]
-        if roots < 10:
+        if fewest < FEW_ANCESTORS:
+            step = int(np.argmin(self.path.num_ancestors))
             lines.append(
-                "These are too few for the standard error, which may be far too small, to be trusted."
+                f"Those of step {step} descend from {fewest} of those of step {int(self.path.since[step])}: too few for "
+                "the standard error, which may be far too small, to be trusted."
             )
         if self.path.info:
             moved = np.asarray(self.path.resampled)
@@ -117,7 +128,7 @@ class SMCState(State):
         log_weights: unnormalised, since they were resampled.
         log_total: logarithm of their sum.
         log_evidence: so far.
-        roots: which of the first particles each descends from.
+        coalescence: which earlier particles they descend from.
         path: buffers of what is known of every step.
     """
 
@@ -126,7 +137,7 @@ class SMCState(State):
     log_weights: Float[Array, " particle"]
     log_total: Float[Array, ""]
     log_evidence: Float[Array, ""]
-    roots: Int[Array, " particle"]
+    coalescence: Coalescence
     path: Path
 
 
@@ -267,15 +278,16 @@ class smc(Algorithm):
             return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
-        roots = jnp.arange(n) % self._num_chains
+        coalescence = Coalescence.begin(n, self._num_chains)
         zero = jnp.int32(0)
         info = jax.eval_shape(lambda: self._moved(key, zero, particles)[1])
         info = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), info)
         first, total = self._seen(
-            particles, log_weights, jnp.log(float(n)), zero > 0, roots, jnp.arange(n), info
+            particles, log_weights, jnp.log(float(n)), zero > 0, coalescence, jnp.arange(n), info
         )
         path = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype).at[0].set(x), first)
-        return SMCState(zero, particles, log_weights, total, path.log_increments[0], roots, path)
+        evidence = path.log_increments[0]
+        return SMCState(zero, particles, log_weights, total, evidence, coalescence, path)
 
     def _extended(self, state: SMCState, steps: int) -> SMCState:
         """A state with room for more steps."""
@@ -321,14 +333,16 @@ class smc(Algorithm):
             particles, info = self._moved(rejuvenate_key, t, particles)
             repeated = n // m
             chosen, log_weights = jnp.tile(chosen, repeated), jnp.tile(log_weights, repeated)
-            return particles, log_weights, state.roots[chosen], chosen, info
+            return particles, log_weights, state.coalescence.after(chosen), chosen, info
 
         def as_they_are(state: SMCState) -> Any:
             info = jax.tree.map(lambda x: jnp.zeros_like(x[0]), state.path.info)
-            return state.particles, state.log_weights, state.roots, jnp.arange(n), info
+            return state.particles, state.log_weights, state.coalescence, jnp.arange(n), info
 
         due = (ess <= self.threshold * n) | (self.threshold >= 1)
-        particles, log_weights, roots, chosen, info = jax.lax.cond(due, again, as_they_are, state)
+        particles, log_weights, coalescence, chosen, info = jax.lax.cond(
+            due, again, as_they_are, state
+        )
         before = jnp.where(due, jnp.log(float(n)), state.log_total)
         if hasattr(model, "adapt"):
             particles = model.adapt(t, particles, log_weights)
@@ -336,10 +350,11 @@ class smc(Algorithm):
             jax.random.split(move_key, n), t, particles
         )
         log_weights = log_weights + potentials
-        now, total = self._seen(particles, log_weights, before, due, roots, chosen, info)
+        coalescence = coalescence.at(t, log_weights)
+        now, total = self._seen(particles, log_weights, before, due, coalescence, chosen, info)
         path = jax.tree.map(lambda buffer, x: buffer.at[t].set(x), state.path, now)
         log_evidence = state.log_evidence + now.log_increments
-        return SMCState(t, particles, log_weights, total, log_evidence, roots, path)
+        return SMCState(t, particles, log_weights, total, log_evidence, coalescence, path)
 
     @property
     def _num_chains(self) -> int:
@@ -382,11 +397,6 @@ class smc(Algorithm):
             done = int(state.iteration) + 1
             path = jax.tree.map(lambda x: x[:done], path)
             self._check_weights(path)
-        n = self._num_chains
-        generations = 1 + jnp.sum(path.resampled)
-        shares = jnp.zeros(n).at[state.roots].add(jax.nn.softmax(state.log_weights))
-        # Lee and Whiteley (2018), equation 7.
-        variance = 1 - jnp.exp(generations * np.log(n / (n - 1))) * (1 - jnp.sum(shares**2))
         model: Any = self._model
         if self.history == "full" and hasattr(model, "paths"):
             choices = model.paths(state.particles, _along(path.ancestors, path.particles))
@@ -398,7 +408,7 @@ class smc(Algorithm):
             choices=choices,
             log_weights=state.log_weights,
             log_evidence=state.log_evidence,
-            log_evidence_variance=variance,
+            log_evidence_variance=state.coalescence.variance(state.log_weights),
             target=target if target.latents else None,
             path=path,
             state=state,
@@ -448,20 +458,20 @@ class smc(Algorithm):
         log_weights: Array,
         before: Any,
         due: Array,
-        roots: Array,
+        coalescence: Coalescence,
         chosen: Array,
         info: dict[str, Array],
     ) -> tuple[Path, Array]:
         """What is kept of one step, and the logarithm of the sum of the weights."""
         weighted = Particles(choices=self._choices(particles), log_weights=log_weights)
         kept, full = self.history != "none", self.history == "full"
-        marked = jnp.zeros(self._num_chains, int).at[roots].set(1)
         total, ess = _total_and_ess(log_weights)
         path = Path(
             ess=ess,
             log_increments=total - before,
             resampled=due,
-            num_ancestors=jnp.sum(marked),
+            num_ancestors=coalescence.num_ancestors,
+            since=coalescence.early.step,
             collected=moments(weighted) if self.collect is None else self.collect(weighted),
             ancestors=chosen if kept else None,
             particles=particles if full else None,
