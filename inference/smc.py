@@ -27,10 +27,9 @@ from weft.ppl.errors import DensityError, ModelError, WeftError
 from .algorithm import Algorithm, State
 from .coalescence import Coalescence
 from .feynman_kac import FeynmanKac
-from .resampling import Resampling, systematic
+from .resampling import Resampling, multinomial, systematic
 from .results import Particles
 from .runner import tracing
-
 
 FEW_ANCESTORS = 10
 """So many are too few to tell a variance from."""
@@ -105,8 +104,8 @@ class SequentialParticles(Particles):
         if fewest < FEW_ANCESTORS:
             step = int(np.argmin(self.path.num_ancestors))
             lines.append(
-                f"Those of step {step} descend from {fewest} of those of step {int(self.path.since[step])}: too few for "
-                "the standard error, which may be far too small, to be trusted."
+                f"Those of step {step} descend from {fewest} of those of step {int(self.path.since[step])}: too few "
+                "for the standard error, which may be far too small, to be trusted."
             )
         if self.path.info:
             moved = np.asarray(self.path.resampled)
@@ -278,7 +277,7 @@ class smc(Algorithm):
             return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
-        coalescence = Coalescence.begin(n, self._num_chains)
+        coalescence = Coalescence.begin(n, self._num_chains, self.resample is multinomial)
         zero = jnp.int32(0)
         info = jax.eval_shape(lambda: self._moved(key, zero, particles)[1])
         info = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), info)
@@ -350,7 +349,7 @@ class smc(Algorithm):
             jax.random.split(move_key, n), t, particles
         )
         log_weights = log_weights + potentials
-        coalescence = coalescence.at(t, log_weights)
+        coalescence = coalescence.at(t, log_weights, due)
         now, total = self._seen(particles, log_weights, before, due, coalescence, chosen, info)
         path = jax.tree.map(lambda buffer, x: buffer.at[t].set(x), state.path, now)
         log_evidence = state.log_evidence + now.log_increments

@@ -3,6 +3,7 @@
 Bands are five standard errors of independent replicates; keys are fixed.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import multinomial, smc, ssp, stratified
+from weft.inference import multinomial, smc, ssp, stratified, systematic
 from weft.ppl import DensityError, ModelError, WeftError
 
 from programs import quick_compilation
@@ -90,10 +91,40 @@ def test_the_variance_of_the_evidence_from_one_run() -> None:
     runs = replicates(smc(series(6), 200, resample=multinomial, threshold=1.0), 4000)
     ratio = np.exp(np.asarray(runs.log_evidence) - sum(CASE["log_likelihood_increments"][:6]))
     squares = (ratio - 1) ** 2
-    single = np.asarray(runs.log_evidence_variance) * ratio**2  # V Z^2 is unbiased for var Z
+    single = -np.expm1(-np.asarray(runs.log_evidence_variance)) * ratio**2  # unbiased for var Z
     error = np.hypot(squares.std(), single.std()) / np.sqrt(ratio.size)
     assert abs(single.mean() - squares.mean()) < 5 * error
-    assert abs(np.mean(runs.log_evidence_variance) / squares.mean() - 1) < 0.15
+    assert abs(np.mean(runs.log_evidence_variance) / np.log(ratio).var() - 1) < 0.15
+
+
+def test_the_variance_while_many_have_descendants() -> None:
+    """Exactly Lee and Whiteley's estimate, from the ancestors of each step."""
+    run = smc(series(12), 2000, resample=multinomial, threshold=0.5, history="full")
+    found = run.run(KEY, progress=False)
+    path, first = found.path, np.arange(2000)
+    for chosen in np.asarray(path.ancestors)[1:]:
+        first = first[chosen]
+    shares = np.bincount(first, np.asarray(found.weights, float), 2000)
+    generations = 1 + int(path.resampled.sum())
+    assert 3 < generations < 20
+    assert int(path.since[-1]) == 0
+    assert int(path.num_ancestors[-1]) == len(set(first))
+    exact = 1 - (2000 / 1999) ** generations * (1 - np.sum(shares**2))
+    # A sum of squares in single precision, of which a part is taken away.
+    np.testing.assert_allclose(-np.expm1(-found.log_evidence_variance), exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("scheme", "threshold"), [(multinomial, 1.0), (systematic, 0.5)])
+def test_the_variance_in_a_long_series(scheme: Any, threshold: float) -> None:
+    """Particles whose ancestors are all one long before the end: the estimate beside the variance of replicates."""
+    algorithm = smc(series(150), 100, resample=scheme, threshold=threshold)
+    runs = replicates(dataclasses.replace(algorithm, collect=lambda particles: ()), 400)
+    assert np.all(np.asarray(runs.path.since)[:, -1] > 60)
+    single, variance = np.asarray(runs.log_evidence_variance), np.var(runs.log_evidence, ddof=1)
+    error = np.hypot(single.std() / 20, variance * (2 / 399) ** 0.5)
+    # What a lag of some ten generations leaves out, a tenth at most in this series.
+    assert abs(single.mean() - variance) < 5 * error + 0.1 * variance, (single.mean(), variance)
+    assert error < 0.1 * variance
 
 
 def test_history_traces_paths() -> None:
@@ -101,7 +132,7 @@ def test_history_traces_paths() -> None:
     path = found.path
     assert path is not None
     index = np.arange(20)
-    for t in range(7, 0, -1):
+    for t in range(7, int(path.since[-1]), -1):
         index = np.asarray(path.ancestors)[t][index]
     assert len(set(index.tolist())) == int(path.num_ancestors[-1])
     np.testing.assert_array_equal(path.particles[-1], found.choices["state"])
@@ -115,6 +146,7 @@ def test_what_is_printed() -> None:
     assert "log evidence" in text
     poor = repr(smc(series(30), 3, threshold=0.0).run(KEY, progress=False))
     assert "degenerated at step" in poor
+    assert "too few for the standard error" in poor
 
 
 class Impossible(Linear):
