@@ -24,9 +24,9 @@ $$V \leftarrow V + v_t(c) - v_t(c'), \qquad c \leftarrow c', \qquad c' \leftarro
 and the variance is $V + v_T(c)$ in the end: $v_T(0)$ as long as nothing was closed.
 
 Why $\sqrt{N}$: after $\lambda$ generations about $2N/\lambda$ particles have descendants (Kingman's coalescent), so
-that $c$ lives for $2\sqrt{N}$. $c'$ is put where twice as many have descendants, half way, and a term is closed
-$\sqrt{N}$ generations after its own at least. The error of a difference relative to it is of order $N^{-1/4}$, there are
-$T/\sqrt{N}$ of them, and that of their sum is $T^{-1/2}$ for any $N$: the lag can grow with $N$ at no cost.
+that $c$ lives for $2\sqrt{N}$. $c'$ is put where twice as many have descendants, half way, and a term is
+closed $\sqrt{N}$ generations after its own at least. The error of a difference relative to it is of order $N^{-1/4}$,
+there are $T/\sqrt{N}$ of them, and that of their sum is $T^{-1/2}$ for any $N$: the lag can grow with $N$ at no cost.
 
 The factor $(N/(N-1))^n$ makes up for pairs of lineages that meet when they draw their ancestors independently. Where
 resampling gives each family about the offspring that its weight calls for, as all other schemes but `killing` do,

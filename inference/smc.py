@@ -25,6 +25,7 @@ from weft.ppl import Target, gen
 from weft.ppl.errors import DensityError, ModelError, WeftError
 
 from .algorithm import Algorithm, State
+from .ancestral_tree import AncestralTree
 from .coalescence import Coalescence
 from .feynman_kac import FeynmanKac
 from .resampling import Resampling, multinomial, systematic
@@ -46,8 +47,9 @@ class Path(eqx.Module):
         since: an earlier step, the first one as long as many of its particles have descendants; see
             `weft.inference.coalescence`.
         collected: what `collect` gave, `(step, ...)`.
+        tree: the particles that have descendants among the last ones; of `history="ancestors"`.
         ancestors: `(step, particle)`, which particle of the step before each descends from; `None`
-            without history.
+            without the full history.
         particles: `(step, particle, ...)`; `None` without the full history.
         log_weights: the same of their weights.
         info: what rejuvenation had to say, `(step,)` each; zeros where there was none.
@@ -59,6 +61,7 @@ class Path(eqx.Module):
     num_ancestors: Int[Array, " step"]
     since: Int[Array, " step"]
     collected: Any
+    tree: AncestralTree | None = None
     ancestors: Int[Array, "step particle"] | None = None
     particles: Any = None
     log_weights: Float[Array, "step particle"] | None = None
@@ -83,10 +86,10 @@ class SequentialParticles(Particles):
             tree: for instance `path.particles`.
 
         Raises:
-            WeftError: if the run kept no ancestors.
+            WeftError: if the run did not keep all ancestors.
         """
         if self.path is None or self.path.ancestors is None:
-            raise WeftError("this run kept no ancestors: smc(..., history='ancestors') or 'full'")
+            raise WeftError("this run did not keep all ancestors: smc(..., history='full')")
         return _along(self.path.ancestors, tree)
 
     def _title(self) -> str:
@@ -129,6 +132,7 @@ class SMCState(State):
         log_evidence: so far.
         coalescence: which earlier particles they descend from.
         path: buffers of what is known of every step.
+        tree: those that have descendants.
     """
 
     iteration: Int[Array, ""]
@@ -138,6 +142,7 @@ class SMCState(State):
     log_evidence: Float[Array, ""]
     coalescence: Coalescence
     path: Path
+    tree: AncestralTree | None = None
 
 
 class smc(Algorithm):
@@ -150,8 +155,8 @@ class smc(Algorithm):
             `killing`.
         threshold: particles are resampled when the effective sample size falls below this share of
             their number: 1 for always, 0 for never.
-        history: what is kept of past steps: `"none"`, `"ancestors"` (indices, by which paths can be traced) or
-            `"full"` (the particles, too).
+        history: what is kept of past steps: `"none"`; `"ancestors"`, the particles from which the last ones descend,
+            so that these are whole paths; or `"full"`, all particles.
         collect: a function of the weighted particles after each step, whose values are kept; by default the
             weighted mean and standard deviation of everything floating.
         rejuvenate: a kernel, or a function from the weighted particles to one, by which particles move after each
@@ -286,7 +291,8 @@ class smc(Algorithm):
         )
         path = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype).at[0].set(x), first)
         evidence = path.log_increments[0]
-        return SMCState(zero, particles, log_weights, total, evidence, coalescence, path)
+        tree = AncestralTree.begin(particles, n) if self.history == "ancestors" else None
+        return SMCState(zero, particles, log_weights, total, evidence, coalescence, path, tree)
 
     def _extended(self, state: SMCState, steps: int) -> SMCState:
         """A state with room for more steps."""
@@ -298,6 +304,12 @@ class smc(Algorithm):
         if more and getattr(self._model, "closed", False):
             raise WeftError(
                 "smc: this model has sites after its scan, which the run to be resumed has weighed already: begin anew"
+            )
+        has_all, has_tree = state.path.ancestors is not None, state.tree is not None
+        kept = "full" if has_all else "ancestors" if has_tree else "none"
+        if self.history != kept:
+            raise WeftError(
+                f"smc: the run to be resumed has history={kept!r}, this one {self.history!r}: they must be the same"
             )
         shapes = (
             jax.tree.map(lambda x: (x.shape[1:], x.dtype), state.particles),
@@ -353,7 +365,29 @@ class smc(Algorithm):
         now, total = self._seen(particles, log_weights, before, due, coalescence, chosen, info)
         path = jax.tree.map(lambda buffer, x: buffer.at[t].set(x), state.path, now)
         log_evidence = state.log_evidence + now.log_increments
-        return SMCState(t, particles, log_weights, total, log_evidence, coalescence, path)
+        tree = None if state.tree is None else state.tree.grown(particles, chosen)
+        return SMCState(t, particles, log_weights, total, log_evidence, coalescence, path, tree)
+
+    def with_room(self, state: SMCState, num_iterations: int) -> SMCState:
+        if state.tree is None:
+            return state
+        capacity = state.tree.capacity + num_iterations * self.num_particles
+        return dataclasses.replace(state, tree=state.tree.roomier(capacity))
+
+    def between(self, state: SMCState) -> tuple[SMCState, int | None]:
+        """When there is no room left, nodes without descendants are dropped; where that gives little, it is doubled."""
+        if state.tree is None:
+            return state, None
+        n, steps, tree = self.num_particles, state.path.ess.shape[0], state.tree
+        if int(tree.size) + n > tree.capacity:
+            tree = _pruned(tree)
+            usual = steps + int(4 * n * (1 + np.log2(n)))
+            wanted = max(usual, tree.capacity, 2 * int(tree.size) + n)
+            most = int(tree.size) + n * (steps - 1 - int(state.iteration))
+            # Never less than now: another shape is compiled anew.
+            tree = tree.roomier(max(min(wanted, most), tree.capacity))
+        room = (tree.capacity - int(tree.size)) // n
+        return dataclasses.replace(state, tree=tree), room
 
     @property
     def _num_chains(self) -> int:
@@ -396,9 +430,17 @@ class smc(Algorithm):
             done = int(state.iteration) + 1
             path = jax.tree.map(lambda x: x[:done], path)
             self._check_weights(path)
+            if state.tree is not None:
+                tree = _pruned(state.tree)
+                state = dataclasses.replace(state, tree=tree.roomier(int(tree.size)))
         model: Any = self._model
-        if self.history == "full" and hasattr(model, "paths"):
-            choices = model.paths(state.particles, _along(path.ancestors, path.particles))
+        if self.history != "none" and hasattr(model, "paths"):
+            along = (
+                _along(path.ancestors, path.particles)
+                if state.tree is None
+                else state.tree.paths(path.ess.shape[0])
+            )
+            choices = model.paths(state.particles, along)
         else:
             choices = self._choices(state.particles)
         if not isinstance(choices, dict):
@@ -409,7 +451,7 @@ class smc(Algorithm):
             log_evidence=state.log_evidence,
             log_evidence_variance=state.coalescence.variance(state.log_weights),
             target=target if target.latents else None,
-            path=path,
+            path=dataclasses.replace(path, tree=state.tree),
             state=state,
         )
 
@@ -463,7 +505,7 @@ class smc(Algorithm):
     ) -> tuple[Path, Array]:
         """What is kept of one step, and the logarithm of the sum of the weights."""
         weighted = Particles(choices=self._choices(particles), log_weights=log_weights)
-        kept, full = self.history != "none", self.history == "full"
+        full = self.history == "full"
         total, ess = _total_and_ess(log_weights)
         path = Path(
             ess=ess,
@@ -472,7 +514,7 @@ class smc(Algorithm):
             num_ancestors=coalescence.num_ancestors,
             since=coalescence.early.step,
             collected=moments(weighted) if self.collect is None else self.collect(weighted),
-            ancestors=chosen if kept else None,
+            ancestors=chosen if full else None,
             particles=particles if full else None,
             log_weights=log_weights if full else None,
             info=info,
@@ -495,6 +537,11 @@ class smc(Algorithm):
                 f"smc: at step {t}, {what}{seen}. Take more particles or a proposal that knows what is observed there; "
                 f"the {t} steps before it are fine"
             )
+
+
+@eqx.filter_jit
+def _pruned(tree: AncestralTree) -> AncestralTree:
+    return tree.pruned()
 
 
 def lineage(

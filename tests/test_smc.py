@@ -140,6 +140,39 @@ def test_history_traces_paths() -> None:
     assert smc(series(8), 20).run(KEY, progress=False).path.ancestors is None
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_the_tree_of_those_with_descendants(threshold: float) -> None:
+    """The paths of the full history, from fewer particles; without resampling all are kept, and room is made."""
+    n, steps = 20, 40
+    y = Y[:steps]
+    runs = [
+        smc(Linear(y, steps), n, history=history, threshold=threshold).run(KEY, progress=False)
+        for history in ("full", "ancestors")
+    ]
+    full, kept = (run.path for run in runs)
+    assert full is not None
+    assert kept is not None
+    np.testing.assert_array_equal(runs[0].log_weights, runs[1].log_weights)
+    paths = np.asarray(runs[0].along(full.particles))
+    np.testing.assert_array_equal(paths, kept.tree.paths(steps))
+    # Values differ where particles do: the tree has those that the paths go through, and no other.
+    different = sum(len(np.unique(paths[:, t])) for t in range(steps))
+    assert kept.tree.capacity == different
+    assert different == n * steps if threshold == 0 else different < n * steps / 2
+    with pytest.raises(WeftError, match="has history='ancestors', this one 'full'"):
+        smc(Linear(y, steps), n, history="full").run(KEY, resume=runs[1], progress=False)
+
+
+def test_the_tree_needs_little_room() -> None:
+    n, steps = 1000, 5000
+    algorithm = smc(Linear(jnp.zeros(steps), steps), n, history="ancestors")
+    state = jax.eval_shape(algorithm.init, KEY, None)
+    room = algorithm.between(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state))[0]
+    nodes = steps + 4 * n * (1 + np.log2(n))
+    assert n <= room.tree.capacity <= nodes
+    assert nodes < 0.01 * n * steps + 1
+
+
 def test_what_is_printed() -> None:
     text = repr(smc(series(8), 200).run(KEY, progress=False))
     assert "8 steps, resampled before" in text
