@@ -13,8 +13,9 @@ The product over `t` of `sum_i w_t^i / sum_i w_{t-1}^i` estimates the evidence w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl import Target, gen
 from weft.ppl.errors import DensityError, ModelError, WeftError
 
+from . import storage
 from .algorithm import Algorithm, State
 from .ancestral_tree import AncestralTree
 from .coalescence import Coalescence
@@ -73,11 +75,13 @@ class SequentialParticles(Particles):
 
     Attributes:
         path: what is known of every step.
-        state: where the run stands, for `resume=`.
+        state: where the run stands, for `resume=`; its arrays in order, if the result was read from a file.
+        remark: what the model has to say of the run.
     """
 
     path: Path | None = None
     state: Any = None
+    remark: str | None = eqx.field(static=True, default=None)
 
     def along(self, tree: Any) -> Any:
         """What arrays (step, particle, ...) hold along the paths that end in the last particles: (particle, step, ...).
@@ -91,6 +95,23 @@ class SequentialParticles(Particles):
         if self.path is None or self.path.ancestors is None:
             raise WeftError("this run did not keep all ancestors: smc(..., history='full')")
         return _along(self.path.ancestors, tree)
+
+    def _saved(self) -> tuple[str, dict[str, Any]]:
+        parts = {
+            "path": _plain(self.path),
+            "state": tuple(jax.tree.leaves(self.state)),
+            "remark": self.remark,
+        }
+        return "sequential particles", {**super()._saved()[1], **parts}
+
+    @classmethod
+    def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
+        """Rebuild from what `storage.read` gives; modules in particles and in what was collected come as dicts."""
+        path = dict(saved.tree["path"])
+        if path["tree"] is not None:
+            path["tree"] = AncestralTree(**path["tree"])
+        saved = saved._replace(tree={**saved.tree, "path": Path(**path)})
+        return super().from_saved(saved, target)
 
     def _title(self) -> str:
         title = super()._title()
@@ -118,6 +139,8 @@ class SequentialParticles(Particles):
             lines.append(
                 f"The run degenerated at step {worst}: take more particles, or a better proposal there."
             )
+        if self.remark is not None:
+            lines.append(self.remark)
         return "\n".join(lines)
 
 
@@ -246,10 +269,8 @@ class smc(Algorithm):
             target = _nothing().given()
         if init is not None:
             raise WeftError("smc has no starting point: its model has first particles")
-        if resume is not None and resume.state is None:
-            raise WeftError(
-                "smc: only a result of smc itself can be gone on with, not one read from a file"
-            )
+        if resume is not None and getattr(resume, "state", None) is None:
+            raise WeftError("smc: only a result of smc itself can be gone on with")
         state = None if resume is None else resume.state
         return super().run(key, target, init=state, progress=progress)
 
@@ -279,6 +300,8 @@ class smc(Algorithm):
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> SMCState:
         n, steps = self.num_particles, self._model.num_steps
         if init is not None:
+            if not isinstance(init, SMCState):  # read from a file, which knows leaves
+                init = _shaped(init, jax.eval_shape(lambda: self.init(key, target)))
             return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
@@ -383,9 +406,7 @@ class smc(Algorithm):
             tree = _pruned(tree)
             usual = steps + int(4 * n * (1 + np.log2(n)))
             wanted = max(usual, tree.capacity, 2 * int(tree.size) + n)
-            most = int(tree.size) + n * (steps - 1 - int(state.iteration))
-            # Never less than now: another shape is compiled anew.
-            tree = tree.roomier(max(min(wanted, most), tree.capacity))
+            tree = tree.roomier(min(wanted, n * steps))
         room = (tree.capacity - int(tree.size)) // n
         return dataclasses.replace(state, tree=tree), room
 
@@ -430,10 +451,16 @@ class smc(Algorithm):
             done = int(state.iteration) + 1
             path = jax.tree.map(lambda x: x[:done], path)
             self._check_weights(path)
+            state = dataclasses.replace(state, path=path)
             if state.tree is not None:
                 tree = _pruned(state.tree)
                 state = dataclasses.replace(state, tree=tree.roomier(int(tree.size)))
         model: Any = self._model
+        remark = None
+        if hasattr(model, "remark") and not tracing(state):
+            remark = model.remark(state.particles)
+        if remark is not None:
+            warnings.warn(f"smc: {remark}", stacklevel=4)
         if self.history != "none" and hasattr(model, "paths"):
             along = (
                 _along(path.ancestors, path.particles)
@@ -453,6 +480,7 @@ class smc(Algorithm):
             target=target if target.latents else None,
             path=dataclasses.replace(path, tree=state.tree),
             state=state,
+            remark=remark,
         )
 
     # --- inside a program: see `staged` ---
@@ -602,6 +630,28 @@ def _derivative_of(x: Array) -> Array:
 @_derivative_of.defjvp
 def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return jnp.zeros_like(primals[0]), tangents[0]
+
+
+def _plain(tree: Any) -> Any:
+    """Modules as dicts of their fields, for a file."""
+    if isinstance(tree, eqx.Module):
+        return {name: _plain(x) for name, x in vars(tree).items()}
+    if isinstance(tree, dict):
+        return {name: _plain(x) for name, x in tree.items()}
+    return type(tree)(map(_plain, tree)) if type(tree) in (list, tuple) else tree
+
+
+def _shaped(leaves: Sequence[Array], like: Any) -> Any:
+    """Arrays of a state in the structure of another."""
+    templates, structure = jax.tree.flatten(like)
+    same = len(leaves) == len(templates) and all(
+        x.dtype == y.dtype and x.ndim == y.ndim for x, y in zip(leaves, templates, strict=True)
+    )
+    if not same:
+        raise ModelError(
+            "smc: the run that was read is one of another model, or of another history or collect"
+        )
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _is_model(x: Any) -> bool:

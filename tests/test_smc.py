@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import multinomial, smc, ssp, stratified, systematic
+from weft.inference import load, multinomial, smc, ssp, stratified, systematic
 from weft.ppl import DensityError, ModelError, WeftError
 
 from programs import quick_compilation
@@ -171,6 +171,22 @@ def test_the_tree_needs_little_room() -> None:
     nodes = steps + 4 * n * (1 + np.log2(n))
     assert n <= room.tree.capacity <= nodes
     assert nodes < 0.01 * n * steps + 1
+
+
+@pytest.mark.parametrize("history", ["ancestors", "full"])
+def test_a_run_that_was_read_goes_on_as_one_that_was_not(history: str, tmp_path: Path) -> None:
+    part = smc(series(8), 20, history=history, threshold=1.0).run(KEY, progress=False)
+    part.save(tmp_path / "part")
+    read = load(tmp_path / "part")
+    assert repr(read) == repr(part)
+    for one, other in zip(jax.tree.leaves(read.path), jax.tree.leaves(part.path), strict=True):
+        np.testing.assert_array_equal(one, other)
+    longer = smc(series(12), 20, history=history, threshold=1.0)
+    runs = [longer.run(KEY, resume=resume, progress=False) for resume in (read, part)]
+    for one, other in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ModelError, match="of another model, or of another history"):
+        smc(series(12), 20, threshold=1.0).run(KEY, resume=read, progress=False)
 
 
 def test_what_is_printed() -> None:
