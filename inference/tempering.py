@@ -219,8 +219,9 @@ class Tempered(eqx.Module):
         if not bool(jnp.any(particles.jumped)):
             return None
         return (
-            f"After {self.num_levels} steps (max_steps) the temperature was not yet one and was set to it, however far: "
-            "the evidence and the particles are not to be trusted. Take more steps, or begin at a guide near the posterior."
+            f"After {self.num_levels} steps (max_steps) the temperature was not yet one and was set to it, however "
+            "far: the evidence and the particles are not to be trusted. Take more steps, or begin at a guide near the "
+            "posterior."
         )
 
     def step(
