@@ -97,20 +97,22 @@ class SequentialParticles(Particles):
         return _along(self.path.ancestors, tree)
 
     def _saved(self) -> tuple[str, dict[str, Any]]:
-        parts = {
-            "path": _plain(self.path),
-            "state": tuple(jax.tree.leaves(self.state)),
-            "remark": self.remark,
-        }
+        path, state = self.path, self.state
+        if path is not None and isinstance(state, SMCState):
+            # The same arrays, which are written once, without the steps that are still to come.
+            state = dataclasses.replace(state, path=dataclasses.replace(path, tree=None))
+        leaves = None if state is None else tuple(jax.tree.leaves(state))
+        parts = {"path": _plain(path), "state": leaves, "remark": self.remark}
         return "sequential particles", {**super()._saved()[1], **parts}
 
     @classmethod
     def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
         """Rebuild from what `storage.read` gives; modules in particles and in what was collected come as dicts."""
-        path = dict(saved.tree["path"])
-        if path["tree"] is not None:
-            path["tree"] = AncestralTree(**path["tree"])
-        saved = saved._replace(tree={**saved.tree, "path": Path(**path)})
+        path = saved.tree["path"]
+        if path is not None:
+            tree = path["tree"] and AncestralTree(**path["tree"])
+            path = Path(**{**path, "tree": tree})
+        saved = saved._replace(tree={**saved.tree, "path": path})
         return super().from_saved(saved, target)
 
     def _title(self) -> str:
@@ -451,7 +453,6 @@ class smc(Algorithm):
             done = int(state.iteration) + 1
             path = jax.tree.map(lambda x: x[:done], path)
             self._check_weights(path)
-            state = dataclasses.replace(state, path=path)
             if state.tree is not None:
                 tree = _pruned(state.tree)
                 state = dataclasses.replace(state, tree=tree.roomier(int(tree.size)))
