@@ -92,6 +92,14 @@ class Algorithm(Printed, eqx.Module):
         """Whether a state needs no more iterations (traced); None, where their number alone decides."""
         return None
 
+    def between(self, state: Any) -> tuple[Any, int | None]:
+        """What is done on the host before a chunk: a state, and for how many iterations it has room; None for all."""
+        return state, None
+
+    def with_room(self, state: Any, num_iterations: int) -> Any:
+        """A state with room for so many more iterations (traced); where there are no chunks."""
+        return state
+
     def describe(self, state: Any) -> str:
         """A few words for the progress bar."""
         return ""
@@ -145,6 +153,7 @@ class Algorithm(Printed, eqx.Module):
             progress=progress,
             describe=settings.describe,
             finished=settings.finished,
+            between=self.between,
         )
         if done < stop and not settings.finished(state):
             if not self.has_result(done):
@@ -220,8 +229,8 @@ def _advance(fixed: tuple[Any, ...], state: Any) -> Any:
 @eqx.filter_jit
 def _whole(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
     state = strong(algorithm.init(iteration_keys(key)[0], target, init))
-    start = 0 if init is None else state.iteration
-    return _iterate(algorithm, target, key, state, start, algorithm.num_iterations(target))
+    start, stop = 0 if init is None else state.iteration, algorithm.num_iterations(target)
+    return _iterate(algorithm, target, key, algorithm.with_room(state, stop), start, stop)
 
 
 def _require_target(target: Any, algorithm: Algorithm) -> None:

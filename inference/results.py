@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -380,6 +380,11 @@ class Particles(eqx.Module):
 
     def save(self, path: storage.PathLike) -> None:
         """Write everything but the model to one file; see `Draws.save`."""
+        kind, tree = self._saved()
+        _save(path, kind, tree, self.target, {"exact": self.exact})
+
+    def _saved(self) -> tuple[str, dict[str, Any]]:
+        """What kind of result it is, and what is written of it."""
         names = (
             "choices",
             "derived",
@@ -388,16 +393,10 @@ class Particles(eqx.Module):
             "log_evidence",
             "log_evidence_variance",
         )
-        _save(
-            path,
-            "particles",
-            {name: getattr(self, name) for name in names},
-            self.target,
-            {"exact": self.exact},
-        )
+        return "particles", {name: getattr(self, name) for name in names}
 
     @classmethod
-    def from_saved(cls, saved: storage.Saved, target: Any = None) -> Particles:
+    def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
         """Rebuild from what `storage.read` gives."""
         tree, target = _restore(saved, target)
         return cls(**tree, target=target, exact=saved.meta["exact"])

@@ -46,6 +46,7 @@ def run_chunks(
     progress: bool = True,
     describe: Callable[[State], str] | None = None,
     finished: Callable[[State], bool] | None = None,
+    between: Callable[[State], tuple[State, int | None]] = lambda state: (state, None),
 ) -> tuple[State, int]:
     """Advance `state` from iteration `start` to `stop` in chunks.
 
@@ -62,6 +63,7 @@ def run_chunks(
         progress: whether to show it.
         describe: a few words on a state, shown beside the bar.
         finished: whether a state needs no more iterations, which would leave it as it is.
+        between: called before each chunk: a state to go on with, and how long the chunk may be, at most.
 
     Returns:
         The last state, and the iteration reached: `stop` unless it was interrupted or finished.
@@ -69,7 +71,8 @@ def run_chunks(
     done, size = start, FIRST_CHUNK
     with _bar(title, start, stop, progress) as bar, _interrupts() as interrupted:
         while done < stop and not interrupted.is_set():
-            last = min(done + size, stop)
+            state, most = between(state)
+            last = min(done + (size if most is None else min(size, most)), stop)
             began = time.perf_counter()
             state = jax.block_until_ready(advance(state, done, last))
             seconds = time.perf_counter() - began

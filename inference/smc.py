@@ -13,8 +13,9 @@ The product over `t` of `sum_i w_t^i / sum_i w_{t-1}^i` estimates the evidence w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -24,11 +25,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl import Target, gen
 from weft.ppl.errors import DensityError, ModelError, WeftError
 
+from . import storage
 from .algorithm import Algorithm, State
+from .ancestral_tree import AncestralTree
+from .coalescence import Coalescence
 from .feynman_kac import FeynmanKac
-from .resampling import Resampling, systematic
+from .resampling import Resampling, multinomial, systematic
 from .results import Particles
 from .runner import tracing
+
+FEW_ANCESTORS = 10
+"""So many are too few to tell a variance from."""
 
 
 class Path(eqx.Module):
@@ -38,10 +45,13 @@ class Path(eqx.Module):
         ess: effective sample size of the weights after each step.
         log_increments: by how much each step raised the log evidence.
         resampled: whether the particles were resampled before the step.
-        num_ancestors: from how many of the first particles those of the step descend.
+        num_ancestors: from how many particles of the step `since` those of the step descend.
+        since: an earlier step, the first one as long as many of its particles have descendants; see
+            `weft.inference.coalescence`.
         collected: what `collect` gave, `(step, ...)`.
+        tree: the particles that have descendants among the last ones; of `history="ancestors"`.
         ancestors: `(step, particle)`, which particle of the step before each descends from; `None`
-            without history.
+            without the full history.
         particles: `(step, particle, ...)`; `None` without the full history.
         log_weights: the same of their weights.
         info: what rejuvenation had to say, `(step,)` each; zeros where there was none.
@@ -51,7 +61,9 @@ class Path(eqx.Module):
     log_increments: Float[Array, " step"]
     resampled: Bool[Array, " step"]
     num_ancestors: Int[Array, " step"]
+    since: Int[Array, " step"]
     collected: Any
+    tree: AncestralTree | None = None
     ancestors: Int[Array, "step particle"] | None = None
     particles: Any = None
     log_weights: Float[Array, "step particle"] | None = None
@@ -63,11 +75,13 @@ class SequentialParticles(Particles):
 
     Attributes:
         path: what is known of every step.
-        state: where the run stands, for `resume=`.
+        state: where the run stands, for `resume=`; its arrays in order, if the result was read from a file.
+        remark: what the model has to say of the run.
     """
 
     path: Path | None = None
     state: Any = None
+    remark: str | None = eqx.field(static=True, default=None)
 
     def along(self, tree: Any) -> Any:
         """What arrays (step, particle, ...) hold along the paths that end in the last particles: (particle, step, ...).
@@ -76,26 +90,48 @@ class SequentialParticles(Particles):
             tree: for instance `path.particles`.
 
         Raises:
-            WeftError: if the run kept no ancestors.
+            WeftError: if the run did not keep all ancestors.
         """
         if self.path is None or self.path.ancestors is None:
-            raise WeftError("this run kept no ancestors: smc(..., history='ancestors') or 'full'")
+            raise WeftError("this run did not keep all ancestors: smc(..., history='full')")
         return _along(self.path.ancestors, tree)
+
+    def _saved(self) -> tuple[str, dict[str, Any]]:
+        path, state = self.path, self.state
+        if path is not None and isinstance(state, SMCState):
+            # The same arrays, which are written once, without the steps that are still to come.
+            state = dataclasses.replace(state, path=dataclasses.replace(path, tree=None))
+        leaves = None if state is None else tuple(jax.tree.leaves(state))
+        parts = {"path": _plain(path), "state": leaves, "remark": self.remark}
+        return "sequential particles", {**super()._saved()[1], **parts}
+
+    @classmethod
+    def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
+        """Rebuild from what `storage.read` gives; modules in particles and in what was collected come as dicts."""
+        path = saved.tree["path"]
+        if path is not None:
+            tree = path["tree"] and AncestralTree(**path["tree"])
+            path = Path(**{**path, "tree": tree})
+        saved = saved._replace(tree={**saved.tree, "path": path})
+        return super().from_saved(saved, target)
 
     def _title(self) -> str:
         title = super()._title()
         if self.path is None or tracing(self.path):
             return title
         ess, worst = np.asarray(self.path.ess), int(np.argmin(self.path.ess))
-        times, roots = int(np.sum(self.path.resampled)), int(self.path.num_ancestors[-1])
+        times, fewest = int(np.sum(self.path.resampled)), int(np.min(self.path.num_ancestors))
+        roots, since = int(self.path.num_ancestors[-1]), int(self.path.since[-1])
         lines = [
             title,
             f"{ess.size} steps, resampled before {times}; smallest effective sample size {ess[worst]:.3g} (step "
-            f"{worst}); the last particles descend from {roots} of the first",
+            f"{worst}); the last particles descend from {roots} of those of step {since}",
         ]
-        if roots < 10:
+        if fewest < FEW_ANCESTORS:
+            step = int(np.argmin(self.path.num_ancestors))
             lines.append(
-                "These are too few for the standard error, which may be far too small, to be trusted."
+                f"Those of step {step} descend from {fewest} of those of step {int(self.path.since[step])}: too few "
+                "for the standard error, which may be far too small, to be trusted."
             )
         if self.path.info:
             moved = np.asarray(self.path.resampled)
@@ -105,6 +141,8 @@ class SequentialParticles(Particles):
             lines.append(
                 f"The run degenerated at step {worst}: take more particles, or a better proposal there."
             )
+        if self.remark is not None:
+            lines.append(self.remark)
         return "\n".join(lines)
 
 
@@ -117,8 +155,9 @@ class SMCState(State):
         log_weights: unnormalised, since they were resampled.
         log_total: logarithm of their sum.
         log_evidence: so far.
-        roots: which of the first particles each descends from.
+        coalescence: which earlier particles they descend from.
         path: buffers of what is known of every step.
+        tree: those that have descendants.
     """
 
     iteration: Int[Array, ""]
@@ -126,8 +165,9 @@ class SMCState(State):
     log_weights: Float[Array, " particle"]
     log_total: Float[Array, ""]
     log_evidence: Float[Array, ""]
-    roots: Int[Array, " particle"]
+    coalescence: Coalescence
     path: Path
+    tree: AncestralTree | None = None
 
 
 class smc(Algorithm):
@@ -140,8 +180,8 @@ class smc(Algorithm):
             `killing`.
         threshold: particles are resampled when the effective sample size falls below this share of
             their number: 1 for always, 0 for never.
-        history: what is kept of past steps: `"none"`, `"ancestors"` (indices, by which paths can be traced) or
-            `"full"` (the particles, too).
+        history: what is kept of past steps: `"none"`; `"ancestors"`, the particles from which the last ones descend,
+            so that these are whole paths; or `"full"`, all particles.
         collect: a function of the weighted particles after each step, whose values are kept; by default the
             weighted mean and standard deviation of everything floating.
         rejuvenate: a kernel, or a function from the weighted particles to one, by which particles move after each
@@ -231,10 +271,8 @@ class smc(Algorithm):
             target = nothing().given()
         if init is not None:
             raise WeftError("smc has no starting point: its model has first particles")
-        if resume is not None and resume.state is None:
-            raise WeftError(
-                "smc: only a result of smc itself can be gone on with, not one read from a file"
-            )
+        if resume is not None and getattr(resume, "state", None) is None:
+            raise WeftError("smc: only a result of smc itself can be gone on with")
         state = None if resume is None else resume.state
         return super().run(key, target, init=state, progress=progress)
 
@@ -268,18 +306,22 @@ class smc(Algorithm):
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> SMCState:
         n, steps = self.num_particles, self._model.num_steps
         if init is not None:
+            if not isinstance(init, SMCState):  # read from a file, which knows leaves
+                init = _shaped(init, jax.eval_shape(lambda: self.init(key, target)))
             return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
-        roots = jnp.arange(n) % self._num_chains
+        coalescence = Coalescence.begin(n, self._num_chains, self.resample is multinomial)
         zero = jnp.int32(0)
         info = jax.eval_shape(lambda: self._moved(key, zero, particles)[1])
         info = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), info)
         first, total = self._seen(
-            particles, log_weights, jnp.log(float(n)), zero > 0, roots, jnp.arange(n), info
+            particles, log_weights, jnp.log(float(n)), zero > 0, coalescence, jnp.arange(n), info
         )
         path = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype).at[0].set(x), first)
-        return SMCState(zero, particles, log_weights, total, path.log_increments[0], roots, path)
+        evidence = path.log_increments[0]
+        tree = AncestralTree.begin(particles, n) if self.history == "ancestors" else None
+        return SMCState(zero, particles, log_weights, total, evidence, coalescence, path, tree)
 
     def _extended(self, state: SMCState, steps: int) -> SMCState:
         """A state with room for more steps."""
@@ -291,6 +333,12 @@ class smc(Algorithm):
         if more and getattr(self._model, "closed", False):
             raise WeftError(
                 "smc: this model has sites after its scan, which the run to be resumed has weighed already: begin anew"
+            )
+        has_all, has_tree = state.path.ancestors is not None, state.tree is not None
+        kept = "full" if has_all else "ancestors" if has_tree else "none"
+        if self.history != kept:
+            raise WeftError(
+                f"smc: the run to be resumed has history={kept!r}, this one {self.history!r}: they must be the same"
             )
         shapes = (
             jax.tree.map(lambda x: (x.shape[1:], x.dtype), state.particles),
@@ -325,23 +373,46 @@ class smc(Algorithm):
             particles, info = self._moved(rejuvenate_key, t, particles)
             repeated = n // m
             chosen, log_weights = jnp.tile(chosen, repeated), jnp.tile(log_weights, repeated)
-            return particles, log_weights, state.roots[chosen], chosen, info
+            return particles, log_weights, state.coalescence.after(chosen), chosen, info
 
         def as_they_are(state: SMCState) -> Any:
             info = jax.tree.map(lambda x: jnp.zeros_like(x[0]), state.path.info)
-            return state.particles, state.log_weights, state.roots, jnp.arange(n), info
+            return state.particles, state.log_weights, state.coalescence, jnp.arange(n), info
 
         due = (ess <= self.threshold * n) | (self.threshold >= 1)
-        particles, log_weights, roots, chosen, info = jax.lax.cond(due, again, as_they_are, state)
+        particles, log_weights, coalescence, chosen, info = jax.lax.cond(
+            due, again, as_they_are, state
+        )
         before = jnp.where(due, jnp.log(float(n)), state.log_total)
         if hasattr(model, "adapt"):
             particles = model.adapt(t, particles, log_weights)
         particles, potentials = jax.vmap(model.step, (0, None, 0))(_keys(move_key, n), t, particles)
         log_weights = log_weights + potentials
-        now, total = self._seen(particles, log_weights, before, due, roots, chosen, info)
+        coalescence = coalescence.at(t, log_weights, due)
+        now, total = self._seen(particles, log_weights, before, due, coalescence, chosen, info)
         path = jax.tree.map(lambda buffer, x: buffer.at[t].set(x), state.path, now)
         log_evidence = state.log_evidence + now.log_increments
-        return SMCState(t, particles, log_weights, total, log_evidence, roots, path)
+        tree = None if state.tree is None else state.tree.grown(particles, chosen)
+        return SMCState(t, particles, log_weights, total, log_evidence, coalescence, path, tree)
+
+    def with_room(self, state: SMCState, num_iterations: int) -> SMCState:
+        if state.tree is None:
+            return state
+        capacity = state.tree.capacity + num_iterations * self.num_particles
+        return dataclasses.replace(state, tree=state.tree.roomier(capacity))
+
+    def between(self, state: SMCState) -> tuple[SMCState, int | None]:
+        """When there is no room left, nodes without descendants are dropped; where that gives little, it is doubled."""
+        if state.tree is None:
+            return state, None
+        n, steps, tree = self.num_particles, state.path.ess.shape[0], state.tree
+        if int(tree.size) + n > tree.capacity:
+            tree = _pruned(tree)
+            usual = steps + int(4 * n * (1 + np.log2(n)))
+            wanted = max(usual, tree.capacity, 2 * int(tree.size) + n)
+            tree = tree.roomier(min(wanted, n * steps))
+        room = (tree.capacity - int(tree.size)) // n
+        return dataclasses.replace(state, tree=tree), room
 
     @property
     def _num_chains(self) -> int:
@@ -384,14 +455,22 @@ class smc(Algorithm):
             done = int(state.iteration) + 1
             path = jax.tree.map(lambda x: x[:done], path)
             self._check_weights(path)
-        n = self._num_chains
-        generations = 1 + jnp.sum(path.resampled)
-        shares = jnp.zeros(n).at[state.roots].add(jax.nn.softmax(state.log_weights))
-        # Lee and Whiteley (2018), equation 7.
-        variance = 1 - jnp.exp(generations * np.log(n / (n - 1))) * (1 - jnp.sum(shares**2))
+            if state.tree is not None:
+                tree = _pruned(state.tree)
+                state = dataclasses.replace(state, tree=tree.roomier(int(tree.size)))
         model: Any = self._model
-        if self.history == "full" and hasattr(model, "paths"):
-            choices = model.paths(state.particles, _along(path.ancestors, path.particles))
+        remark = None
+        if hasattr(model, "remark") and not tracing(state):
+            remark = model.remark(state.particles)
+        if remark is not None:
+            warnings.warn(f"smc: {remark}", stacklevel=4)
+        if self.history != "none" and hasattr(model, "paths"):
+            along = (
+                _along(path.ancestors, path.particles)
+                if state.tree is None
+                else state.tree.paths(path.ess.shape[0])
+            )
+            choices = model.paths(state.particles, along)
         else:
             choices = self._choices(state.particles)
         if not isinstance(choices, dict):
@@ -400,10 +479,11 @@ class smc(Algorithm):
             choices=choices,
             log_weights=state.log_weights,
             log_evidence=state.log_evidence,
-            log_evidence_variance=variance,
+            log_evidence_variance=state.coalescence.variance(state.log_weights),
             target=target if target.latents else None,
-            path=path,
+            path=dataclasses.replace(path, tree=state.tree),
             state=state,
+            remark=remark,
         )
 
     # --- inside a program: see `staged` ---
@@ -456,22 +536,22 @@ class smc(Algorithm):
         log_weights: Array,
         before: Any,
         due: Array,
-        roots: Array,
+        coalescence: Coalescence,
         chosen: Array,
         info: dict[str, Array],
     ) -> tuple[Path, Array]:
         """What is kept of one step, and the logarithm of the sum of the weights."""
         weighted = Particles(choices=self._choices(particles), log_weights=log_weights)
-        kept, full = self.history != "none", self.history == "full"
-        marked = jnp.zeros(self._num_chains, int).at[roots].set(1)
+        full = self.history == "full"
         total, ess = _total_and_ess(log_weights)
         path = Path(
             ess=ess,
             log_increments=total - before,
             resampled=due,
-            num_ancestors=jnp.sum(marked),
+            num_ancestors=coalescence.num_ancestors,
+            since=coalescence.early.step,
             collected=moments(weighted) if self.collect is None else self.collect(weighted),
-            ancestors=chosen if kept else None,
+            ancestors=chosen if full else None,
             particles=particles if full else None,
             log_weights=log_weights if full else None,
             info=info,
@@ -494,6 +574,11 @@ class smc(Algorithm):
                 f"smc: at step {t}, {what}{seen}. Take more particles or a proposal that knows what is observed there; "
                 f"the {t} steps before it are fine"
             )
+
+
+@eqx.filter_jit
+def _pruned(tree: AncestralTree) -> AncestralTree:
+    return tree.pruned()
 
 
 def lineage(
@@ -572,6 +657,28 @@ def _zero(x: Array) -> Array:
 @_derivative_of.defjvp
 def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _zero(primals[0]), tangents[0]
+
+
+def _plain(tree: Any) -> Any:
+    """Modules as dicts of their fields, for a file."""
+    if isinstance(tree, eqx.Module):
+        return {name: _plain(x) for name, x in vars(tree).items()}
+    if isinstance(tree, dict):
+        return {name: _plain(x) for name, x in tree.items()}
+    return type(tree)(map(_plain, tree)) if type(tree) in (list, tuple) else tree
+
+
+def _shaped(leaves: Sequence[Array], like: Any) -> Any:
+    """Arrays of a state in the structure of another."""
+    templates, structure = jax.tree.flatten(like)
+    same = len(leaves) == len(templates) and all(
+        x.dtype == y.dtype and x.ndim == y.ndim for x, y in zip(leaves, templates, strict=True)
+    )
+    if not same:
+        raise ModelError(
+            "smc: the run that was read is one of another model, or of another history or collect"
+        )
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _is_model(x: Any) -> bool:

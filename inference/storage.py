@@ -47,7 +47,7 @@ class Saved(NamedTuple):
     """What a file holds.
 
     Attributes:
-        kind: what the tree is of: "draws", "particles", "fit".
+        kind: what the tree is of: "draws", "particles", "sequential particles", "fit".
         tree: the arrays, nested as they were given.
         meta: what else was noted, as JSON knows it.
         path: where it was read.
@@ -71,8 +71,8 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
             say): parameters of the same structure, shapes and dtypes, or another such `Fit`.
 
     Returns:
-        `Draws`, `Particles` or `Fit`, equal to what was saved. Arrays that this JAX configuration
-        cannot hold (64 bits without `jax.enable_x64`) come as NumPy arrays.
+        `Draws`, `Particles`, `SequentialParticles` or `Fit`, equal to what was saved. Arrays that
+        this JAX configuration cannot hold (64 bits without `jax.enable_x64`) come as NumPy arrays.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,6 +97,10 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
         return Draws.from_saved(saved, target)
     if saved.kind == "particles":
         return Particles.from_saved(saved, target)
+    if saved.kind == "sequential particles":
+        from .smc import SequentialParticles
+
+        return SequentialParticles.from_saved(saved, target)
     if saved.kind == "fit":
         from .fitted import Fit
 
@@ -127,7 +131,7 @@ def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None =
         raise StorageError(
             f"cannot save to {os.fspath(path)!r}: there is no folder {str(final.parent)!r}"
         )
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}  # by name: as it was given, and as it is written
     index = {
         "format": FORMAT,
         "kind": kind,
@@ -140,7 +144,7 @@ def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None =
         with open(partial, "xb") as stream:
             with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr(_INDEX, text)
-                for name, array in arrays.items():
+                for name, (_, array) in arrays.items():
                     with archive.open(name, "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
             stream.flush()
@@ -192,7 +196,7 @@ def read(path: PathLike, like: Any = None) -> Saved:
 # --------------------------------------------------------------------------- trees to JSON and back
 
 
-def _encode(node: Any, at: tuple[str, ...], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _encode(node: Any, at: tuple[str, ...], arrays: dict[str, Any]) -> dict[str, Any]:
     if type(node) is dict:
         for key in node:
             if not isinstance(key, str):
@@ -215,12 +219,13 @@ def _encode(node: Any, at: tuple[str, ...], arrays: dict[str, np.ndarray]) -> di
     return {"pytree": type(node).__qualname__, "leaves": items}
 
 
-def _encode_array(node: Any, at: tuple[str, ...], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _encode_array(node: Any, at: tuple[str, ...], arrays: dict[str, Any]) -> dict[str, Any]:
     if isinstance(node, Tracer):
         raise StorageError(
             f"cannot save {_named(at)} under jit or vmap: return the result and save it outside"
         )
     extra: dict[str, Any] = {}
+    given = node
     if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         extra["key"] = str(jax.random.key_impl(node))
         node = jax.random.key_data(node)
@@ -230,9 +235,11 @@ def _encode_array(node: Any, at: tuple[str, ...], arrays: dict[str, np.ndarray])
     if array.dtype.isbuiltin == 2:  # bfloat16 and its kin: NumPy's format knows their bytes only
         extra["dtype"] = array.dtype.name
         array = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
-    name = "/".join(quote(part, safe="") for part in at) or "array"
-    arrays[f"{name}.npy"] = array
-    return {"array": f"{name}.npy", **extra}
+    # An array that stands in several places is written once.
+    own = f"{'/'.join(quote(part, safe='') for part in at) or 'array'}.npy"
+    name = next((name for name, (other, _) in arrays.items() if other is given), own)
+    arrays[name] = (given, array)
+    return {"array": name, **extra}
 
 
 def _decode(node: dict[str, Any], archive: zipfile.ZipFile, like: Any, at: tuple[str, ...]) -> Any:

@@ -65,7 +65,8 @@ class tempering(eqx.Module):
             conditional effective sample size is `ess`.
         ess: the share of the particles that a step is to leave, when temperatures are chosen:
             `(sum_i W_i v_i)^2 / sum_i W_i v_i^2` with the weights `W` before the step and its factors `v`.
-        max_steps: how many temperatures there may be, when they are chosen; the last one is 1, however far.
+        max_steps: how many temperatures there may be, when they are chosen; the last one is 1, however far, with a
+            warning if that is further than `ess` allows.
         num_moves: how many transitions particles make after a resampling; `None` for as many of the default moves as
             it takes, 50 at most, and 5 of a kernel of your own.
 
@@ -160,6 +161,7 @@ class Particle(eqx.Module):
         level: the temperature, or how many rows are in.
         ahead: that after the step.
         done: whether the step after the last level has been made.
+        jumped: whether the last level is further than it should be.
         step_size: of the default moves.
     """
 
@@ -168,6 +170,7 @@ class Particle(eqx.Module):
     level: Float[Array, ""]
     ahead: Float[Array, ""]
     done: Bool[Array, ""]
+    jumped: Bool[Array, ""]
     step_size: Float[Array, ""]
 
 
@@ -201,16 +204,31 @@ class Tempered(eqx.Module):
         size = sum(np.prod(s.shape) for s in jax.tree.leaves(choices))
         step_size = jnp.asarray(max(size, 1) ** -0.25, zero.dtype)
         terms = self.path.terms(choices)
-        return Particle(choices, terms, zero, zero, jnp.zeros((), bool), step_size), zero
+        no = jnp.zeros((), bool)
+        return Particle(choices, terms, zero, zero, no, no, step_size), zero
 
     def adapt(self, t: Any, particles: Particle, log_weights: Array) -> Particle:
         """The particles with the level of the step to come."""
+        jumped = particles.jumped
         if self.levels is None:
-            ahead = jnp.where(t >= self.num_levels, 1.0, self._chosen(particles, log_weights))
+            chosen = self._chosen(particles, log_weights)
+            ahead = jnp.where(t >= self.num_levels, 1.0, chosen)
+            jumped = jumped | (ahead > chosen)
         else:
             ahead = self.levels[jnp.minimum(t, self.num_levels) - 1]
         ahead = jnp.broadcast_to(ahead, particles.level.shape)
-        return dataclasses.replace(particles, ahead=ahead, done=particles.level >= self.path.last)
+        done = particles.level >= self.path.last
+        return dataclasses.replace(particles, ahead=ahead, done=done, jumped=jumped)
+
+    def remark(self, particles: Particle) -> str | None:
+        """That the temperature had to rise too far at the end."""
+        if not bool(jnp.any(particles.jumped)):
+            return None
+        return (
+            f"After {self.num_levels} steps (max_steps) the temperature was not yet one and was set to it, however "
+            "far: the evidence and the particles are not to be trusted. Take more steps, or begin at a guide near the "
+            "posterior."
+        )
 
     def step(
         self, key: PRNGKeyArray, t: Any, particle: Particle

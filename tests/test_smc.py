@@ -3,6 +3,7 @@
 Bands are five standard errors of independent replicates; keys are fixed.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import multinomial, smc, ssp, stratified
+from weft.inference import load, multinomial, smc, ssp, stratified, systematic
 from weft.ppl import DensityError, ModelError, WeftError
 
 from programs import quick_compilation
@@ -90,10 +91,40 @@ def test_the_variance_of_the_evidence_from_one_run() -> None:
     runs = replicates(smc(series(6), 200, resample=multinomial, threshold=1.0), 4000)
     ratio = np.exp(np.asarray(runs.log_evidence) - sum(CASE["log_likelihood_increments"][:6]))
     squares = (ratio - 1) ** 2
-    single = np.asarray(runs.log_evidence_variance) * ratio**2  # V Z^2 is unbiased for var Z
+    single = -np.expm1(-np.asarray(runs.log_evidence_variance)) * ratio**2  # unbiased for var Z
     error = np.hypot(squares.std(), single.std()) / np.sqrt(ratio.size)
     assert abs(single.mean() - squares.mean()) < 5 * error
-    assert abs(np.mean(runs.log_evidence_variance) / squares.mean() - 1) < 0.15
+    assert abs(np.mean(runs.log_evidence_variance) / np.log(ratio).var() - 1) < 0.15
+
+
+def test_the_variance_while_many_have_descendants() -> None:
+    """Exactly Lee and Whiteley's estimate, from the ancestors of each step."""
+    run = smc(series(12), 2000, resample=multinomial, threshold=0.5, history="full")
+    found = run.run(KEY, progress=False)
+    path, first = found.path, np.arange(2000)
+    for chosen in np.asarray(path.ancestors)[1:]:
+        first = first[chosen]
+    shares = np.bincount(first, np.asarray(found.weights, float), 2000)
+    generations = 1 + int(path.resampled.sum())
+    assert 3 < generations < 20
+    assert int(path.since[-1]) == 0
+    assert int(path.num_ancestors[-1]) == len(set(first))
+    exact = 1 - (2000 / 1999) ** generations * (1 - np.sum(shares**2))
+    # A sum of squares in single precision, of which a part is taken away.
+    np.testing.assert_allclose(-np.expm1(-found.log_evidence_variance), exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("scheme", "threshold"), [(multinomial, 1.0), (systematic, 0.5)])
+def test_the_variance_in_a_long_series(scheme: Any, threshold: float) -> None:
+    """Particles whose ancestors are all one long before the end: the estimate beside the variance of replicates."""
+    algorithm = smc(series(150), 100, resample=scheme, threshold=threshold)
+    runs = replicates(dataclasses.replace(algorithm, collect=lambda particles: ()), 400)
+    assert np.all(np.asarray(runs.path.since)[:, -1] > 60)
+    single, variance = np.asarray(runs.log_evidence_variance), np.var(runs.log_evidence, ddof=1)
+    error = np.hypot(single.std() / 20, variance * (2 / 399) ** 0.5)
+    # What a lag of some ten generations leaves out, a tenth at most in this series.
+    assert abs(single.mean() - variance) < 5 * error + 0.1 * variance, (single.mean(), variance)
+    assert error < 0.1 * variance
 
 
 def test_history_traces_paths() -> None:
@@ -101,12 +132,61 @@ def test_history_traces_paths() -> None:
     path = found.path
     assert path is not None
     index = np.arange(20)
-    for t in range(7, 0, -1):
+    for t in range(7, int(path.since[-1]), -1):
         index = np.asarray(path.ancestors)[t][index]
     assert len(set(index.tolist())) == int(path.num_ancestors[-1])
     np.testing.assert_array_equal(path.particles[-1], found.choices["state"])
     np.testing.assert_allclose(path.ess[-1], found.ess(), rtol=1e-5)
     assert smc(series(8), 20).run(KEY, progress=False).path.ancestors is None
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_the_tree_of_those_with_descendants(threshold: float) -> None:
+    """The paths of the full history, from fewer particles; without resampling all are kept, and room is made."""
+    n, steps = 20, 40
+    y = Y[:steps]
+    runs = [
+        smc(Linear(y, steps), n, history=history, threshold=threshold).run(KEY, progress=False)
+        for history in ("full", "ancestors")
+    ]
+    full, kept = (run.path for run in runs)
+    assert full is not None
+    assert kept is not None
+    np.testing.assert_array_equal(runs[0].log_weights, runs[1].log_weights)
+    paths = np.asarray(runs[0].along(full.particles))
+    np.testing.assert_array_equal(paths, kept.tree.paths(steps))
+    # Values differ where particles do: the tree has those that the paths go through, and no other.
+    different = sum(len(np.unique(paths[:, t])) for t in range(steps))
+    assert kept.tree.capacity == different
+    assert different == n * steps if threshold == 0 else different < n * steps / 2
+    with pytest.raises(WeftError, match="has history='ancestors', this one 'full'"):
+        smc(Linear(y, steps), n, history="full").run(KEY, resume=runs[1], progress=False)
+
+
+def test_the_tree_needs_little_room() -> None:
+    n, steps = 1000, 5000
+    algorithm = smc(Linear(jnp.zeros(steps), steps), n, history="ancestors")
+    state = jax.eval_shape(algorithm.init, KEY, None)
+    room = algorithm.between(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state))[0]
+    nodes = steps + 4 * n * (1 + np.log2(n))
+    assert n <= room.tree.capacity <= nodes
+    assert nodes < 0.01 * n * steps + 1
+
+
+@pytest.mark.parametrize("history", ["ancestors", "full"])
+def test_a_run_that_was_read_goes_on_as_one_that_was_not(history: str, tmp_path: Path) -> None:
+    part = smc(series(8), 20, history=history, threshold=1.0).run(KEY, progress=False)
+    part.save(tmp_path / "part")
+    read = load(tmp_path / "part")
+    assert repr(read) == repr(part)
+    for one, other in zip(jax.tree.leaves(read.path), jax.tree.leaves(part.path), strict=True):
+        np.testing.assert_array_equal(one, other)
+    longer = smc(series(12), 20, history=history, threshold=1.0)
+    runs = [longer.run(KEY, resume=resume, progress=False) for resume in (read, part)]
+    for one, other in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ModelError, match="of another model, or of another history"):
+        smc(series(12), 20, threshold=1.0).run(KEY, resume=read, progress=False)
 
 
 def test_what_is_printed() -> None:
@@ -115,6 +195,7 @@ def test_what_is_printed() -> None:
     assert "log evidence" in text
     poor = repr(smc(series(30), 3, threshold=0.0).run(KEY, progress=False))
     assert "degenerated at step" in poor
+    assert "too few for the standard error" in poor
 
 
 class Impossible(Linear):

@@ -287,6 +287,18 @@ def test_the_next_temperature(terms: Any, level: float, weights: float) -> None:
     assert level < float(after.ahead[0]) < 1
 
 
+def test_a_last_temperature_set_too_far_is_said() -> None:
+    @gen
+    def precise() -> None:
+        sample("y", dist.Normal(sample("x", dist.Normal(0.0, 1.0)), 0.01))
+
+    target, kernel = precise().given({"y": 1.0}), kernels.random_walk(0.1)
+    with pytest.warns(UserWarning, match=r"After 3 steps \(max_steps\) the temperature was not"):
+        found = smc(tempering(max_steps=3), 50, rejuvenate=kernel).run(KEY, target, progress=False)
+    assert found.remark is not None
+    assert found.remark in repr(found)
+
+
 def test_temperatures_where_nothing_else_is_left() -> None:
     model = tempering(max_steps=6)(heavy().given({"y": FAR}))
     one, _ = model.init(KEY)
