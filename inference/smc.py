@@ -265,7 +265,7 @@ class smc(Algorithm):
         n, steps = self.num_particles, self._model.num_steps
         if init is not None:
             return self._extended(init, steps)
-        particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
+        particles, log_weights = jax.vmap(self._model.init)(_keys(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
         roots = jnp.arange(n) % self._num_chains
         zero = jnp.int32(0)
