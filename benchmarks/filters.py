@@ -3,12 +3,14 @@
     python benchmarks/filters.py                 counts: flops and bytes
     python benchmarks/filters.py --times 9       and times: medians of 9 rounds in turns
     python benchmarks/filters.py --growth        and seconds over numbers of particles and of steps
+    python benchmarks/filters.py --growth --plot growth.png            and a picture of them
+    python benchmarks/filters.py --tempering     tempering, beside BlackJAX's and on a regression
 
 The model is stochastic volatility, x_t = mu + rho (x_{t-1} - mu) + sigma e_t and y_t ~ N(0, exp(x_t)), with mu = -1,
 rho = 0.95, sigma = 0.25, 1,000 steps; 10,000 particles, systematic resampling. By hand it is a `jax.lax.scan` with the
 same resampling, random keys derived in the same way, and NumPyro's densities. Counts are those of XLA's cost analysis:
-integer work of random keys is counted as flops, and the body of a loop once. Peers are timed where they are installed
-(`particles`, on NumPy and numba).
+integer work of random keys is counted as flops, and the body of a loop once. Peers are timed where they are installed:
+`particles`, on NumPy and numba, and `cuthbert`, on JAX.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
-from weft.inference import filtering, smc, systematic
+from weft.inference import filtering, kernels, smc, systematic, tempering
 
 from weft import gen, sample
 
@@ -131,6 +133,48 @@ def by_particles(num_particles: int, threshold: float) -> Callable[..., Any]:
     return run
 
 
+def by_cuthbert(num_particles: int, threshold: float) -> Callable[..., Any]:
+    """The same by the package `cuthbert`."""
+    from cuthbert import filter as run_filter
+    from cuthbert.smc.particle_filter import build_filter
+    from cuthbertlib.resampling import adaptive, systematic
+
+    def propagate(key: Any, x: Any, inputs: Any) -> Any:
+        return MU + RHO * (x - MU) + inputs[0] * jax.random.normal(key)
+
+    def log_potential(before: Any, x: Any, inputs: Any) -> Any:
+        return dist.Normal(0.0, jnp.exp(x / 2)).log_prob(inputs[1])
+
+    resample = systematic.resampling
+    if threshold < 1:
+        resample = adaptive.ess_decorator(resample, threshold)
+    made = build_filter(
+        lambda key: jnp.asarray(MU), propagate, log_potential, num_particles, resample
+    )
+
+    def run(key: Any, y: Any) -> Any:
+        first, rest = jax.random.split(key)
+        scales = jnp.full(len(y), SIGMA).at[0].set(FIRST)
+        states = run_filter(made, (scales, y), made.init_prepare(key=first), key=rest)
+        return states.log_normalizing_constant[-1]
+
+    return run
+
+
+PEERS = {"particles": by_particles, "cuthbert": by_cuthbert}
+
+
+def systems() -> dict[str, Callable[..., Any]]:
+    """Weft, by hand, and the peers that are installed."""
+    there = {name: make for name, make in PEERS.items() if importlib.util.find_spec(name)}
+    return {"weft": by_weft, "by hand": by_hand, **there}
+
+
+def compiled(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is timed."""
+    return function if name == "particles" else jax.jit(function)
+
+
 def counts(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, float]:
     """Flops and bytes accessed of the compiled function."""
     analysis = jax.jit(function).lower(*args).compile().cost_analysis()
@@ -150,11 +194,128 @@ def seconds(functions: dict[str, Callable[..., Any]], args: Any, rounds: int) ->
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+PARTICLES, STEPS = (10**3, 10**4, 10**5, 10**6), (100, 1000, 10_000)
+
+
+def growth() -> dict[tuple[int, int], dict[str, float]]:
+    """Seconds over numbers of particles, 100 steps, and over numbers of steps, 1,000 particles; resampling always."""
+    found = {}
+    for n, steps in dict.fromkeys([*((n, 100) for n in PARTICLES), *((1000, t) for t in STEPS)]):
+        ready = {name: compiled(name, make(n, 1.0)) for name, make in systems().items()}
+        found[n, steps] = seconds(ready, (jax.random.key(1), data(steps)), 3)
+    return found
+
+
+def plot(found: dict[tuple[int, int], dict[str, float]], path: str) -> None:
+    """Both panels of growth, logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True, layout="constrained")
+    points = ([(n, 100) for n in PARTICLES], [(1000, t) for t in STEPS])
+    names = ("particles, 100 steps", "steps, 1,000 particles")
+    for which, (panel, keys, name) in enumerate(zip(panels, points, names, strict=True)):
+        for system in found[keys[0]]:
+            times = [found[key][system] for key in keys]
+            panel.loglog([key[which] for key in keys], times, marker="o", ms=3, label=system)
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+# --- tempering --------------------------------------------------------------------------------------------------------
+
+DIM, NOISE, MOVES, MOST_STEPS = 10, 0.1, 10, 200
+
+
+@gen
+def normals() -> None:
+    """Ten normal numbers, seen with a tenth of their deviation."""
+    x = sample("x", dist.Normal(jnp.zeros(DIM), 1.0).to_event(1))
+    sample("y", dist.Normal(x, NOISE).to_event(1))
+
+
+def by_blackjax(num_particles: int, y: Any) -> Callable[..., Any]:
+    """BlackJAX's adaptive tempering, its steps in one loop; log evidence and number of steps."""
+    import blackjax
+    from blackjax.smc import extend_params, resampling
+
+    settings = {"step_size": 0.1, "inverse_mass_matrix": jnp.ones(DIM), "num_integration_steps": 5}
+    algorithm = blackjax.adaptive_tempered_smc(
+        lambda x: dist.Normal(0.0, 1.0).log_prob(x).sum(),
+        lambda x: dist.Normal(x, NOISE).log_prob(y).sum(),
+        blackjax.hmc.build_kernel(),
+        blackjax.hmc.init,
+        extend_params(settings),
+        resampling.systematic,
+        0.5,
+        num_mcmc_steps=MOVES,
+    )
+
+    def run(key: Any) -> Any:
+        first, rest = jax.random.split(key)
+        state = algorithm.init(jax.random.normal(first, (num_particles, DIM)))
+
+        def step(carry: Any) -> Any:
+            state, evidence, i = carry
+            state, info = algorithm.step(jax.random.fold_in(rest, i), state)
+            return state, evidence + info.log_likelihood_increment, i + 1
+
+        def going_on(carry: Any) -> Any:
+            state, _, i = carry
+            return (state.tempering_param < 1) & (i < MOST_STEPS)
+
+        begun = (state, jnp.zeros(()), jnp.int32(0))
+        return jax.lax.while_loop(going_on, step, begun)[1:]
+
+    return run
+
+
+def tempered(algorithm: Any, target: Any) -> Callable[..., Any]:
+    """Log evidence and number of steps by a key."""
+
+    def run(key: Any) -> Any:
+        found = algorithm.run(key, target, progress=False)
+        return found.log_evidence, found.state.iteration
+
+    return run
+
+
+def temperings(rounds: int, num_particles: int = 2000) -> None:
+    """Evidence, its spread over twenty keys, and seconds of one run."""
+    y = jnp.linspace(-2.0, 2.0, DIM)
+    exact = float(dist.Normal(0.0, (1 + NOISE**2) ** 0.5).log_prob(y).sum())
+    target = normals().given({"y": y})
+    same = smc(
+        tempering(num_moves=MOVES), num_particles, threshold=1.0, rejuvenate=kernels.hmc(0.1, 5)
+    )
+    makers = {
+        "weft, the same moves": tempered(same, target),
+        "blackjax": by_blackjax(num_particles, y),
+        "weft, its own moves": tempered(smc(tempering(), num_particles), target),
+    }
+    ready = {name: jax.jit(make) for name, make in makers.items()}
+    times = seconds(ready, (jax.random.key(1),), rounds)
+    keys = jax.random.split(jax.random.key(2), 20)
+    print(f"\nTempering, {num_particles} particles; the log evidence is {exact:.2f}\n")
+    print("| system | steps | log evidence, less the exact | spread | seconds |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name, run in ready.items():
+        logs, steps = (np.asarray(x, float) for x in jax.lax.map(run, keys))
+        off = f"{np.mean(logs) - exact:.2f} ± {np.std(logs) / 20**0.5:.2f}"
+        print(f"| {name} | {steps.mean():.1f} | {off} | {np.std(logs):.2f} | {times[name]:.3f} |")
+
+
 def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--times", type=int, default=0)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--tempering", action="store_true")
     parser.add_argument("--particles", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
@@ -166,12 +327,9 @@ def main() -> None:
     print("| resampling | system | flops | bytes | seconds | log evidence |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for threshold in (1.0, 0.5):
-        makers = {"weft": by_weft, "by hand": by_hand}
-        if importlib.util.find_spec("particles"):
-            makers["particles"] = by_particles
-        made = {name: make(options.particles, threshold) for name, make in makers.items()}
+        made = {name: make(options.particles, threshold) for name, make in systems().items()}
         work = {name: counts(made[name], (key, y)) for name in ("weft", "by hand")}
-        ready = {n: f if n == "particles" else jax.jit(f) for n, f in made.items()}
+        ready = {name: compiled(name, f) for name, f in made.items()}
         times = seconds(ready, (key, y), options.times) if options.times else {}
         for name, function in ready.items():
             cells = [
@@ -182,11 +340,17 @@ def main() -> None:
             evidence = float(function(key, y))
             print(f"| ESS < {threshold:g} N | {name} | {' | '.join(cells)} | {evidence:.2f} |")
     if options.growth:
-        print("\n| particles | steps | weft | by hand |\n| ---: | ---: | ---: | ---: |")
-        for n, steps in ((10**3, 1000), (10**4, 1000), (10**5, 1000), (10**6, 100), (10**4, 4000)):
-            both = {"weft": by_weft(n, 1.0), "by hand": by_hand(n, 1.0)}
-            times = seconds({k: jax.jit(f) for k, f in both.items()}, (key, data(steps)), 3)
-            print(f"| {n} | {steps} | {times['weft']:.3f} | {times['by hand']:.3f} |")
+        found = growth()
+        names = list(next(iter(found.values())))
+        print(
+            f"\n| particles | steps | {' | '.join(names)} |\n| ---: | ---: {'| ---: ' * len(names)}|"
+        )
+        for (n, steps), times in found.items():
+            print(f"| {n} | {steps} | {' | '.join(f'{times[x]:.3f}' for x in names)} |")
+        if options.plot:
+            plot(found, options.plot)
+    if options.tempering:
+        temperings(max(options.times, 3))
 
 
 if __name__ == "__main__":

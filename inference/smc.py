@@ -309,7 +309,7 @@ class smc(Algorithm):
             if not isinstance(init, SMCState):  # read from a file, which knows leaves
                 init = _shaped(init, jax.eval_shape(lambda: self.init(key, target)))
             return self._extended(init, steps)
-        particles, log_weights = jax.vmap(self._model.init)(jax.random.split(key, n))
+        particles, log_weights = jax.vmap(self._model.init)(_keys(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
         coalescence = Coalescence.begin(n, self._num_chains, self.resample is multinomial)
         zero = jnp.int32(0)
