@@ -126,4 +126,4 @@ class Coalescence(eqx.Module):
     def _count(self, since: Since) -> Int[Array, ""]:
         # Particles of one chain share their ancestor: the first of each are enough.
         marked = jnp.zeros(self.num, jnp.int32).at[since.ancestors[: self.num]].set(1)
-        return jnp.sum(marked)
+        return jnp.sum(marked, dtype=jnp.int32)

@@ -308,7 +308,7 @@ class Filter(eqx.Module):
         moved = {
             **particle,
             "carry": carry,
-            "message": parts.next_message(*self._read(particle, i), trace.choices),
+            "message": parts.next_message(trace.choices, *self._read(particle, i)),
             "now": self._latent(trace.choices, 1),
             "ys": [b.at[i].set(y) for b, y in zip(particle["ys"], read, strict=True)],
         }

@@ -125,7 +125,11 @@ class tempering(eqx.Module):
     def __call__(self, target: Target) -> FeynmanKac:
         """The Feynman-Kac model of a target."""
         target = target.staged()
-        _check_target(target)
+        if not target.latents:
+            raise WeftError(
+                f"tempering: the target of model {target.program.name!r} has no latent choice to infer"
+            )
+        _check_exact(target.program)
         if self.guide is not None:
             guide: Any = self.guide
             if not isinstance(guide, Program) and callable(guide):
@@ -134,6 +138,7 @@ class tempering(eqx.Module):
             _check_program(guide)
             path: Path = Bridge(target, guide.staged())
         else:
+            _check_program(target.program)
             path = Likelihood(target, self.by)
         levels, num_levels = None, self.max_steps
         if self.by is not None:
@@ -203,7 +208,7 @@ class Tempered(eqx.Module):
         # Stable for d independent coordinates (Beskos et al. 2013).
         size = sum(np.prod(s.shape) for s in jax.tree.leaves(choices))
         step_size = jnp.asarray(max(size, 1) ** -0.25, zero.dtype)
-        terms = self.path.terms(choices)
+        terms = self._terms(choices)
         no = jnp.zeros((), bool)
         return Particle(choices, terms, zero, zero, no, no, step_size), zero
 
@@ -253,7 +258,7 @@ class Tempered(eqx.Module):
         particles = dataclasses.replace(
             particles,
             choices=choices,
-            terms=jax.vmap(self.path.terms)(choices),
+            terms=jax.vmap(self._terms)(choices),
             step_size=jnp.broadcast_to(step_size, particles.step_size.shape),
         )
         return particles, {**info, self.path.unit: particles.level[0]}
@@ -265,6 +270,11 @@ class Tempered(eqx.Module):
     def choices(self, particle: Particle) -> dict[str, Any]:
         """The latent choices."""
         return particle.choices
+
+    def _terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
+        """The terms of the path; where they are no number nothing can be: a Cholesky factor failed there, say."""
+        terms = self.path.terms(choices)
+        return jnp.where(jnp.isnan(terms), -jnp.inf, terms)
 
     def _chosen(self, particles: Particle, log_weights: Array) -> Float[Array, ""]:
         """The next temperature by bisection on the conditional effective sample size."""
@@ -316,7 +326,8 @@ def _moved(
 
 MOST_MOVES = 50
 SMALL_CORRELATION = 0.1  # the largest of a few correlations of a thousand independent pairs
-SMALL_DECREASE = 0.01
+SMALL_DECREASE = 0.05
+ROUND = 5  # moves, after which correlations must have fallen by so much; not in the first, which finds a step size
 MOST_LEAPFROGS = 32
 SMALLEST_STEP = 0.1  # of the largest
 TIME = 4.0  # on average; half a period of a standard normal is pi
@@ -356,12 +367,14 @@ def _hamiltonian(
         i, _, _, _, before, now = carry
         if num_moves is not None:
             return i < num_moves
+        large = now > SMALL_CORRELATION
         # What no longer falls will not: particles that keep to their modes stay correlated.
-        falling = (now > SMALL_CORRELATION) & (now < before - SMALL_DECREASE)
-        return (i < MOST_MOVES) & ((i < 1) | jnp.any(falling))
+        falling = (i % ROUND != 0) | (i <= ROUND) | (now < before - SMALL_DECREASE)
+        return (i < MOST_MOVES) & jnp.any(large & falling)
 
     def transition(carry: Any) -> Any:
-        i, states, step_size, rates, _, before = carry
+        i, states, step_size, rates, before, now = carry
+        before = jnp.where(i % ROUND == 0, now, before)
         time_key, step_key, move_key = jax.random.split(jax.random.fold_in(key, i), 3)
         # Lengths differ, or trajectories of one period would return to where they began; step sizes
         # differ from particle to particle, since some of them stand where the law is narrow.
@@ -453,24 +466,21 @@ def _check_schedule(schedule: Any) -> None:
         )
 
 
-def _check_target(target: Target) -> None:
-    if not target.latents:
-        raise WeftError(
-            f"tempering: the target of model {target.program.name!r} has no latent choice to infer"
-        )
-    _check_program(target.program)
-
-
-def _check_program(program: Program) -> None:
+def _check_exact(program: Program) -> None:
     if program.estimated:
         raise DensityError(
             f"tempering: the density of {program.name!r} is an estimate, drawn anew at each evaluation, and kernels "
             "need an exact one: take importance"
         )
+
+
+def _check_program(program: Program) -> None:
+    _check_exact(program)
     if summed := summed_out(program.code()[0].jaxpr):
         raise DensityError(
             f"tempering: in {program.name!r} {', '.join(map(repr, summed))} are summed out, and a power of the "
-            "sum is no sum of powers: write it as a distribution (dist.MixtureSameFamily), or take nuts or importance"
+            "sum is no sum of powers: begin at a program that draws the others, their prior say, "
+            "tempering(guide=program), or write the sum as a distribution (dist.MixtureSameFamily)"
         )
     if fixed := list(_fixed_in_part(program.code()[0].jaxpr)):
         raise DensityError(

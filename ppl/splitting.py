@@ -106,11 +106,11 @@ class Split(eqx.Module):
 
     def next_message(
         self,
+        choices: dict[str, Any],
         consts: list[Any],
         carry: list[Any],
         message: list[Any],
         x: list[Any],
-        choices: dict[str, Any],
     ) -> list[Any]:
         """The message after a step whose other choices are known."""
         args = [*consts, *carry, *message, *x]
