@@ -54,11 +54,14 @@ def data(num_steps: int) -> jax.Array:
 
 
 def by_weft(num_particles: int, threshold: float) -> Callable[..., Any]:
-    """Log evidence by a key and a target."""
+    """Log evidence, last particles and their log weights, by a key and a target."""
     algorithm = smc(filtering(), num_particles=num_particles, threshold=threshold)
-    return lambda key, y: (
-        algorithm.run(key, volatility(len(y)).given({"y": y}), progress=False).log_evidence
-    )
+
+    def run(key: Any, y: Any) -> Any:
+        found = algorithm.run(key, volatility(len(y)).given({"y": y}), progress=False)
+        return found.log_evidence, found.choices["x"], found.log_weights
+
+    return run
 
 
 def by_hand(num_particles: int, threshold: float) -> Callable[..., Any]:
@@ -103,7 +106,8 @@ def by_hand(num_particles: int, threshold: float) -> Callable[..., Any]:
             return (x, log_weights, evidence), None
 
         carry = (x, log_weights, evidence)
-        return jax.lax.scan(step, carry, (jnp.arange(1, len(y)), y[1:]))[0][2]
+        x, log_weights, evidence = jax.lax.scan(step, carry, (jnp.arange(1, len(y)), y[1:]))[0]
+        return evidence, x, log_weights
 
     return run
 
@@ -128,7 +132,7 @@ def by_particles(num_particles: int, threshold: float) -> Callable[..., Any]:
         model = models.Bootstrap(ssm=Volatility(), data=np.asarray(y, float))
         filtered = SMC(fk=model, N=num_particles, resampling="systematic", ESSrmin=threshold)
         filtered.run()
-        return filtered.logLt
+        return filtered.logLt, filtered.X, filtered.W
 
     return run
 
@@ -156,7 +160,7 @@ def by_cuthbert(num_particles: int, threshold: float) -> Callable[..., Any]:
         first, rest = jax.random.split(key)
         scales = jnp.full(len(y), SIGMA).at[0].set(FIRST)
         states = run_filter(made, (scales, y), made.init_prepare(key=first), key=rest)
-        return states.log_normalizing_constant[-1]
+        return states.log_normalizing_constant[-1], states.particles[-1], states.log_weights[-1]
 
     return run
 
@@ -337,7 +341,7 @@ def main() -> None:
                 for count, base in zip(work.get(name, ()), work["by hand"], strict=False)
             ] or ["", ""]
             cells.append(f"{times[name]:.3f}" if times else "")
-            evidence = float(function(key, y))
+            evidence = float(function(key, y)[0])
             print(f"| ESS < {threshold:g} N | {name} | {' | '.join(cells)} | {evidence:.2f} |")
     if options.growth:
         found = growth()

@@ -153,7 +153,7 @@ class Algorithm(Printed, eqx.Module):
             progress=progress,
             describe=settings.describe,
             finished=settings.finished,
-            between=self.between,
+            between=settings.between,
         )
         if done < stop and not settings.finished(state):
             if not self.has_result(done):

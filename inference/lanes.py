@@ -29,7 +29,7 @@ from weft.ppl.lifting import reads
 from .algorithm import Algorithm, State
 from .results import Particles, shuffled
 from .runner import tracing
-from .smc import Path, SequentialParticles, nothing, smc
+from .smc import FEW_ANCESTORS, Path, SequentialParticles, nothing, reshaped, smc
 
 
 class Lanes(eqx.Module):
@@ -155,11 +155,15 @@ class LaneParticles(SequentialParticles):
             one = jax.vmap(one)
         return one(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, ndim), (path, tree)))
 
+    def _saved(self) -> tuple[str, dict[str, Any]]:
+        return "lane particles", super()._saved()[1]
+
     def _title(self) -> str:
         title = Particles._title(self)
         if self.path is None or tracing(self.path):
             return title
         ess, roots = np.asarray(self.path.ess), np.asarray(self.path.num_ancestors[-1])
+        since, least = np.asarray(self.path.since[-1]), int(np.min(self.path.num_ancestors))
         worst = np.unravel_index(np.argmin(ess), ess.shape)
         fewest = np.unravel_index(np.argmin(roots), roots.shape)
         step, lane = int(worst[0]), _named(worst[1:])
@@ -168,12 +172,13 @@ class LaneParticles(SequentialParticles):
             title,
             f"{roots.size} lanes with a filter each, {len(ess)} steps, resampled before {times.min()} to "
             f"{times.max()}; smallest effective sample size {ess[worst]:.3g} (lane {lane}, step {step}); the last "
-            f"particles descend from {roots[fewest]} of the first, or more (lane {_named(fewest)})",
+            f"particles descend from {roots[fewest]} of those of step {since[fewest]}, or more (lane {_named(fewest)})",
             f"Each lane's particles were drawn by its last weights, and are worth {ess[-1].min():.3g} or more.",
         ]
-        if roots[fewest] < 10:
+        if least < FEW_ANCESTORS:
             lines.append(
-                "These are too few for the standard error, which may be far too small, to be trusted."
+                f"Those of some step descend from {least} only (path.num_ancestors): too few for the standard error, "
+                "which may be far too small, to be trusted."
             )
         if ess[worst] < max(10.0, 0.01 * self.num_particles):
             lines.append(
@@ -207,6 +212,8 @@ class OverLanes(Algorithm):
         run_key, last_key = jax.random.split(key)
         before = []
         if init is not None:
+            if not isinstance(init, LaneState):  # read from a file, which knows leaves
+                init = reshaped(init, jax.eval_shape(lambda: self.init(key, target)))
             last_key, before = init.key, [init.states]
             had = init.states.iteration.shape[0]
             if had != self.lanes.size:

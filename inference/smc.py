@@ -291,6 +291,10 @@ class smc(Algorithm):
                 "rejuvenate(key, t, particles, kernel)"
             )
         if isinstance(model, Lanes):
+            if self.history == "ancestors":
+                raise WeftError(
+                    "smc: history='ancestors' makes room as a run goes on, which cannot be done for lanes: take 'full'"
+                )
             return OverLanes(self, model)
         _check_particle(model)
         return dataclasses.replace(self, model=model)
@@ -307,7 +311,7 @@ class smc(Algorithm):
         n, steps = self.num_particles, self._model.num_steps
         if init is not None:
             if not isinstance(init, SMCState):  # read from a file, which knows leaves
-                init = _shaped(init, jax.eval_shape(lambda: self.init(key, target)))
+                init = reshaped(init, jax.eval_shape(lambda: self.init(key, target)))
             return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(_keys(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
@@ -668,7 +672,7 @@ def _plain(tree: Any) -> Any:
     return type(tree)(map(_plain, tree)) if type(tree) in (list, tuple) else tree
 
 
-def _shaped(leaves: Sequence[Array], like: Any) -> Any:
+def reshaped(leaves: Sequence[Array], like: Any) -> Any:
     """Arrays of a state in the structure of another."""
     templates, structure = jax.tree.flatten(like)
     same = len(leaves) == len(templates) and all(

@@ -47,7 +47,7 @@ class Saved(NamedTuple):
     """What a file holds.
 
     Attributes:
-        kind: what the tree is of: "draws", "particles", "sequential particles", "fit".
+        kind: what the tree is of: "draws", "particles", "sequential particles", "lane particles", "fit".
         tree: the arrays, nested as they were given.
         meta: what else was noted, as JSON knows it.
         path: where it was read.
@@ -101,6 +101,10 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
         from .smc import SequentialParticles
 
         return SequentialParticles.from_saved(saved, target)
+    if saved.kind == "lane particles":
+        from .lanes import LaneParticles
+
+        return LaneParticles.from_saved(saved, target)
     if saved.kind == "fit":
         from .fitted import Fit
 

@@ -46,8 +46,8 @@ class tempering(eqx.Module):
     transitions with the covariance of the particles as inverse mass (their variances where they are fewer
     than ten a coordinate) and step sizes that follow the acceptance rate, as many as it takes until
     particles are uncorrelated with what they were before, or correlations no longer fall (after Buchholz,
-    Chopin and Jacob 2021). A last step weighs nothing: it resamples and moves what came out of the one
-    before, if that is due.
+    Chopin and Jacob 2021). Where the density is no number it counts as zero. A last step weighs nothing:
+    it resamples and moves what came out of the one before, if that is due.
 
     The first temperature is 0. In `result.path`, `log_increments` has what each step added to the log
     evidence: with `by="row"` step `n` has the log predictive density of the rows that it adds, given those

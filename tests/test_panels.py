@@ -4,6 +4,7 @@ Evidences are unbiased and means of paths known: bands are 5.5 standard errors o
 false alarm in 3e7 for a normal statistic; keys are fixed.
 """
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from weft.inference import (
     backward_sampling,
     filtering,
+    load,
     multinomial,
     paris,
     parisian_gibbs,
@@ -276,11 +278,14 @@ def test_smoothing() -> None:
     assert draws.choices["x"].shape == (2, 3, LANES, STEPS)
 
 
-def test_more_data_and_many_lanes() -> None:
-    """A run that goes on is one run; lanes of lanes are lanes, with draws of their own."""
+def test_more_data_and_many_lanes(tmp_path: Path) -> None:
+    """A run that goes on, from a file too, is one run; lanes of lanes are lanes, with draws of their own."""
     short = smc(filtering(), 20, history="full").run(
         KEY, no_starts(2).given({"y": Y[:, :2]}), progress=False
     )
+    short.save(tmp_path / "short")
+    assert repr(load(tmp_path / "short")) == repr(short)
+    short = load(tmp_path / "short")
     target = no_starts().given({"y": Y})
     again = smc(filtering(), 20, history="full").run(KEY, target, resume=short, progress=False)
     whole = smc(filtering(), 20, history="full").run(KEY, target, progress=False)
@@ -300,7 +305,7 @@ def test_more_data_and_many_lanes() -> None:
 
     with pytest.raises(WeftError, match="had 3 lanes, this model has 2"):
         smc(filtering(), 20).run(
-            KEY, groups().given({"y": jnp.stack([Y, Y])}), resume=short, progress=False
+            KEY, groups().given({"y": jnp.stack([Y, Y])}), resume=whole, progress=False
         )
 
 

@@ -411,6 +411,25 @@ def test_discrete_choices_and_kernels_made_of_particles() -> None:
         smc(tempering(), 20).run(KEY, target, progress=False)
 
 
+def test_a_sum_from_a_guide_and_densities_that_are_no_number() -> None:
+    """Of the root of a number, whose sign is summed out; where the number is negative nothing can be."""
+
+    @gen
+    def root() -> None:
+        x = sample("x", dist.Normal(0.0, 1.0))
+        z = sample("z", dist.Bernoulli(0.3))
+        sample("y", dist.Normal(jnp.sqrt(x) * (1 - 2.0 * z), 0.3))
+
+    prior = gen(lambda: sample("x", dist.Normal(0.0, 1.0)))()
+    target = marginalize(root, "z")().given({"y": 1.2})
+    x = jnp.linspace(1e-4, 8.0, 8000)
+    logs = jax.vmap(lambda x: target.log_density({"x": x}))(x)
+    exact, mean = logsumexp(logs) + jnp.log(x[1] - x[0]), jax.nn.softmax(logs) @ x
+    runs = replicates(smc(tempering(guide=prior), 500), target, 20)
+    near(jnp.exp(runs.log_evidence - exact), 1.0, allowed=5 / 500)  # temperatures are chosen
+    near(means(runs, runs.choices["x"]), mean, allowed=5 / 500)
+
+
 def test_what_comes_out() -> None:
     target = rich(X).given(DATA)
     found, other = (
