@@ -208,7 +208,7 @@ class OverLanes(Algorithm):
     def num_iterations(self, target: Target) -> int:
         return self.lanes.num_steps - 1
 
-    def init(self, key: PRNGKeyArray, target: Target, init: LaneState | None = None) -> LaneState:
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> LaneState:
         run_key, last_key = jax.random.split(key)
         before = []
         if init is not None:
