@@ -332,12 +332,12 @@ def test_derivative_of_the_evidence() -> None:
 
 
 def test_cost_beside_a_filter_by_hand() -> None:
-    """Of compiled work, loops counted once: `python benchmarks/filters.py` gives 1.12 and 1.05."""
+    """Of compiled work, loops counted once; `python benchmarks/filters.py` has the figures of larger runs."""
     y = filters.data(20)
     own, hand = (
         filters.counts(make(2000, 1.0), (KEY, y)) for make in (filters.by_weft, filters.by_hand)
     )
-    assert own[0] < 1.15 * hand[0]
+    assert own[0] < 1.1 * hand[0]
     assert own[1] < 1.1 * hand[1]
 
 
