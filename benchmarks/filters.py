@@ -4,7 +4,8 @@
     python benchmarks/filters.py --times 9       and times: medians of 9 rounds in turns
     python benchmarks/filters.py --growth        and seconds over numbers of particles and of steps
     python benchmarks/filters.py --growth --plot growth.png            and a picture of them
-    python benchmarks/filters.py --tempering     tempering, beside BlackJAX's and on a regression
+    python benchmarks/filters.py --tempering     tempering, beside BlackJAX's and beside exact log evidences
+    python benchmarks/filters.py --variance      the variance of the log evidence, estimated from one run
 
 The model is stochastic volatility, x_t = mu + rho (x_{t-1} - mu) + sigma e_t and y_t ~ N(0, exp(x_t)), with mu = -1,
 rho = 0.95, sigma = 0.25, 1,000 steps; 10,000 particles, systematic resampling. By hand it is a `jax.lax.scan` with the
@@ -16,8 +17,10 @@ integer work of random keys is counted as flops, and the body of a loop once. Pe
 import argparse
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,8 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
-from weft.inference import filtering, kernels, smc, systematic, tempering
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples are no part of the package
+
+from weft.inference import filtering, kernels, multinomial, smc, systematic, tempering
+
+from benchmarks.posteriors import CASES, load
 from weft import gen, sample
 
 MU, RHO, SIGMA = -1.0, 0.95, 0.25
@@ -230,6 +237,44 @@ def plot(found: dict[tuple[int, int], dict[str, float]], path: str) -> None:
     figure.savefig(path, dpi=100)
 
 
+# --- variance ---------------------------------------------------------------------------------------------------------
+
+SCHEMES = ((200, multinomial, 1.0), (1000, multinomial, 1.0), (1000, systematic, 0.5))
+
+
+@gen
+def autoregression(num_steps: int) -> None:
+    """A coefficient of .95, seen in noise of deviation one."""
+
+    def step(x: Any, _: Any) -> Any:
+        x = sample("x", dist.Normal(0.95 * x, 0.3))
+        sample("y", dist.Normal(x, 1.0))
+        return x, None
+
+    jax.lax.scan(step, 0.0, length=num_steps)
+
+
+def variances(num_steps: int = 1000, num_runs: int = 300) -> None:
+    """The variance of the log evidence over runs, beside its estimate from each."""
+    y = autoregression(num_steps).simulate(jax.random.key(0)).choices["y"]
+    target = autoregression(num_steps).given({"y": y})
+    keys = jax.random.split(jax.random.key(1), num_runs)
+    print(f"\nVariance of the log evidence, {num_steps} steps, {num_runs} runs\n")
+    print("| particles | resampling | over the runs | mean of the estimates (deviation) |")
+    print("| ---: | --- | ---: | ---: |")
+    for n, scheme, threshold in SCHEMES:
+        algorithm = smc(filtering(), n, resample=scheme, threshold=threshold)
+
+        def run(key: Any, algorithm: Any = algorithm) -> Any:
+            found = algorithm.run(key, target, progress=False)
+            return found.log_evidence, found.log_evidence_variance
+
+        logs, single = (np.asarray(x, float) for x in jax.jit(lambda k: jax.lax.map(run, k))(keys))
+        variance = logs.var(ddof=1)
+        cells = f"{variance:.2f} ± {variance * (2 / num_runs) ** 0.5:.2f} | {single.mean():.2f} ({single.std():.2f})"
+        print(f"| {n} | {scheme.__name__}, {threshold:g} | {cells} |")
+
+
 # --- tempering --------------------------------------------------------------------------------------------------------
 
 DIM, NOISE, MOVES, MOST_STEPS = 10, 0.1, 10, 200
@@ -313,6 +358,33 @@ def temperings(rounds: int, num_particles: int = 2000) -> None:
         print(f"| {name} | {steps.mean():.1f} | {off} | {np.std(logs):.2f} | {times[name]:.3f} |")
 
 
+REFERENCES = ("sblri", "eight_schools_noncentered", "brownian_known_scales")
+
+
+def references(num_runs: int = 16) -> None:
+    """Tempering from the prior beside exact log evidences, in double precision."""
+    print(f"\nFrom the prior, 1,000 particles, {num_runs} runs\n")
+    print("| target | temperatures | moves | log evidence, less the exact | spread |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for name in REFERENCES:
+        case, algorithm = CASES[name], smc(tempering(), 1000)
+        known = load(case, "reference")
+        exact = next(v for k, v in known.items() if k.startswith("log_evidence_exact"))
+        with jax.enable_x64(True):
+            target = case.target(load(case, "data"))
+
+            def run(key: Any, target: Any = target, algorithm: Any = algorithm) -> Any:
+                found = algorithm.run(key, target, progress=False)
+                return found.log_evidence, found.state.iteration, found.path.info["num_moves"]
+
+            keys = jax.random.split(jax.random.key(2), num_runs)
+            found = jax.jit(lambda keys, run=run: jax.lax.map(run, keys))(keys)
+        logs, steps, moves = (np.asarray(x, float) for x in found)
+        off = f"{logs.mean() - exact:.2f} ± {logs.std() / num_runs**0.5:.2f}"
+        cells = (f"{steps.mean() - 1:.1f}", f"{moves.sum(1).mean():.0f}", off, f"{logs.std():.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -320,6 +392,7 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--tempering", action="store_true")
+    parser.add_argument("--variance", action="store_true")
     parser.add_argument("--particles", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
@@ -353,8 +426,11 @@ def main() -> None:
             print(f"| {n} | {steps} | {' | '.join(f'{times[x]:.3f}' for x in names)} |")
         if options.plot:
             plot(found, options.plot)
+    if options.variance:
+        variances()
     if options.tempering:
         temperings(max(options.times, 3))
+        references()
 
 
 if __name__ == "__main__":

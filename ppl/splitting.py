@@ -6,7 +6,6 @@ after it read. Calls (jit, checkpoint) around the scan are inlined.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -236,31 +235,12 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     num_state = num_consts + num_carry
     read = [num_state + i for i, r in enumerate(reads_ys) if r]
     sited_before = any(eqn_holds_sites(e) for e in before)
-    handed, handed_before, gone = None, False, set()
+    handed = None
     if addresses:
-        begins = stage(functools.partial(first, wanted), args) if sited_before else None
-        depends = [] if begins is None else _depends(begins, args, addresses, options)
-        first_slots = tuple(i for i in depends if i < num_state)
-        constant = {eqn.invars[i] for i in first_slots if i < num_consts}
-        gone = {wanted[i] for i in depends if i >= num_state}
-        if gone - constant or any(num_state <= i < len(eqn.invars) for i in depends):
-            raise ModelError(
-                f"filtering: {_listed(addresses)} is summed out, and read before the scan by what the scan, or what "
-                "follows it, reads beside its carry: a filter hands on consts and carry only. Leave it in the model"
-            )
-        handed_before = bool(first_slots)
-        before_args = None if begins is None else (begins, args)
-        handed = _handed(
-            body, avals, num_consts, num_carry, read, first_slots, before_args, addresses, options
-        )
+        handed, kept = _handed(first, wanted, args, eqn, sited_before, read, addresses, options)
     slots, form = ((), None) if handed is None else (handed.slots, handed.form)
-    entry = [wanted[i] for i in slots]
-    if handed is not None and handed_before:
-        code, found = stage(functools.partial(first, entry), args)
-        handed = dataclasses.replace(handed, before_code=code, before_args=[*found, *args])
-        entry = []
-
-    kept = [v for v in kept if v not in gone]
+    known_first = handed is not None and handed.before_code is None
+    entry = [wanted[i] for i in slots] if known_first else []
     groups = (
         [wanted[i] for i in range(num_consts) if i not in slots],
         [wanted[i] for i in range(num_consts, num_state) if i not in slots],
@@ -368,44 +348,62 @@ def _inputs(
 
 
 def _handed(
-    body: Any,
-    avals: list[Any],
-    num_consts: int,
-    num_carry: int,
+    first: Any,
+    wanted: list[Any],
+    args: list[Any],
+    eqn: Any,
+    sited_before: bool,
     read: list[int],
-    slots: tuple[int, ...],
-    begins: Any,
     addresses: Any,
     options: Options,
-) -> Handed | None:
-    """How what is summed out reaches the next step, if it does.
+) -> tuple[Handed | None, list[Any]]:
+    """How what is summed out reaches the next step, if it does, and the values beside that are kept for the end.
 
-    Which leaves of the state depend on it, and the form of their message, is found by walking steps until another one
-    changes nothing. `slots` are those that do before the first step.
+    Which leaves of the state depend on it, and the form of their message, is found by walking what comes before the
+    scan, then steps until another one changes nothing.
     """
-    num_state = num_consts + num_carry
+    num_consts, num_carry = scan_sizes(eqn.params)
+    num_state, num_read = num_consts + num_carry, len(eqn.invars)
+    body = eqn.params["jaxpr"]
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in open_jaxpr(body)[0].invars]
+
+    depends: list[int] = []
+    if sited_before:
+        begins = stage(functools.partial(first, wanted), args)
+        depends = _depends(begins, args, addresses, options)
+    slots = tuple(i for i in depends if i < num_state)
+    constant = {wanted[i] for i in slots if i < num_consts}
+    if any(i >= num_state and (i < num_read or wanted[i] not in constant) for i in depends):
+        raise ModelError(
+            f"filtering: {_listed(addresses)} is summed out, and read before the scan by what the scan, or what "
+            "follows it, reads beside its carry: a filter hands on consts and carry only. Leave it in the model"
+        )
+    kept = [v for i, v in enumerate(wanted) if i >= num_read and i not in depends]
+
     form: Form | None = None
-    before = bool(slots)
     while True:
-        if before:
-            (code, found), args = begins
-            form = _form(code, [*found, *args], addresses, options, slots)
+        before_code, before_args = None, []
+        if depends:
+            before_code, found = stage(functools.partial(first, [wanted[i] for i in slots]), args)
+            before_args = [*found, *args]
+            form = _form(before_code, before_args, addresses, options, range(len(slots)))
         inputs = _inputs(avals, num_state, slots, form)
         step = stage(_step(body, num_consts, num_carry, slots, form), inputs)
-        depends = _depends(step, inputs, addresses, options)
-        if set(depends) & set(read):
+        reached = _depends(step, inputs, addresses, options)
+        if set(reached) & set(read):
             raise ModelError(
                 f"filtering: what follows the scan reads an output of every step that depends on {_listed(addresses)}, "
                 "which is summed out: observe it inside the step, or leave it in the model"
             )
-        grown = tuple(sorted({*slots, *(i for i in depends if i < num_state)}))
+        grown = tuple(sorted({*slots, *(i for i in reached if i < num_state)}))
         if not grown:
-            return None
-        code, found = step
-        new = _form(code, [*found, *inputs], addresses, options, grown)
+            return None, kept
+        code, consts = step
+        new = _form(code, [*consts, *inputs], addresses, options, grown)
         if (grown, new) == (slots, form):
-            return Handed(code, found, None, [], slots, new, addresses, options)
-        if before and grown == slots:
+            made = (code, consts, before_code, before_args, slots, new, addresses, options)
+            return Handed(*made), kept
+        if depends and grown == slots:
             raise ModelError(
                 f"filtering: what comes before the scan hands on another law of {_listed(addresses)} than the steps do "
                 f"({form} and {new}): give it, or draw it in the first step"

@@ -16,7 +16,6 @@ from weft.inference import (
     backward_sampling,
     filtering,
     load,
-    multinomial,
     paris,
     parisian_gibbs,
     pmmh,
@@ -154,23 +153,6 @@ def switching() -> Any:
 
 
 SWITCHING = {"y": jnp.array([[0.1, 1.9], [1.2, -0.4]])}
-
-
-def test_gradient_of_the_evidence() -> None:
-    """The score, by derivatives through the filters of all lanes; biased by the order of the variance, .02 here."""
-    num = 100
-
-    def log_evidence(slope: Any, key: Any) -> Any:
-        algorithm = smc(filtering(), 200, resample=multinomial, threshold=1.0)
-        target = panel().given({**DATA, "slope": slope})
-        return algorithm.run(key, target, progress=False).log_evidence
-
-    scores = np.asarray(
-        jax.jit(jax.vmap(jax.grad(log_evidence), (None, 0)))(0.8, jax.random.split(KEY, num))
-    )
-    ends = [sum(lane_evidence(lane, a) for lane in range(LANES)) for a in (0.799, 0.801)]
-    exact = (ends[1] - ends[0]) / 0.002 + float(jax.grad(log_shared)(0.8))
-    assert abs(scores.mean() - exact) < 5.5 * scores.std(ddof=1) / num**0.5
 
 
 def test_what_is_summed_out_of_each_lane() -> None:
