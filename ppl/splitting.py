@@ -134,7 +134,7 @@ class Handed(eqx.Module):
 
     Attributes:
         step_code, step_consts: one step with the choices that are summed out as choices, which returns the state.
-        before_code, before_args: the same of what comes before the scan; None, where the carry is known there.
+        before_code, before_args: the same of what comes before the scan; None, where the state is known there.
         slots: which leaves of the state of the scan, its consts and its carry.
         form: of the message.
         addresses: of all that is summed out.
@@ -154,21 +154,16 @@ class Handed(eqx.Module):
         """The message before the first step."""
         if self.before_code is None:
             return self.form.certain(entry)
-        outs = range(len(self.slots))
-        return self._message(self.before_code, self.before_args, choices, outs)
+        return self._message(self.before_code, self.before_args, choices)
 
     def then(self, args: list[Any], choices: dict[str, Any]) -> list[Any]:
         """The message after a step."""
-        return self._message(self.step_code, [*self.step_consts, *args], choices, self.slots)
+        return self._message(self.step_code, [*self.step_consts, *args], choices)
 
-    def _message(
-        self, code: Code, args: list[Any], choices: dict[str, Any], outs: Sequence[int]
-    ) -> list[Any]:
+    def _message(self, code: Code, args: list[Any], choices: dict[str, Any]) -> list[Any]:
         given = {a: Given(x, checked=True) for a, x in flatten(choices).items()}
         found = walked(code.jaxpr, args, unflatten(given), self.addresses, self.options)
-        form, message = found.hand_on(outs)
-        assert form == self.form, (form, self.form)
-        return message
+        return found.hand_on(self.slots)[1]
 
 
 class _Silent(eqx.Module):
@@ -231,7 +226,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
 
     # What is summed out, and what the steps hand on of it.
     body = params["jaxpr"]
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in open_jaxpr(body)[0].invars]
+    avals = _shapes(open_jaxpr(body)[0].invars)
     num_state = num_consts + num_carry
     read = [num_state + i for i, r in enumerate(reads_ys) if r]
     sited_before = any(eqn_holds_sites(e) for e in before)
@@ -287,11 +282,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
 
     after_code, after_consts = None, []
     if last:
-        shapes = [
-            *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inputs),
-            *([] if form is None else form.shapes),
-            *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in ends),
-        ]
+        shapes = [*_shapes(inputs), *([] if form is None else form.shapes), *_shapes(ends)]
         after_code, after_consts = stage(_without(then, addresses, options, last, message), shapes)
 
     debug = getattr(open_jaxpr(body)[0], "debug_info", None)
@@ -339,6 +330,10 @@ def _step(
     return step
 
 
+def _shapes(variables: Sequence[Any]) -> list[Any]:
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+
+
 def _inputs(
     avals: list[Any], num_state: int, slots: tuple[int, ...], form: Form | None
 ) -> list[Any]:
@@ -365,12 +360,13 @@ def _handed(
     num_consts, num_carry = scan_sizes(eqn.params)
     num_state, num_read = num_consts + num_carry, len(eqn.invars)
     body = eqn.params["jaxpr"]
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in open_jaxpr(body)[0].invars]
+    avals = _shapes(open_jaxpr(body)[0].invars)
 
-    depends: list[int] = []
+    before_code, before_args, depends = None, [], ()
     if sited_before:
-        begins = stage(functools.partial(first, wanted), args)
-        depends = _depends(begins, args, addresses, options)
+        before_code, found = stage(functools.partial(first, wanted), args)
+        before_args = [*found, *args]
+        depends, _ = _walked(before_code, before_args, addresses, options)
     slots = tuple(i for i in depends if i < num_state)
     constant = {wanted[i] for i in slots if i < num_consts}
     if any(i >= num_state and (i < num_read or wanted[i] not in constant) for i in depends):
@@ -379,31 +375,28 @@ def _handed(
             "follows it, reads beside its carry: a filter hands on consts and carry only. Leave it in the model"
         )
     kept = [v for i, v in enumerate(wanted) if i >= num_read and i not in depends]
+    if not depends:
+        before_code, before_args = None, []
 
     form: Form | None = None
     while True:
-        before_code, before_args = None, []
-        if depends:
-            before_code, found = stage(functools.partial(first, [wanted[i] for i in slots]), args)
-            before_args = [*found, *args]
-            form = _form(before_code, before_args, addresses, options, range(len(slots)))
+        if before_code is not None:
+            form = _walked(before_code, before_args, addresses, options, slots, num_state)[1]
         inputs = _inputs(avals, num_state, slots, form)
-        step = stage(_step(body, num_consts, num_carry, slots, form), inputs)
-        reached = _depends(step, inputs, addresses, options)
+        code, consts = stage(_step(body, num_consts, num_carry, slots, form), inputs)
+        reached, new = _walked(code, [*consts, *inputs], addresses, options, slots, num_state)
         if set(reached) & set(read):
             raise ModelError(
                 f"filtering: what follows the scan reads an output of every step that depends on {_listed(addresses)}, "
                 "which is summed out: observe it inside the step, or leave it in the model"
             )
         grown = tuple(sorted({*slots, *(i for i in reached if i < num_state)}))
-        if not grown:
+        if new is None:
             return None, kept
-        code, consts = step
-        new = _form(code, [*consts, *inputs], addresses, options, grown)
         if (grown, new) == (slots, form):
             made = (code, consts, before_code, before_args, slots, new, addresses, options)
             return Handed(*made), kept
-        if depends and grown == slots:
+        if before_code is not None and grown == slots:
             raise ModelError(
                 f"filtering: what comes before the scan hands on another law of {_listed(addresses)} than the steps do "
                 f"({form} and {new}): give it, or draw it in the first step"
@@ -411,26 +404,22 @@ def _handed(
         slots, form = grown, new
 
 
-def _depends(staged: Any, args: list[Any], addresses: Any, options: Options) -> list[int]:
-    """Which outputs of staged code depend on what is summed out."""
-    code, consts = staged
-    found: list[int] = []
+def _walked(
+    code: Code,
+    args: list[Any],
+    addresses: Any,
+    options: Options,
+    slots: tuple[int, ...] = (),
+    num_state: int = 0,
+) -> tuple[list[int], Form | None]:
+    """Which outputs depend on what is summed out, and the form of the message of these and `slots` of the state."""
+    found: list[Any] = []
 
     def walk(args: list[Any]) -> None:
         seen = walked(code.jaxpr, args, blank(code.jaxpr, addresses), addresses, options)
-        found.extend(i for i in range(len(seen.outs)) if seen.depends(i))
-
-    jax.eval_shape(walk, [*consts, *args])
-    return found
-
-
-def _form(code: Code, args: list[Any], addresses: Any, options: Options, outs: Any) -> Form:
-    """The form of the message of some outputs."""
-    found: list[Form] = []
-
-    def walk(args: list[Any]) -> None:
-        seen = walked(code.jaxpr, args, blank(code.jaxpr, addresses), addresses, options)
-        found.append(seen.hand_on(outs)[0])
+        depends = [i for i in range(len(seen.outs)) if seen.depends(i)]
+        outs = sorted({*slots, *(i for i in depends if i < num_state)})
+        found.append((depends, seen.hand_on(outs)[0] if outs else None))
 
     jax.eval_shape(walk, args)
     return found[0]
