@@ -16,6 +16,7 @@ What a model may have besides; the engine uses what is there:
 - `adapt(t, particles, log_weights) -> particles`: looks at all particles before a step, to choose the next
   temperature, say, which it writes into them.
 - `finished(particles)`: whether the run ends here, before `num_steps`.
+- `engine(smc)`: the algorithm that runs it by these settings, for what is several models in one (`Lanes`).
 - `remark(particles)`: a sentence on the last particles that a user should read, or None.
 - `lookahead(t, particle)`: a logarithm by which particles are preferred when they are resampled before step `t`; the
   weights make up for it (the auxiliary particle filter of Pitt and Shephard 1999).

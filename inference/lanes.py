@@ -82,6 +82,14 @@ class Lanes(eqx.Module):
         own = [x[lane] if m else x for x, m in zip(leaves, self.mapped, strict=True)]
         return eqx.combine(jax.tree.unflatten(structure, own), rest)
 
+    def engine(self, settings: smc) -> OverLanes:
+        """What runs them."""
+        if settings.history == "ancestors":
+            raise WeftError(
+                "smc: history='ancestors' makes room as a run goes on, which cannot be done for lanes: take 'full'"
+            )
+        return OverLanes(settings, self)
+
     # What is the same in all lanes.
 
     @property
@@ -200,7 +208,7 @@ class LaneState(State):
 
 
 class OverLanes(Algorithm):
-    """Sequential Monte Carlo for each lane: the engine under a vmap. What `smc` prepares for `Lanes`."""
+    """Sequential Monte Carlo for each lane: the engine under a vmap."""
 
     engine: smc
     lanes: Lanes

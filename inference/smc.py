@@ -277,8 +277,6 @@ class smc(Algorithm):
         return super().run(key, target, init=state, progress=progress)
 
     def prepare(self, target: Target) -> Algorithm:
-        from .lanes import Lanes, OverLanes
-
         model: Any = self._made(target)
         if model.num_steps < 1:
             raise WeftError("smc: the model has no step")
@@ -290,12 +288,8 @@ class smc(Algorithm):
                 "rejuvenate them: leave out rejuvenate and waste_free, or give the model a method "
                 "rejuvenate(key, t, particles, kernel)"
             )
-        if isinstance(model, Lanes):
-            if self.history == "ancestors":
-                raise WeftError(
-                    "smc: history='ancestors' makes room as a run goes on, which cannot be done for lanes: take 'full'"
-                )
-            return OverLanes(self, model)
+        if hasattr(model, "engine"):
+            return model.engine(self)
         _check_particle(model)
         return dataclasses.replace(self, model=model)
 
@@ -508,10 +502,9 @@ class smc(Algorithm):
 
     def _filter(self, target: Target) -> Any:
         from .filtering import Filter
-        from .lanes import Lanes
 
         model = self._made(target)
-        if isinstance(model, Lanes):
+        if hasattr(model, "engine"):
             raise WeftError(
                 f"smc inside a program (by=smc(...)) filters one series, and those of {target.program.name!r} stand "
                 "under a vmap: normalize a model of one, inside the vmap of the program around it"
@@ -686,9 +679,7 @@ def reshaped(leaves: Sequence[Array], like: Any) -> Any:
 
 
 def _is_model(x: Any) -> bool:
-    from .lanes import Lanes
-
-    return isinstance(x, (FeynmanKac, Lanes))
+    return isinstance(x, FeynmanKac) or hasattr(x, "engine")
 
 
 def _check_particle(model: FeynmanKac) -> None:
