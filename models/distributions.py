@@ -10,6 +10,5 @@ Example:
 """
 
 from numpyro.distributions import *  # noqa: F403  # pyright: ignore[reportWildcardImportFromLibrary]
-
-from .hidden_markov import HiddenMarkov as HiddenMarkov
-from .linear_gaussian import LinearGaussian as LinearGaussian
+from weft.models.state_space.hidden_markov import HiddenMarkov as HiddenMarkov
+from weft.models.state_space.linear_gaussian import LinearGaussian as LinearGaussian

@@ -23,22 +23,21 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-
-from .addresses import Address, dotted, flatten, select, unflatten
-from .control import estimated_p
-from .dependence import returned
-from .errors import DensityError, ModelError
-from .handlers import Given, conditioned
-from .interpreter import Context, Handler, interpret, look_up
-from .language import draw
-from .models import Model
-from .packing import pack
-from .programs import Program
-from .sites import Site
-from .specs import Constant
-from .staging import stage
-from .structure import SiteInfo
-from .targets import Target
+from weft.ppl.analysis.dependence import returned
+from weft.ppl.programs.handlers import Given, conditioned
+from weft.ppl.programs.language import draw
+from weft.ppl.programs.models import Model
+from weft.ppl.programs.programs import Program
+from weft.ppl.programs.targets import Target
+from weft.ppl.stage.addresses import Address, dotted, flatten, select, unflatten
+from weft.ppl.stage.control import estimated_p
+from weft.ppl.stage.errors import DensityError, ModelError
+from weft.ppl.stage.interpreter import Context, Handler, interpret, look_up
+from weft.ppl.stage.packing import pack
+from weft.ppl.stage.sites import Site
+from weft.ppl.stage.specs import Constant
+from weft.ppl.stage.staging import stage
+from weft.ppl.stage.structure import SiteInfo
 
 
 @runtime_checkable

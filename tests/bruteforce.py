@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl import Target
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 
 def joint_values(target: Target, addresses: Iterable[str]) -> dict[str, np.ndarray]:

@@ -5,11 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from weft.ppl.compat import Literal, bind, consts_first, inner_jaxprs, needed, open_jaxpr
-from weft.ppl.handlers import Evaluate
-from weft.ppl.interpreter import interpret
-from weft.ppl.rewriting import stage_call
-from weft.ppl.surrogates import mark_p
+from weft.ppl.expectations.surrogates import mark_p
+from weft.ppl.programs.handlers import Evaluate
+from weft.ppl.stage.compat import Literal, bind, consts_first, inner_jaxprs, needed, open_jaxpr
+from weft.ppl.stage.interpreter import interpret
+from weft.ppl.transforms.rewriting import stage_call
 
 
 def exact_mean(f, *args):

@@ -36,7 +36,7 @@ from weft.ppl import (
     scale,
     scope,
 )
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 Normal = dist.Normal
 Flat = Mapping[str, np.ndarray]

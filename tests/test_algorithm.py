@@ -15,7 +15,7 @@ import pytest
 from jaxtyping import Array
 from weft.inference import Algorithm, State, hmc, importance, nuts
 from weft.inference import runner as runner_module
-from weft.ppl.errors import WeftError
+from weft.ppl.stage.errors import WeftError
 
 from counting import counting
 from weft import gen, sample

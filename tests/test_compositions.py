@@ -19,7 +19,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from weft.ppl import gen, loop, repeat, sample, scope
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 from programs import Flat, Term, as_numpy, normal, quick_compilation, total
 

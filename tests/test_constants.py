@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weft.ppl.constants import _by_numpy
+from weft.ppl.analysis.constants import _by_numpy
 
 I = np.arange(6).reshape(2, 3)  # noqa: E741
 CASES = {

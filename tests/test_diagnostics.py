@@ -5,7 +5,15 @@ import warnings
 import numpy as np
 import pytest
 from weft.inference import diagnostics
-from weft.inference.diagnostics import bfmi, describe, ess, khat, mcse, rhat, weighted_describe
+from weft.inference.results.diagnostics import (
+    bfmi,
+    describe,
+    ess,
+    khat,
+    mcse,
+    rhat,
+    weighted_describe,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.2x announces 1.0

@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from weft.inference import enumeration
-from weft.ppl.errors import DensityError, WeftError
+from weft.ppl.stage.errors import DensityError, WeftError
 
 from weft import gen, observed, repeat, sample
 

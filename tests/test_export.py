@@ -13,9 +13,9 @@ import pytest
 import xarray
 from scipy import stats
 from weft.inference import Draws, Particles, load
-from weft.inference.export import pointwise_log_likelihood
+from weft.inference.results.export import pointwise_log_likelihood
 from weft.ppl import deterministic, gen, observed, sample
-from weft.ppl.errors import AddressError, WeftError
+from weft.ppl.stage.errors import AddressError, WeftError
 
 pytestmark = pytest.mark.slow  # once is enough: not in every lane
 
@@ -230,7 +230,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         part.to_arviz(log_likelihood=True)
     with pytest.raises(WeftError, match="outside jit, vmap and grad"):
         jax.jit(lambda d: d.to_arviz())(draws)
-    monkeypatch.setattr("weft.inference.export._LARGE", 10)
+    monkeypatch.setattr("weft.inference.results.export._LARGE", 10)
     with pytest.warns(UserWarning, match="log_likelihood=True computes it"):
         assert "log_likelihood" not in groups(draws.to_arviz())
 

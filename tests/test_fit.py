@@ -29,7 +29,7 @@ from weft.inference import (
     wake_phi,
 )
 from weft.inference import runner as runner_module
-from weft.ppl.errors import AddressError, DensityError, WeftError
+from weft.ppl.stage.errors import AddressError, DensityError, WeftError
 
 from counting import counting
 from weft import factor, gen, gradients, sample, scale

@@ -31,8 +31,8 @@ from weft.inference import (
     structured,
 )
 from weft.ppl import noncentered
-from weft.ppl.addresses import flatten
-from weft.ppl.errors import AddressError, DensityError, WeftError
+from weft.ppl.stage.addresses import flatten
+from weft.ppl.stage.errors import AddressError, DensityError, WeftError
 
 from programs import quick_compilation
 from weft import gen, gradients, observed, repeat, sample, with_gradients

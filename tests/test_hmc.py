@@ -17,8 +17,8 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from weft.inference import InitStrategy, diagnostics, hmc, kernels, nuts
-from weft.inference.adaptation import MassLayout
-from weft.ppl.errors import AddressError, DensityError, ObservationError, WeftError
+from weft.inference.run.adaptation import MassLayout
+from weft.ppl.stage.errors import AddressError, DensityError, ObservationError, WeftError
 
 from programs import quick_compilation
 from weft import deterministic, gen, sample

@@ -13,7 +13,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from weft.inference import importance
-from weft.ppl.errors import AddressError, DensityError, WeftError
+from weft.ppl.stage.errors import AddressError, DensityError, WeftError
 
 from weft import deterministic, factor, gen, observed, sample
 

@@ -19,8 +19,8 @@ import pytest
 from jax import lax
 from scipy import stats
 from weft.inference import enumeration, importance, mcmc, metropolis, moves
-from weft.inference.diagnostics import mcse
-from weft.ppl.errors import AddressError, DensityError, ModelError, WeftError
+from weft.inference.results.diagnostics import mcse
+from weft.ppl.stage.errors import AddressError, DensityError, ModelError, WeftError
 
 from weft import (
     condition,
@@ -436,7 +436,7 @@ def test_idle_choices_keep_their_prior(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(densities(z), [rest + own, rest + z * own], atol=1e-5)
     kernel = kernels.cycle(kernels.gibbs("z"), kernels.block(kernels.elliptical_slice(), "mu", "a"))
     assert drift(kernel, target, draw_branching)[0] < 5.5
-    monkeypatch.setattr("weft.inference.gibbs.log_density", lambda t, x: t.log_density(x))
+    monkeypatch.setattr("weft.inference.markov.gibbs.log_density", lambda t, x: t.log_density(x))
     assert drift(kernels.gibbs("z"), target, draw_branching)[0] > 8
 
 

@@ -30,7 +30,7 @@ from weft.ppl import (
     scale,
     scope,
 )
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 from programs import CASES, NAMES, as_numpy, noise, quick_compilation, run_lanes
 

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from weft.ppl import Program, Trace, condition, gen, observed, sample
-from weft.ppl.addresses import flatten, unflatten
+from weft.ppl.stage.addresses import flatten, unflatten
 
 from programs import (
     CASES,

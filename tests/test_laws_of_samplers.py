@@ -29,7 +29,7 @@ from weft.inference import (
     systematic,
     tempering,
 )
-from weft.inference.law_report import LawReport, LawRow, compare, judged
+from weft.inference.checks.law_report import LawReport, LawRow, compare, judged
 from weft.ppl import Target, WeftError
 
 from exactly import exact_mean

@@ -26,8 +26,8 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from weft.ppl import Model, repeat
-from weft.ppl.addresses import flatten
-from weft.ppl.errors import ModelError
+from weft.ppl.stage.addresses import flatten
+from weft.ppl.stage.errors import ModelError
 
 from bruteforce import anything, log_evidence
 from programs import quick_compilation

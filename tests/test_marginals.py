@@ -19,8 +19,8 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from weft.ppl import observed
-from weft.ppl.addresses import flatten
-from weft.ppl.errors import AddressError, DensityError, ModelError
+from weft.ppl.stage.addresses import flatten
+from weft.ppl.stage.errors import AddressError, DensityError, ModelError
 
 from bruteforce import anything, joint_values, log_evidence, log_terms
 from programs import quick_compilation

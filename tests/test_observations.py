@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import lax
 from weft.ppl import DensityError, ObservationError, condition, loop, mask
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 from weft import deterministic, factor, gen, observed, repeat, sample, scale
 

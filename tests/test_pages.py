@@ -48,4 +48,4 @@ def test_reference_names_everything_public(page: str) -> None:
     # A function with the name of its file is found by the tools only under its full path.
     assert [
         name for name in shown if name.split(".")[-1] in submodules and name.count(".") < 3
-    ] == [{"inference": "weft.inference.kernels", "ppl": "weft.ppl.gradients"}[page]]
+    ] == {"inference": ["weft.inference.kernels"], "ppl": []}[page]

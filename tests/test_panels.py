@@ -22,7 +22,7 @@ from weft.inference import (
     smc,
     smc2,
 )
-from weft.inference.pmmh import Parameters
+from weft.inference.particles.pmmh import Parameters
 from weft.ppl import DensityError, ModelError, WeftError
 
 from weft import gen, kernels, marginalize, normalize, observed, sample, testing

@@ -21,10 +21,10 @@ import numpyro.distributions as dist
 import pytest
 from scipy import stats
 from weft.inference import Draws, Particles, importance, load, nuts
-from weft.inference.diagnostics import mcse
+from weft.inference.results.diagnostics import mcse
 from weft.ppl import Target
-from weft.ppl.addresses import flatten, unflatten
-from weft.ppl.errors import AddressError, ModelError, WeftError
+from weft.ppl.stage.addresses import flatten, unflatten
+from weft.ppl.stage.errors import AddressError, ModelError, WeftError
 
 from bruteforce import anything, posterior
 from programs import quick_compilation

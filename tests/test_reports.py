@@ -30,7 +30,7 @@ from weft.inference import (
     plateau,
     wake_phi,
 )
-from weft.ppl.errors import WeftError
+from weft.ppl.stage.errors import WeftError
 
 from programs import quick_compilation
 from weft import expect, gen, gradients, sample

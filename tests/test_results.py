@@ -12,10 +12,10 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from weft.inference import Draws, Fit, Particles, load, storage
-from weft.inference.results import Summary
-from weft.inference.storage import StorageError
+from weft.inference.results.draws import Summary
+from weft.inference.results.storage import StorageError
 from weft.ppl import deterministic, gen, noncentered, observed, sample
-from weft.ppl.errors import AddressError, WeftError
+from weft.ppl.stage.errors import AddressError, WeftError
 
 RNG = np.random.default_rng(0)
 GOOD = {"mu": RNG.normal(size=(4, 500)), "theta": RNG.normal(2.0, 3.0, size=(4, 500, 2, 2))}
@@ -117,7 +117,7 @@ def test_printing_fits_a_screen() -> None:
 
 
 def test_large_results_print_without_a_summary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.inference.results._PRINTED", 100)
+    monkeypatch.setattr("weft.inference.results.draws._PRINTED", 100)
     text = repr(Draws(choices=GOOD, stats=STATS))
     assert "theta: float" in text
     assert "call .summary()" in text

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.ppl.addresses import flatten
-from weft.ppl.series import series
+from weft.ppl.scans.panels import series
+from weft.ppl.stage.addresses import flatten
 
 from weft import deterministic, factor, gen, marginalize, repeat, sample
 

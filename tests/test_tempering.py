@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.scipy.special import logsumexp
 from weft.inference import Particles, importance, kernels, nuts, smc, tempering
-from weft.inference.bridges import Bridge, Likelihood
+from weft.inference.particles.bridges import Bridge, Likelihood
 from weft.ppl import AddressError, DensityError, WeftError
 
 from benchmarks.posteriors import load

@@ -27,7 +27,7 @@ from weft.ppl import (
     scope,
     with_gradients,
 )
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 from weft import deterministic, factor, gen, noncentered, observed, repeat, sample, scale
 

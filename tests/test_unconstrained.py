@@ -28,7 +28,7 @@ from weft.ppl import (
     sample,
     scope,
 )
-from weft.ppl.addresses import flatten
+from weft.ppl.stage.addresses import flatten
 
 from programs import CASES, X, log_integral, log_mean, quick_compilation
 

@@ -25,7 +25,7 @@ from weft.inference import (
     plateau,
     variational,
 )
-from weft.ppl.errors import WeftError
+from weft.ppl.stage.errors import WeftError
 
 from counting import counting
 from weft import gen, sample

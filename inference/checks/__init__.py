@@ -1,0 +1,1 @@
+"""Laws that correct samplers obey, as checks."""

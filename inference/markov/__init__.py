@@ -1,0 +1,1 @@
+"""Markov kernels, and the samplers that run chains of them."""

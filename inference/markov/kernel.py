@@ -1,0 +1,210 @@
+"""What a Markov kernel is: one move of the choices of a target, by which its law stays as it is.
+
+    move(key, choices, target) -> (choices, info)       with   ∫ π(dx) K(x, A) = π(A)
+
+`choices` are all latent choices of the target, π its law. Nothing else is asked of a kernel, and nothing
+is remembered between moves, so that kernels combine: on parts of the choices, one after the other, at
+random.
+
+A choice in a branch that is not taken, or under a mask, counts for nothing in the density of a target.
+So that π is proper all the same, an idle choice keeps its own prior here, as it does on the
+unconstrained scale; the law of what counts is unchanged.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.ppl import Target
+from weft.ppl.programs.handlers import Evaluate, Given, Unconstrain, bijection, expand, to_support
+from weft.ppl.stage.addresses import Address, covers, dotted, flatten, unflatten, unknown
+from weft.ppl.stage.errors import AddressError, DensityError, ModelError
+from weft.ppl.stage.interpreter import Handler, interpret
+from weft.ppl.stage.sites import Site
+
+Choices = dict[str, Any]
+Info = dict[str, Array]
+
+
+class Kernel(eqx.Module):
+    """Base of the kernels: settings, and one move."""
+
+    @abc.abstractmethod
+    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+        """One transition, pure: works under `jit`, `vmap` and `scan`, with a target of traced arrays.
+
+        Args:
+            key: a random key.
+            choices: nested dict of all latent choices of the target.
+            target: the target, whose law the transition leaves as it is.
+
+        Returns:
+            The next choices, of the same structure, and a flat dict of scalars that tell what happened,
+            "acceptance_rate" among them.
+        """
+
+
+# --- the density that kernels leave invariant -----------------------------------------------------
+
+
+def log_density(target: Target, choices: Choices) -> Float[Array, ""]:
+    """Log density of all latent choices of a target, up to a constant; an idle one keeps its own prior.
+
+    Raises:
+        DensityError: if the density of the target is estimated.
+    """
+    if target.program.estimated:
+        raise DensityError(
+            f"kernels need the density of {target.program.name!r}, which is estimated, drawn anew at each "
+            "evaluation: sum out what it integrates (marginalize)"
+        )
+    if not idling(target):
+        return target.log_density(choices)
+    target.program.require_density()
+    code, args = target.program.code()
+    entries: dict[str, Any] = target.complete(choices)
+    for address in target.latents:
+        given = target.data.get(address)
+        entries[address] = _Latent(entries[address], None if given is None else given.where)
+    return interpret(code.jaxpr, args, _Proper(), None, unflatten(entries))[2]["log_density"]
+
+
+def idling(target: Target) -> tuple[str, ...]:
+    """Latent choices that may be idle: in a branch, or under a mask."""
+    sites = target.sites
+    return tuple(a for a in target.latents if sites[a].conditional or sites[a].masked)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Latent:
+    """A latent choice by its value; where `where` is true it is given."""
+
+    given: Given
+    where: Any
+
+
+jax.tree_util.register_dataclass(_Latent, ["given", "where"], [])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proper(Handler):
+    """The density of choices that are all known, in which idle latent ones keep their own terms."""
+
+    idle_branch: bool = False
+    skip: frozenset[tuple[str, ...]] = frozenset()
+    every_branch = True
+    records = False
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(())}
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
+
+    def site(self, site: Site, key: Any, given: Any) -> Any:
+        latent = given if isinstance(given, _Latent) else None
+        value, _, terms = Evaluate(None).site(site, key, given if latent is None else latent.given)
+        term = terms.get("log_density", 0.0)
+        if latent is None or site.address in self.skip:
+            return value, None, {} if self.idle_branch else {"log_density": term}
+        if self.idle_branch or "where" in site.parts:
+            active = False if self.idle_branch else site.part("where")
+            term = jnp.where(active, term, self._stand_in(site, value, latent.where))
+        return value, None, {"log_density": term}
+
+    @staticmethod
+    def _stand_in(site: Site, value: Array, where: Any) -> Array:
+        """The own density of an idle choice; where that is not finite, the one `unconstrain` has, or a uniform one."""
+        own = site.log_prob_anywhere(value)
+        if not site.spec.discrete:
+            name = ".".join(site.address)
+            z = site.over_lanes(lambda p, x: bijection(p["d"], name).inv(x), value)
+            jacobian = to_support(site, z)[1]
+            own = Unconstrain.pseudo_prior(own + jacobian, z) - jacobian
+        elif site.spec.values is not None:
+            count = math.log(len(site.spec.values.value)) * math.prod(site.spec.event_shape)
+            own = jnp.where(jnp.isfinite(own), own, -count)
+        for given in (where, site.part("observed") if "observed" in site.parts else None):
+            own = own if given is None else jnp.where(expand(given, own), 0.0, own)
+        return own
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+def entered(choices: Choices, target: Target) -> Choices:
+    """Choices as arrays of the dtypes that their sites have.
+
+    Raises:
+        AddressError: if they are not all latent choices of the target, or others.
+    """
+    flat = flatten(choices)
+    for address in flat:
+        if address not in target.latents:
+            raise AddressError(unknown(address, target.latents, " among the latent choices"))
+    missing = [a for a in target.latents if a not in flat]
+    if missing:
+        raise AddressError(f"a move takes all latent choices; missing {_listed(missing)}")
+    sites = target.sites
+    return unflatten({a: jnp.asarray(x, sites[a].dtype) for a, x in flat.items()})
+
+
+def chosen(addresses: Iterable[Address], target: Target, who: str) -> tuple[str, ...]:
+    """The latent choices that addresses name; `"*"` and `"**"` are wildcards.
+
+    Raises:
+        AddressError: if one names none; the message has those there are.
+    """
+    addresses = [dotted(a) for a in addresses]
+    for pattern in addresses:
+        if not any(covers(pattern, a) for a in target.latents):
+            raise AddressError(f"{who}: {unknown(pattern, target.latents, ' among the latents')}")
+    return tuple(a for a in target.latents if any(covers(p, a) for p in addresses))
+
+
+def unchanged(before: Any, after: Any, who: str) -> Any:
+    """What a kernel, or a user's function, gave, if it has the structure, shapes and dtypes that it began with.
+
+    Raises:
+        ModelError: if it has not.
+    """
+    told, asked = (
+        {a: (jnp.shape(x), jnp.result_type(x)) for a, x in flatten(t).items()}
+        for t in (after, before)
+    )
+    if told != asked:
+        wrong = [a for a in {**asked, **told} if told.get(a) != asked.get(a)]
+        pairs = ", ".join(f"{a!r} {_form(asked.get(a))} to {_form(told.get(a))}" for a in wrong)
+        raise ModelError(
+            f"{who} changes what the choices are: {pairs}. Addresses, shapes and dtypes must stay"
+        )
+    return unflatten({a: jnp.asarray(flatten(after)[a]) for a in flatten(before)})
+
+
+def pooled(infos: list[Info]) -> Info:
+    """What several moves report, as one report: any of booleans, the sum of counts, the mean of the rest."""
+    names = dict.fromkeys(name for info in infos for name in info)
+    return {name: _pool([info[name] for info in infos if name in info]) for name in names}
+
+
+def _pool(values: list[Array]) -> Array:
+    stacked = jnp.stack([jnp.asarray(v) for v in values])
+    if stacked.dtype == bool:
+        return stacked.any()
+    return stacked.mean() if jnp.issubdtype(stacked.dtype, jnp.inexact) else stacked.sum()
+
+
+def _form(what: Any) -> str:
+    return "nothing" if what is None else f"{what[1]}{list(what[0])}"
+
+
+def _listed(addresses: Iterable[str]) -> str:
+    return ", ".join(repr(a) for a in addresses)

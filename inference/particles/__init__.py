@@ -1,0 +1,1 @@
+"""Sequential Monte Carlo: filters, tempering, particle Markov chains."""

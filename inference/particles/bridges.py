@@ -1,0 +1,267 @@
+"""Paths of laws from one that can be drawn to a target, and the programs of the laws between them."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.weighted.proposals import log_ratio
+from weft.ppl import Model, Program, Target, factor, mask
+from weft.ppl.programs.traces import flat_records
+from weft.ppl.stage.addresses import flatten, unflatten
+from weft.ppl.stage.errors import AddressError, DensityError
+from weft.ppl.stage.interpreter import Context, Handler, Records, walk
+from weft.ppl.stage.sites import Site
+from weft.ppl.stage.structure import SiteInfo
+from weft.ppl.transforms.rewriting import Rewrite, Transformed, rebind_scope, stage_call
+
+
+class Path(eqx.Module):
+    """A path of laws from one that can be drawn to a target."""
+
+    target: eqx.AbstractVar[Target]
+
+    @property
+    @abc.abstractmethod
+    def unit(self) -> str:
+        """What levels are called."""
+
+    @property
+    @abc.abstractmethod
+    def last(self) -> int:
+        """The level of the target; the first law has level 0."""
+
+    @abc.abstractmethod
+    def draw(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """Latent choices by the first law."""
+
+    @abc.abstractmethod
+    def terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
+        """The terms by whose sum the target's log density exceeds that of the first law."""
+
+    @abc.abstractmethod
+    def share(self, level: Any) -> Float[Array, " row"]:
+        """How much of each counts at a level."""
+
+    @abc.abstractmethod
+    def at(self, level: Any) -> Target:
+        """The law of a level."""
+
+
+class Likelihood(Path):
+    """The prior times powers of the observations' densities: one power, or one for each row, 0 or 1.
+
+    Attributes:
+        target: the last law.
+        axis: the name of the axis of the rows.
+    """
+
+    target: Target
+    axis: str | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if not self.observed:
+            raise DensityError(
+                f"tempering: the target of model {self.target.program.name!r} has no observation and no factor: its "
+                "prior is the target already. Give it data, or begin elsewhere: tempering(guide=program)"
+            )
+        self.last  # noqa: B018  (checks the axis)
+
+    @property
+    def observed(self) -> list[str]:
+        """Addresses of what is tempered: observations and factors."""
+        return [
+            address
+            for address, info in self.target.sites.items()
+            if info.kind == "factor" or info.observed or address in self.target.data
+        ]
+
+    @property
+    def unit(self) -> str:
+        return "temperature" if self.axis is None else "rows"
+
+    @property
+    def last(self) -> int:
+        if self.axis is None:
+            return 1
+        places = {a: self._place(a) for a in self.observed}
+        sizes = {self.target.sites[a].axes[p].size for a, p in places.items() if p is not None}
+        if len(sizes) == 1:
+            return sizes.pop()
+        model = self.target.program.name
+        if sizes:
+            raise AddressError(
+                f"tempering: the axis {self.axis!r} has several sizes in model {model!r}: {sorted(sizes)}"
+            )
+        names = {x.name for a in self.observed for x in self.target.sites[a].axes if x.name}
+        raise AddressError(
+            f"tempering: no observation of model {model!r} has an axis {self.axis!r}; those that are named: "
+            f"{', '.join(map(repr, sorted(names))) or 'none'}"
+        )
+
+    def draw(self, key: PRNGKeyArray) -> dict[str, Any]:
+        try:
+            drawn, _ = self.target.generate(key)
+        except DensityError as e:
+            raise DensityError(
+                f"tempering begins with draws of the prior, which has none ({e}); begin with those of another program: "
+                "tempering(guide=program)"
+            ) from None
+        return _latent(self.target, drawn.choices)
+
+    def terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
+        densities = flatten(self.target.log_densities(choices))
+        total = jnp.zeros(self.last)
+        for address in self.observed:
+            density, given = densities[address], self.target.data.get(address)
+            if given is not None and given.where is not None:
+                density = jnp.where(given.where, density, 0)
+            place = self._place(address)
+            if place is None:
+                total = total.at[0].add(jnp.sum(density))
+            else:
+                total = total + jnp.sum(jnp.moveaxis(density, place, 0).reshape(self.last, -1), 1)
+        return total
+
+    def share(self, level: Any) -> Float[Array, " row"]:
+        if self.axis is None:
+            return jnp.reshape(level, (1,))
+        return jnp.where(jnp.arange(self.last) < level, 1.0, 0.0)
+
+    def at(self, level: Any) -> Target:
+        share, powers = self.share(level), {}
+        for address in self.observed:
+            shape, place = self.target.sites[address].batch_shape, self._place(address)
+            along = share[0] if place is None else share
+            if place is not None:
+                along = along.reshape(-1, *(1,) * (len(shape) - place - 1))
+            given = self.target.data.get(address)
+            if given is not None and given.where is not None:  # what is missing is latent
+                along = jnp.where(given.where, along, 1.0)
+            powers[address] = jnp.broadcast_to(along, shape)
+        code, args = self.target.program.code()
+        program = Model(_Raised(code, powers), self.target.program.name)(*args)
+        return Target(program, self.target.data, self.target.missing)
+
+    def _place(self, address: str) -> int | None:
+        """Where a site has the axis of the rows."""
+        axes = self.target.sites[address].axes if self.axis is not None else ()
+        return next((i for i, a in enumerate(axes) if a.name == self.axis), None)
+
+
+class Bridge(Path):
+    """The geometric path from a guide to the target.
+
+    Attributes:
+        target: the last law.
+        guide: the first.
+    """
+
+    target: Target
+    guide: Program
+
+    @property
+    def unit(self) -> str:
+        return "temperature"
+
+    @property
+    def last(self) -> int:
+        return 1
+
+    def draw(self, key: PRNGKeyArray) -> dict[str, Any]:
+        draw_key, rest_key = jax.random.split(key)
+        drawn = self.guide.simulate(draw_key)
+        # Nothing is left to draw: this is for sites that are observed in part.
+        whole, _ = self.target.generate(rest_key, drawn.choices)
+        return _latent(self.target, whole.choices)
+
+    def terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
+        return jnp.reshape(log_ratio(self.target, self.guide, None, choices), (1,))
+
+    def share(self, level: Any) -> Float[Array, " row"]:
+        return jnp.reshape(level, (1,))
+
+    def at(self, level: Any) -> Target:
+        latents = self.target.latents
+        given = {a: g for a, g in self.target.data.items() if a in latents}
+        code, args = self.guide.code()
+        inner: Any = code
+        if given:  # the guide says nothing of what is observed
+            inner = mask(code, unflatten({a: ~g.where for a, g in given.items()}))
+        program = Model(_Bridged(inner, self, jnp.asarray(level)), self.guide.name)(*args)
+        return Target(program, given, {a: i for a, i in self.target.missing.items() if a in given})
+
+
+def _latent(target: Target, choices: dict[str, Any]) -> dict[str, Any]:
+    found = flatten(choices)
+    return unflatten({a: found[a] for a in target.latents})
+
+
+# --- programs of these laws -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Power(Rewrite):
+    """Raises densities of elements to powers; those raised to zero do not count, also where they are zero."""
+
+    def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
+        if given is not None:
+            payload["scale"] = payload.get("scale", 1.0) * given
+            payload["where"] = jnp.logical_and(payload.get("where", True), given > 0)
+        return payload
+
+
+class _Raised(Transformed):
+    """A program with the densities of some sites raised to powers, arrays of the sites' batch shapes."""
+
+    powers: dict[str, Array]
+
+    def handler(self, table: dict[str, SiteInfo]) -> tuple[Handler, dict[str, Any]]:
+        return _Power(), unflatten(self.powers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InPlace(Rewrite):
+    """Stages every site as it stands, and records the values of the choices."""
+
+    records = True
+
+    def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
+        value = self.emit(site)
+        return value, {"value": value} if site.spec.kind == "sample" else None, {}
+
+    def scope(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        name, trees = eqn.params["name"], []
+
+        def run(*args: Any) -> list[Any]:
+            outs, records, _ = walk(eqn.params["jaxpr"], list(args), context.enter(name))
+            leaves, tree = jax.tree.flatten(records)
+            trees.append((len(outs), tree))
+            return [*outs, *leaves]
+
+        found = rebind_scope(name, run, args)
+        n, tree = trees[-1]
+        return found[:n], jax.tree.unflatten(tree, found[n:]), {}
+
+
+class _Bridged(eqx.Module):
+    """A guide and, as a factor, a power of the ratio of the target's density to its own."""
+
+    inner: Callable[..., Any]
+    path: Bridge
+    level: Array
+
+    def __call__(self, *args: Any) -> None:
+        code, operands = stage_call(self.inner, args, {})
+        _, records, _ = walk(code.jaxpr, operands, Context(_InPlace(), {}, {}))
+        choices = unflatten({a: r["value"] for a, r in flat_records(records)})
+        terms = self.path.terms(choices)[0]
+        factor("tempering", jnp.where(self.level > 0, self.level * terms, 0))

@@ -1,0 +1,310 @@
+r"""One filter a lane: sequential Monte Carlo of series that stand under a ``jax.vmap``.
+
+Given what they share, the series of a panel are independent: each has particles, weights and resamplings of its own,
+and the estimates of their evidences, being independent and unbiased, multiply. With `v_l` the relative variance of that
+of lane `l`,
+
+    Z = prod_l Z_l,    Var(Z) / Z^2 = prod_l (1 + v_l) - 1,    Var(log Z) = sum_l Var(log Z_l),
+
+where one filter for all of them together would weigh by a product over the lanes, and needs exponentially many
+particles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from weft.inference.results.draws import Particles, shuffled
+from weft.inference.run.algorithm import Algorithm, State
+from weft.inference.run.runner import tracing
+from weft.ppl import Target
+from weft.ppl.exact.tables import reads
+from weft.ppl.stage.errors import DensityError, WeftError
+
+from .smc import FEW_ANCESTORS, Path, SequentialParticles, nothing, reshaped, smc
+
+
+class Lanes(eqx.Module):
+    """A Feynman-Kac model a lane; `filtering` makes it of a program whose scan stands under a vmap.
+
+    Attributes:
+        models: the models as one, whose arrays lead with the lane where they differ; of several vmaps, lanes of lanes.
+        mapped: which arrays do.
+        log_shared: log density of what is given outside of the lanes.
+        size: number of lanes.
+    """
+
+    models: Any
+    mapped: tuple[bool, ...] = eqx.field(static=True)
+    log_shared: Float[Array, ""]
+    size: int = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, make: Callable[[Array], Any], size: int, log_shared: Array) -> Lanes:
+        """The lanes of a function from the index of one to its model."""
+        rest: list[Any] = []
+
+        def arrays(index: Array) -> Any:
+            found, other = eqx.partition(make(index), eqx.is_array)
+            rest.append(other)
+            return found
+
+        jaxpr, shapes = jax.make_jaxpr(arrays, return_shape=True)(jnp.int32(0))
+        mapped = tuple(reads(jaxpr, [True]))
+        axes = [0 if m else None for m in mapped]
+        rows = jax.vmap(jax.extend.core.jaxpr_as_fun(jaxpr), out_axes=axes)(jnp.arange(size))
+        models = eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), rows), rest[0])
+        return cls(models, mapped, log_shared, size)
+
+    def map(self, f: Callable[..., Any], *xs: Any) -> Any:
+        """`f(model, *xs)` for every lane; `xs` lead with the lane."""
+        arrays, rest = eqx.partition(self.models, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+
+        def one(leaves: list[Any], *xs: Any) -> Any:
+            return f(eqx.combine(jax.tree.unflatten(structure, leaves), rest), *xs)
+
+        axes = [0 if m else None for m in self.mapped]
+        return jax.vmap(one, (axes, *(0 for _ in xs)), axis_size=self.size)(leaves, *xs)
+
+    def at(self, lane: int) -> Any:
+        """The model of one lane."""
+        arrays, rest = eqx.partition(self.models, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+        own = [x[lane] if m else x for x, m in zip(leaves, self.mapped, strict=True)]
+        return eqx.combine(jax.tree.unflatten(structure, own), rest)
+
+    def engine(self, settings: smc) -> OverLanes:
+        """What runs them."""
+        if settings.history == "ancestors":
+            raise WeftError(
+                "smc: history='ancestors' makes room as a run goes on, which cannot be done for lanes: take 'full'"
+            )
+        return OverLanes(settings, self)
+
+    # What is the same in all lanes.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of lanes, outermost first."""
+        return (self.size, *(self.models.shape if isinstance(self.models, Lanes) else ()))
+
+    @property
+    def num_steps(self) -> int:
+        return self.models.num_steps
+
+    @property
+    def parts(self) -> Any:
+        return self.models.parts
+
+    @property
+    def latents(self) -> tuple[tuple[str, ...], ...]:
+        return self.models.latents
+
+
+def each_lane(f: Callable[..., Any], model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
+    """`f(key, model, *xs)`; of lanes for each, with a key of its own, results and `xs` leading with the lane."""
+    if not isinstance(model, Lanes):
+        return f(key, model, *xs)
+
+    def one(model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
+        return each_lane(f, model, key, *xs)
+
+    return model.map(one, _keys(key, model.size), *xs)
+
+
+def total_evidence(model: Any, log_evidence: Array) -> Array:
+    """The log evidence of all lanes out of that of each, with what is given outside of them."""
+    if not isinstance(model, Lanes):
+        return log_evidence
+    inner = model.map(total_evidence, log_evidence)
+    return jnp.sum(inner) + model.log_shared
+
+
+def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size))
+
+
+class LaneParticles(SequentialParticles):
+    """Particles of all lanes together: one of each, drawn by its weight; so their weights are equal.
+
+    The fields of `path` have the axis of the lanes after that of the step, and `path.log_increments` sums, over both,
+    to the log evidence less the log density of what is given outside of the lanes. The weights of each lane are in
+    what `collect` made of them, and in the full history. `log_evidence_variance` is the sum over lanes.
+    """
+
+    def along(self, tree: Any) -> Any:
+        """What arrays (step, lane, particle, ...) hold along the paths that end in each lane's particles of the last
+        step: (lane, particle, step, ...).
+
+        Args:
+            tree: for instance `path.particles`.
+
+        Raises:
+            WeftError: if the run kept no ancestors.
+        """
+        if self.path is None or self.path.ancestors is None:
+            return super().along(tree)
+        path, ndim = self.path, self.path.ess.ndim - 1
+
+        def one(path: Path, tree: Any) -> Any:
+            found = SequentialParticles(choices={}, log_weights=jnp.zeros(0), path=path)
+            return found.along(tree)
+
+        for _ in range(ndim):
+            one = jax.vmap(one)
+        return one(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, ndim), (path, tree)))
+
+    def _saved(self) -> tuple[str, dict[str, Any]]:
+        return "lane particles", super()._saved()[1]
+
+    def _title(self) -> str:
+        title = Particles._title(self)
+        if self.path is None or tracing(self.path):
+            return title
+        ess, roots = np.asarray(self.path.ess), np.asarray(self.path.num_ancestors[-1])
+        since, least = np.asarray(self.path.since[-1]), int(np.min(self.path.num_ancestors))
+        worst = np.unravel_index(np.argmin(ess), ess.shape)
+        fewest = np.unravel_index(np.argmin(roots), roots.shape)
+        step, lane = int(worst[0]), _named(worst[1:])
+        times = np.asarray(self.path.resampled).sum(0)
+        lines = [
+            title,
+            f"{roots.size} lanes with a filter each, {len(ess)} steps, resampled before {times.min()} to "
+            f"{times.max()}; smallest effective sample size {ess[worst]:.3g} (lane {lane}, step {step}); the last "
+            f"particles descend from {roots[fewest]} of those of step {since[fewest]}, or more (lane {_named(fewest)})",
+            f"Each lane's particles were drawn by its last weights, and are worth {ess[-1].min():.3g} or more.",
+        ]
+        if least < FEW_ANCESTORS:
+            lines.append(
+                f"Those of some step descend from {least} only (path.num_ancestors): too few for the standard error, "
+                "which may be far too small, to be trusted."
+            )
+        if ess[worst] < max(10.0, 0.01 * self.num_particles):
+            lines.append(
+                f"Lane {lane} degenerated at step {step}: take more particles, or a better proposal there."
+            )
+        return "\n".join(lines)
+
+
+def _named(index: Any) -> str:
+    return ", ".join(str(int(i)) for i in index)
+
+
+class LaneState(State):
+    """The states of the lanes' runs, `(lane, ...)`, and the key by which their last particles are put together."""
+
+    iteration: Int[Array, ""]
+    states: Any
+    key: PRNGKeyArray
+
+
+class OverLanes(Algorithm):
+    """Sequential Monte Carlo for each lane: the engine under a vmap."""
+
+    engine: smc
+    lanes: Lanes
+
+    def num_iterations(self, target: Target) -> int:
+        return self.lanes.num_steps - 1
+
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> LaneState:
+        run_key, last_key = jax.random.split(key)
+        before = []
+        if init is not None:
+            if not isinstance(init, LaneState):  # read from a file, which knows leaves
+                init = reshaped(init, jax.eval_shape(lambda: self.init(key, target)))
+            last_key, before = init.key, [init.states]
+            had = init.states.iteration.shape[0]
+            if had != self.lanes.size:
+                raise WeftError(
+                    f"smc: the run to be resumed had {had} lanes, this model has {self.lanes.size}"
+                )
+
+        def one(engine: Any, key: PRNGKeyArray, *state: Any) -> Any:
+            return engine.init(key, nothing().given(), *state)
+
+        states = self._each(one, _keys(run_key, self.lanes.size), *before)
+        return LaneState(states.iteration[0], states, last_key)
+
+    def step(self, key: PRNGKeyArray, state: LaneState, target: Target) -> LaneState:
+        def one(engine: Any, key: PRNGKeyArray, state: Any) -> Any:
+            return engine.step(key, state, nothing().given())
+
+        states = self._each(one, _keys(key, self.lanes.size), state.states)
+        return LaneState(state.iteration + 1, states, state.key)
+
+    def _each(self, f: Callable[..., Any], *xs: Any) -> Any:
+        """`f` of the engine of each lane."""
+        return self.lanes.map(lambda model, *xs: f(self._engine(model), *xs), *xs)
+
+    def _engine(self, model: Any) -> Algorithm:
+        if isinstance(model, Lanes):
+            return OverLanes(self.engine, model)
+        return dataclasses.replace(self.engine, model=model)
+
+    def describe(self, state: LaneState) -> str:
+        return f"log evidence {float(jnp.sum(_evidences(state))):.5g}"
+
+    def has_result(self, iteration: int) -> bool:
+        return True
+
+    def result(self, state: LaneState, target: Target) -> LaneParticles:
+        states = state if tracing(state) else _until(state, int(state.iteration) + 1)
+        runs = self._each(
+            lambda engine, state: engine.result(state, nothing().given()), states.states
+        )
+        path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), runs.path)
+        if not tracing(state):
+            self._check_weights(path)
+        keys = _keys(state.key, self.lanes.size)
+        chosen = jax.vmap(lambda k, w: shuffled(k, w, w.shape[0]))(keys, runs.log_weights)
+
+        def joined(x: Array) -> Array:
+            return jnp.swapaxes(jax.vmap(lambda x, i: x[i])(x, chosen), 0, 1)
+
+        log_evidence = jnp.sum(runs.log_evidence) + self.lanes.log_shared
+        return LaneParticles(
+            choices=jax.tree.map(joined, runs.choices),
+            log_weights=jnp.full(chosen.shape[1], log_evidence),
+            log_evidence=log_evidence,
+            log_evidence_variance=jnp.sum(runs.log_evidence_variance),
+            target=target if target.latents else None,
+            path=path,
+            state=state,
+        )
+
+    def _check_weights(self, path: Path) -> None:
+        bad = np.argwhere(~np.isfinite(np.asarray(path.log_increments)))
+        if not len(bad):
+            return
+        lane, model = bad[0][1:], self.lanes
+        for index in lane:
+            model = model.at(int(index))
+        one = jax.tree.map(lambda x: x[(slice(None), *lane)], path)
+        try:
+            dataclasses.replace(self.engine, model=model)._check_weights(one)
+        except DensityError as e:
+            sizes = " by ".join(map(str, self.lanes.shape))
+            raise DensityError(f"lane {_named(lane)} of {sizes}: {e}") from None
+
+
+def _evidences(state: Any) -> Array:
+    return _evidences(state.states) if isinstance(state, LaneState) else state.log_evidence
+
+
+def _until(state: Any, done: int, depth: int = 0) -> Any:
+    """A state whose path ends after so many steps."""
+    if isinstance(state, LaneState):
+        return dataclasses.replace(state, states=_until(state.states, done, depth + 1))
+    return dataclasses.replace(
+        state, path=jax.tree.map(lambda x: x[(slice(None),) * depth + (slice(done),)], state.path)
+    )

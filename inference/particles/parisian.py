@@ -1,0 +1,276 @@
+r"""Expectations of sums over a path: PaRIS, and its particle Gibbs sampler without its bias.
+
+For :math:`h = \sum_t h_t(x_{t-1}, x_t)` each particle carries an estimate of what its past has summed up to, averaged
+over `M` draws of the particle that it may come from (Olsson and Westerborn 2017):
+
+    b_t^i = 1/M sum_j [b_{t-1}^{J_ij} + h_t(x_{t-1}^{J_ij}, x_t^i)],   J_ij ~ W_{t-1}^l p(x_t^i, y_t | x_{t-1}^l).
+
+With N particles the estimate :math:`\sum_i W_T^i b_T^i` has a bias of order T/N. Run inside conditional SMC, it loses
+that bias geometrically in the number of iterations (Cardoso, Janati, Le Corff, Moulines and Olsson 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+from weft.inference.results.draws import Draws
+from weft.inference.run.algorithm import Algorithm, State, require_counts
+from weft.ppl import Target
+from weft.ppl.stage.addresses import unflatten
+from weft.ppl.stage.compat import Tracer
+from weft.ppl.stage.errors import WeftError
+
+from .conditional import (
+    Genealogy,
+    along,
+    around,
+    backward,
+    genealogy,
+    only_the_scan,
+    require_markov,
+)
+from .filtering import Filter, filtering
+from .panel_filters import each_lane
+from .smc import SequentialParticles, smc
+
+Functional = Callable[[dict[str, Any] | None, dict[str, Any], Int[Array, ""]], Any]
+"""One term of a sum: of the choices of the step before (None at the first), those of the step, and its number."""
+
+
+def paris(
+    key: PRNGKeyArray,
+    particles: SequentialParticles,
+    functional: Functional,
+    num_backward: int = 2,
+    scan: str | None = None,
+) -> Any:
+    r"""The smoothed expectation of a sum over the path, :math:`E[\sum_t h_t(x_{t-1}, x_t) \mid y]`.
+
+    It costs O(N^2 T): the particle that each may come from is drawn from all of them.
+
+    Args:
+        key: random key.
+        particles: what `smc(filtering(), ..., history="full")` gave, for a model without latent choices outside
+            the scan.
+        functional: `functional(before, now, t)` gives the term of step `t`, an array or a pytree of arrays, from the
+            nested dicts of the choices of two steps; at the first step `before` is None.
+        num_backward: `M`, 2 at least, lest the estimates degenerate as paths do.
+        scan: as given to `filtering`.
+
+    Returns:
+        What the functional returns, summed and averaged; of series under a vmap for each of them, `(lane, ...)`.
+
+    Raises:
+        WeftError: if the run kept no history, or a choice stands outside the scan.
+        ModelError: if the carry remembers more than the choices of the last step.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import filtering, paris, smc
+        >>> @gen
+        ... def random_walk():
+        ...     def step(x, _):
+        ...         x = sample("x", dist.Normal(x, 1.0))
+        ...         return x, sample("y", dist.Normal(x, 1.0))
+        ...     return jax.lax.scan(step, 0.0, length=3)[0]
+        >>> target = random_walk().given({"y": jnp.array([0.5, 1.0, 2.0])})
+        >>> filtered = smc(filtering(), 500, history="full").run(jax.random.key(0), target, progress=False)
+        >>> total = paris(jax.random.key(1), filtered, lambda before, now, t: now["x"])
+        >>> print(f"{total:.0f}")  # exactly 2.95
+        3
+    """
+    _require_backward(num_backward)
+    model, found = genealogy(particles, scan, "paris")
+
+    def one(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+        return _expectation(key, model, found, functional, num_backward)
+
+    return each_lane(one, model, key, found)
+
+
+@eqx.filter_jit
+def _expectation(
+    key: PRNGKeyArray, model: Filter, found: Genealogy, functional: Functional, num_backward: int
+) -> Any:
+    """The recursion of the statistics over all steps, and their weighted mean at the last."""
+    num_particles = found.log_weights.shape[1]
+
+    def term(before: Any, now: Any, t: Any) -> Any:
+        found = functional(None if before is None else unflatten(before), unflatten(now), t)
+        return jax.tree.map(jnp.asarray, found)
+
+    def step(carry: Any, x: Any) -> Any:
+        statistics, particles, log_weights = carry
+        t, then, then_weights, ancestors = x
+        before, now = model.taken(particles), model.taken(then)
+
+        def one(key: PRNGKeyArray, now: Any) -> Any:
+            onward = jax.vmap(model.log_transition, (None, 0, None))(t, particles, now)
+            chosen = jax.random.categorical(key, log_weights + onward, shape=(num_backward,))
+
+            def past(j: Array) -> Any:
+                taken = jax.tree.map(lambda x: x[j], (statistics, before))
+                return jax.tree.map(jnp.add, taken[0], term(taken[1], now, t))
+
+            return jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(past)(chosen))
+
+        keys = jax.random.split(jax.random.fold_in(key, t), num_particles)
+        # After the scan nothing is added.
+        moved = jax.lax.cond(
+            t < model.parts.length,
+            lambda: jax.vmap(one)(keys, now),
+            lambda: jax.tree.map(lambda x: x[ancestors], statistics),
+        )
+        return (moved, then, then_weights), None
+
+    rows = (found.particles, found.log_weights, found.ancestors)
+    first = jax.tree.map(lambda x: x[0], rows[:2])
+    rest = jax.tree.map(lambda x: x[1:], rows)
+    begin = jax.vmap(lambda now: term(None, now, jnp.int32(0)))(model.taken(first[0]))
+    begin = jax.tree.map(lambda x: x.astype(jnp.result_type(x, float)), begin)
+    steps = jnp.arange(1, found.log_weights.shape[0])
+    (statistics, _, log_weights), _ = jax.lax.scan(step, (begin, *first), (steps, *rest))
+    weights = jax.nn.softmax(log_weights)
+    return jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), statistics)
+
+
+class ParisianState(State):
+    """The state of a set of chains; every field but `iteration` leads with the chain."""
+
+    iteration: Int[Array, ""]
+    reference: Any
+    draws: Any
+
+
+class parisian_gibbs(Algorithm):
+    r"""The Parisian particle Gibbs sampler: expectations of sums over a path, their bias gone geometrically.
+
+    Each iteration runs conditional SMC around a path, gives an estimate by the recursion of `paris` over all its
+    particles, and draws the next path. Estimates of iterations after warm-up, `derived["sum"]` of the result, are
+    averaged. Their variance is that of `N` particles; for one estimate of given cost plain `paris` with more
+    particles has less, and a bias: take this where estimates feed a recursion in which bias would add up.
+
+    Attributes:
+        functional: one term of the sum, as in `paris`.
+        num_particles: `N`.
+        num_samples: iterations after warm-up, for each chain.
+        num_warmup: iterations before.
+        num_chains: chains, under one vmap.
+        num_backward: `M`.
+        filter: how to filter.
+
+    Raises:
+        WeftError: if a latent choice stands outside the scan.
+        ModelError: if the carry remembers more than the choices of the last step.
+
+    References:
+        Cardoso, Janati, Le Corff, Moulines and Olsson (2023), algorithm 2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import parisian_gibbs
+        >>> @gen
+        ... def random_walk():
+        ...     def step(x, _):
+        ...         x = sample("x", dist.Normal(x, 1.0))
+        ...         return x, sample("y", dist.Normal(x, 1.0))
+        ...     return jax.lax.scan(step, 0.0, length=3)[0]
+        >>> target = random_walk().given({"y": jnp.array([0.5, 1.0, 2.0])})
+        >>> sampler = parisian_gibbs(lambda before, now, t: now["x"], 10, num_samples=100, num_warmup=5)
+        >>> draws = sampler.run(jax.random.key(0), target, progress=False)
+        >>> print(f"{draws.derived['sum'].mean():.0f}")  # exactly 2.95
+        3
+    """
+
+    functional: Functional
+    num_particles: int = 50
+    num_samples: int = 100
+    num_warmup: int = 10
+    num_chains: int = 4
+    num_backward: int = eqx.field(static=True, default=2)
+    filter: filtering = filtering()
+
+    def __check_init__(self) -> None:
+        require_counts(
+            self, num_particles=2, num_samples=1, num_warmup=0, num_chains=1, num_backward=1
+        )
+
+    def num_iterations(self, target: Target) -> int:
+        return self.num_warmup + self.num_samples
+
+    def has_result(self, iteration: int) -> bool:
+        return iteration > self.num_warmup
+
+    def check(self, target: Target, init: Any = None) -> None:
+        if init is not None:
+            raise WeftError("parisian_gibbs begins at a path of a filter: leave out init")
+        model = self.filter(target)
+        only_the_scan(model, "parisian_gibbs")
+        require_markov(model, "parisian_gibbs")
+
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> ParisianState:
+        model = self.filter(target)
+
+        def begin(key: PRNGKeyArray) -> Any:
+            run_key, path_key = jax.random.split(key)
+            found = smc(self.filter, self.num_particles, history="full").run(
+                run_key, target, progress=False
+            )
+            _, all_of_them = genealogy(found, self.filter.scan, "parisian_gibbs")
+            return each_lane(_drawn, model, path_key, all_of_them)
+
+        reference = jax.vmap(begin)(jax.random.split(key, self.num_chains))
+        one = jax.tree.map(lambda x: x[0], reference)
+        shapes = jax.eval_shape(lambda: self._iterate(key, model, one)[1])
+        draws = jax.tree.map(
+            lambda s: jnp.zeros((self.num_chains, self.num_samples, *s.shape), s.dtype), shapes
+        )
+        return ParisianState(jnp.int32(0), reference, draws)
+
+    def step(self, key: PRNGKeyArray, state: ParisianState, target: Target) -> ParisianState:
+        model = self.filter(target)
+        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(self.num_chains))
+        reference, found = jax.vmap(lambda k, r: self._iterate(k, model, r))(keys, state.reference)
+        slot = state.iteration - self.num_warmup
+        slot = jnp.where(slot < 0, self.num_samples, slot)
+        draws = jax.tree.map(
+            lambda buffer, x: buffer.at[:, slot].set(x, mode="drop"), state.draws, found
+        )
+        return ParisianState(state.iteration + 1, reference, draws)
+
+    def _iterate(self, key: PRNGKeyArray, model: Any, reference: Any) -> tuple[Any, Any]:
+        """The next path, and it with the estimate."""
+
+        def one(key: PRNGKeyArray, model: Filter, reference: Any) -> Any:
+            run_key, path_key, sum_key = jax.random.split(key, 3)
+            found = around(run_key, model, reference, self.num_particles)
+            total = _expectation(sum_key, model, found, self.functional, self.num_backward)
+            path = along(backward(path_key, model, found), found.particles)
+            return model.taken(path), {"sum": total, "path": model.steps_of(path)}
+
+        return each_lane(one, model, key, reference)
+
+    def result(self, state: ParisianState, target: Target) -> Draws:
+        draws = state.draws
+        if not isinstance(state.iteration, Tracer):
+            done = int(state.iteration) - self.num_warmup
+            draws = jax.tree.map(lambda x: x[:, :done], draws)
+        return Draws(choices=unflatten(draws["path"]), derived={"sum": draws["sum"]}, target=target)
+
+
+def _drawn(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+    """The choices of a path, drawn from its end on."""
+    return model.taken(along(backward(key, model, found), found.particles))
+
+
+def _require_backward(num_backward: int) -> None:
+    if not isinstance(num_backward, (int, np.integer)) or num_backward < 1:
+        raise WeftError(f"num_backward must be a positive integer, got {num_backward!r}")

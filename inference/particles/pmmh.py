@@ -1,0 +1,297 @@
+r"""Particle marginal Metropolis-Hastings: a chain on parameters whose likelihood a filter estimates.
+
+The estimate :math:`\hat p(y \mid \theta)` is unbiased, so that a Metropolis-Hastings chain which keeps it with its
+point leaves :math:`p(\theta) p(y \mid \theta)` as it is, whatever the number of particles (Andrieu and Roberts 2009;
+Andrieu, Doucet and Holenstein 2010). A step proposes
+
+    z' = z + s (2.38 / sqrt(d)) L e,   e ~ N(0, I),
+
+on the unconstrained scale, with `L L^T` the covariance of the chain and the scale `s` adapted in warm-up (Haario,
+Saksman and Tamminen 2001; Andrieu and Thoms 2008, algorithm 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from weft.inference.results.draws import Draws
+from weft.inference.run.algorithm import Algorithm, State, require_counts
+from weft.ppl import Program, Target
+from weft.ppl.scans.panels import Series
+from weft.ppl.stage.addresses import flatten, unflatten
+from weft.ppl.stage.compat import Tracer
+from weft.ppl.stage.errors import ModelError, WeftError
+
+from .filtering import Filter, filtering
+from .smc import smc
+
+
+class Parameters:
+    """The choices before a scan, or outside of the vmap of several: their prior, and the filter given them."""
+
+    def __init__(self, target: Target, how: filtering) -> None:
+        self.target = target
+        apart = how.series(target)
+        program = _before(how(target), target) if apart is None else _outside(apart, target)
+        data = {a: g for a, g in target.data.items() if a in program.sites}
+        self.prior = program.given(unflatten(data))
+        self.space = self.prior.unconstrain().flat
+
+    def draw(self, key: PRNGKeyArray) -> tuple[dict[str, Any], Array]:
+        """Parameters, and the log density of their prior: without what is observed beside them."""
+        trace, log_weight = self.prior.generate(key)
+        found = flatten(trace.choices)
+        drawn = unflatten({a: found[a] for a in self.prior.latents})
+        return drawn, trace.log_density - log_weight
+
+    def choices(self, position: Array) -> dict[str, Any]:
+        return self.space.to_choices(position)
+
+    def given(self, choices: dict[str, Any]) -> Target:
+        """The target given the parameters: its evidence is their joint density with the data."""
+        return self.target.given(choices)
+
+    def log_prior_change(self, position: Array, choices: dict[str, Any]) -> Array:
+        """What the change of variables adds to the log density."""
+        return self.space.log_density(position) - self.prior.log_density(choices)
+
+
+def _before(model: Filter, target: Target) -> Program:
+    """The program before a scan, whose choices are the parameters."""
+    before, _, after = model.latents
+    name = target.program.name
+    if not before:
+        raise WeftError(
+            f"{name!r} has no latent choice before its scan: nothing to infer but the path"
+        )
+    if after:
+        raise ModelError(
+            f"the choices {', '.join(map(repr, after))} of {name!r} stand after its scan, and parameters "
+            "stand before it: move them there, or take particle_gibbs"
+        )
+    program = model.parts.before
+    assert program is not None
+    return program
+
+
+def _outside(apart: Series, target: Target) -> Program:
+    """The program outside of the vmap of several series, whose choices are the parameters."""
+    if not any(a in target.latents for a in apart.shared.sites):
+        raise WeftError(
+            f"{target.program.name!r} has no latent choice that its {apart.size} series share: nothing to infer but "
+            "what each has of its own, for which smc(filtering()) is"
+        )
+    return apart.shared
+
+
+class Chain(NamedTuple):
+    """One chain: where it is, the estimate there, the path drawn with it, and what was learnt of its law."""
+
+    position: Float[Array, " n"]
+    log_density: Float[Array, ""]
+    choices: dict[str, Array]
+    mean: Float[Array, " n"]
+    covariance: Float[Array, "n n"]
+    log_scale: Float[Array, ""]
+
+
+class PMMHState(State):
+    """The state of a set of chains; every field but `iteration` leads with the chain."""
+
+    iteration: Int[Array, ""]
+    chains: Chain
+    draws: dict[str, Array]
+    stats: dict[str, Array]
+
+
+class pmmh(Algorithm):
+    r"""Particle marginal Metropolis-Hastings for the choices before a scan, with a path for each draw.
+
+    Of series under a `jax.vmap` the parameters are the choices outside of it, which the series share; what each draws
+    before its own scan is left to its filter.
+
+    Attributes:
+        num_particles: of each filter; as a rule so many that the standard deviation of the log evidence near
+            the mode is about 1.2 (Doucet et al. 2015). With too few the chain stands still for long.
+        num_samples: iterations after warm-up, for each chain.
+        num_warmup: iterations in which covariance and scale of the proposal are adapted.
+        num_chains: chains, under one vmap.
+        filter: how to filter.
+        paths: whether to keep a path with each draw, which costs memory of N T in each filter.
+
+    The statistics are "acceptance_rate", the probability of acceptance, and "lp", the log of the estimated joint
+    density.
+
+    Raises:
+        WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
+        ModelError: if one stands after it.
+        DensityError: if one is discrete.
+
+    References:
+        Andrieu, Doucet and Holenstein (2010), section 2.4.2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import pmmh
+        >>> @gen
+        ... def random_walk():
+        ...     scale = sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     def step(x, _):
+        ...         x = sample("x", dist.Normal(x, scale))
+        ...         return x, sample("y", dist.Normal(x, 1.0))
+        ...     return jax.lax.scan(step, 0.0, length=3)[0]
+        >>> target = random_walk().given({"y": jnp.array([0.5, 1.0, 2.0])})
+        >>> draws = pmmh(20, num_samples=20, num_warmup=20).run(jax.random.key(0), target, progress=False)
+        >>> draws.choices["scale"].shape, draws.choices["x"].shape
+        ((4, 20), (4, 20, 3))
+    """
+
+    num_particles: int = 200
+    num_samples: int = 1000
+    num_warmup: int = 500
+    num_chains: int = 4
+    filter: filtering = filtering()
+    paths: bool = True
+
+    def __check_init__(self) -> None:
+        require_counts(self, num_particles=2, num_samples=1, num_warmup=0, num_chains=1)
+
+    def num_iterations(self, target: Target) -> int:
+        return self.num_warmup + self.num_samples
+
+    def has_result(self, iteration: int) -> bool:
+        return iteration > self.num_warmup
+
+    def check(self, target: Target, init: Any = None) -> None:
+        if init is not None:
+            raise WeftError("pmmh begins at draws of the prior: leave out init")
+        Parameters(target, self.filter)
+
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> PMMHState:
+        parameters = Parameters(target, self.filter)
+        size = parameters.space.size
+
+        def begin(key: PRNGKeyArray) -> Chain:
+            draw_key, filter_key = jax.random.split(key)
+
+            def attempt(i: Array) -> Any:
+                drawn, _ = parameters.draw(jax.random.fold_in(draw_key, i))
+                position = parameters.space.from_choices(drawn)
+                found = self._estimate(jax.random.fold_in(filter_key, i), parameters, position)
+                return i + 1, position, *found
+
+            def again(state: Any) -> Array:
+                return ~jnp.isfinite(state[2]) & (state[0] < 100)
+
+            _, position, log_density, choices = jax.lax.while_loop(
+                again, lambda state: attempt(state[0]), attempt(jnp.int32(0))
+            )
+            covariance = 0.1 * jnp.eye(size)
+            return Chain(
+                position, log_density, choices, position, covariance, jnp.zeros_like(log_density)
+            )
+
+        chains = jax.vmap(begin)(jax.random.split(key, self.num_chains))
+
+        def buffer(x: Any) -> Array:
+            return jnp.zeros((self.num_chains, self.num_samples, *x.shape[1:]), x.dtype)
+
+        stats = {"lp": chains.log_density, "acceptance_rate": chains.log_density}
+        draws, stats = jax.tree.map(buffer, (chains.choices, stats))
+        return PMMHState(jnp.int32(0), chains, draws, stats)
+
+    def begins(self, state: PMMHState) -> bool:
+        return bool(jnp.isfinite(state.chains.log_density).all())
+
+    def refusal(self, state: PMMHState, target: Target) -> Exception:
+        return WeftError(
+            "pmmh: in 100 draws of the prior no filter ended with a positive weight: take more particles, a proposal "
+            "that knows the observations, or a narrower prior"
+        )
+
+    def step(self, key: PRNGKeyArray, state: PMMHState, target: Target) -> PMMHState:
+        parameters = Parameters(target, self.filter)
+        warming = state.iteration < self.num_warmup
+
+        def one(index: Array, chain: Chain) -> tuple[Chain, Array]:
+            return self._move(
+                jax.random.fold_in(key, index), parameters, chain, state.iteration, warming
+            )
+
+        chains, rate = jax.vmap(one)(jnp.arange(self.num_chains), state.chains)
+        slot = jnp.where(warming, self.num_samples, state.iteration - self.num_warmup)
+
+        def write(buffer: Array, values: Array) -> Array:
+            return buffer.at[:, slot].set(values, mode="drop")
+
+        stats = {"lp": chains.log_density, "acceptance_rate": rate}
+        draws, stats = jax.tree.map(write, (state.draws, state.stats), (chains.choices, stats))
+        return PMMHState(state.iteration + 1, chains, draws, stats)
+
+    def _move(
+        self, key: PRNGKeyArray, parameters: Parameters, chain: Chain, t: Array, warming: Array
+    ) -> tuple[Chain, Array]:
+        step_key, filter_key, accept_key = jax.random.split(key, 3)
+        position = chain.position + jnp.exp(chain.log_scale) * random_step(
+            step_key, chain.covariance
+        )
+        log_density, choices = self._estimate(filter_key, parameters, position)
+        log_ratio = jnp.nan_to_num(log_density - chain.log_density, nan=-jnp.inf)
+        rate = jnp.minimum(1.0, jnp.exp(log_ratio))
+        accepted = jax.random.uniform(accept_key) < rate
+        position, log_density, choices = jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old),
+            (position, log_density, choices),
+            (chain.position, chain.log_density, chain.choices),
+        )
+        gain = jnp.where(warming, (t + 2.0) ** -0.6, 0.0)
+        away = position - chain.mean
+        learnt = Chain(
+            position,
+            log_density,
+            choices,
+            chain.mean + gain * away,
+            chain.covariance + gain * (jnp.outer(away, away) - chain.covariance),
+            chain.log_scale + gain * (rate - 0.234),
+        )
+        return learnt, rate
+
+    def _estimate(
+        self, key: PRNGKeyArray, parameters: Parameters, position: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """The log of the estimated joint density on the unconstrained scale, and all choices, a path drawn."""
+        run_key, path_key = jax.random.split(key)
+        choices = parameters.choices(position)
+        history = "full" if self.paths else "none"
+        found = smc(self.filter, self.num_particles, history=history).run(
+            run_key, parameters.given(choices), progress=False
+        )
+        flat = dict(flatten(choices))
+        if self.paths:
+            index = jax.random.categorical(path_key, found.log_weights)
+            flat.update({a: x[index] for a, x in flatten(found.choices).items()})
+        assert found.log_evidence is not None
+        return found.log_evidence + parameters.log_prior_change(position, choices), flat
+
+    def result(self, state: PMMHState, target: Target) -> Draws:
+        draws, stats = state.draws, state.stats
+        if not isinstance(state.iteration, Tracer):
+            done = int(state.iteration) - self.num_warmup
+            draws, stats = jax.tree.map(lambda x: x[:, :done], (draws, stats))
+        warmup = {"scale": jnp.exp(state.chains.log_scale)}
+        return Draws(choices=unflatten(draws), stats=stats, target=target, warmup=warmup)
+
+    def describe(self, state: PMMHState) -> str:
+        scale = float(jnp.exp(state.chains.log_scale).mean())
+        return f"{'warm-up' if int(state.iteration) < self.num_warmup else 'sampling'}, scale {scale:.2g}"
+
+
+def random_step(key: PRNGKeyArray, covariance: Float[Array, "n n"]) -> Float[Array, " n"]:
+    """A normal step of the covariance that is best for normal laws (Roberts, Gelman and Gilks 1997)."""
+    size = covariance.shape[0]
+    root = jnp.linalg.cholesky(covariance + 1e-6 * jnp.eye(size))
+    return 2.38 / size**0.5 * root @ jax.random.normal(key, (size,))

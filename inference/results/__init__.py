@@ -1,0 +1,1 @@
+"""What algorithms return: draws and weighted points, their diagnostics, summaries and files."""

@@ -1,0 +1,1 @@
+"""How an algorithm runs: compiled chunks, progress, interruption, adaptation."""

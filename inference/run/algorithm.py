@@ -1,0 +1,241 @@
+"""What an inference algorithm is: settings, and three pure functions of a key, a state and a
+target.
+
+An algorithm is an Equinox module of settings. `init` makes its state, `step` advances it by one
+iteration, `result` turns it into what the user reads; `run` puts them together. The author of an
+algorithm writes the first three, for one data set, in plain JAX; what follows is written once,
+here:
+
+- **Compilation.** `run` stages the target anew at every call, outside compiled code, and passes it
+  to two functions of this module compiled by `eqx.filter_jit`. What the model captured travels as
+  operands and the rest compares structurally: new data of the same shape compile nothing, and a
+      global that was bound again is never stale.
+- **Chunks.** Iterations run in compiled chunks driven from the host, which is where progress,
+  interruption and checkpoints hook in. The key of an iteration is `fold_in(key, iteration)`, so
+  that chunks change nothing.
+- **Tracing.** Called under `jit` or `vmap` (over data sets, say) `run` is one scan and shows no
+  progress.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+from weft.ppl import Target
+from weft.ppl.programs.printing import Printed
+from weft.ppl.stage.compat import as_key
+from weft.ppl.stage.errors import WeftError
+
+from .runner import run_chunks, tracing
+
+
+class State(eqx.Module):
+    """Base of the states of algorithms: arrays only, of shapes that never change.
+
+    Attributes:
+        iteration: the number of iterations done.
+    """
+
+    iteration: eqx.AbstractVar[Int[Array, ""]]
+
+
+class Algorithm(Printed, eqx.Module):
+    """Base of all algorithms: settings with `init`, `step`, `result` and `run`."""
+
+    @abc.abstractmethod
+    def num_iterations(self, target: Target) -> int:
+        """How many iterations a whole run takes."""
+
+    @abc.abstractmethod
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> Any:
+        """The state before the first iteration (traced). `init` are choices to begin at, where that has a meaning."""
+
+    @abc.abstractmethod
+    def step(self, key: PRNGKeyArray, state: Any, target: Target) -> Any:
+        """The state one iteration later (traced), with the same shapes and dtypes. `key` is this iteration's own."""
+
+    @abc.abstractmethod
+    def result(self, state: Any, target: Target) -> Any:
+        """What the user gets from a state, after `state.iteration` iterations."""
+
+    def check(self, target: Target, init: Any = None) -> None:
+        """Refuse, before anything is compiled, a target or choices that cannot be treated."""
+
+    def prepare(self, target: Target) -> Algorithm:
+        """The settings as they enter compiled code: programs among them staged."""
+        return self
+
+    def thrifty(self) -> Algorithm:
+        """Settings that begin at less cost; the full ones are compiled only where these fail."""
+        return self
+
+    def begins(self, state: Any) -> bool:
+        """Whether a first state leads anywhere (values are concrete)."""
+        return True
+
+    def refusal(self, state: Any, target: Target) -> Exception:
+        """The error for a first state that leads nowhere."""
+        raise NotImplementedError
+
+    def has_result(self, iteration: int) -> bool:
+        """Whether there is anything to return after so many iterations."""
+        return iteration > 0
+
+    def finished(self, state: Any) -> Any:
+        """Whether a state needs no more iterations (traced); None, where their number alone decides."""
+        return None
+
+    def between(self, state: Any) -> tuple[Any, int | None]:
+        """What is done on the host before a chunk: a state, and for how many iterations it has room; None for all."""
+        return state, None
+
+    def with_room(self, state: Any, num_iterations: int) -> Any:
+        """A state with room for so many more iterations (traced); where there are no chunks."""
+        return state
+
+    def describe(self, state: Any) -> str:
+        """A few words for the progress bar."""
+        return ""
+
+    def run(
+        self, key: PRNGKeyArray, target: Target, *, init: Any = None, progress: bool = True
+    ) -> Any:
+        """Run the algorithm on a target.
+
+        Ctrl-C ends the run after the chunk in progress and returns what there is by then, with a
+        warning.
+
+        Args:
+            key: a random key, typed (`jax.random.key`) or raw.
+            target: what to infer: `model(*args).given(data)`.
+            init: choices to begin at, where the algorithm has such a thing.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The algorithm's result: `Draws` or `Particles`.
+
+        Raises:
+            WeftError: if the algorithm does not apply to this target; the message names the sites.
+        """
+        _require_target(target, self)
+        self.check(target, init)
+        key = as_key(key)
+        staged, settings = target.staged(), _traced_floats(self.prepare(target))
+        if init is not None:
+            init = jax.tree.map(jnp.asarray, init)
+        if tracing(key, staged, init, settings):
+            return settings.result(_whole(settings, staged, key, init), target)
+
+        thrifty = settings.thrifty()
+        state = _begin(thrifty, staged, key, init)
+        if thrifty is not settings and not self.begins(state):
+            state = _begin(settings, staged, key, init)
+        if not self.begins(state):
+            raise self.refusal(state, staged)
+        start, stop = int(state.iteration), settings.num_iterations(staged)
+
+        def advance(state: Any, first: int, last: int) -> Any:
+            return _advance((settings, staged, key, jnp.int32(first), jnp.int32(last)), state)
+
+        state, done = run_chunks(
+            advance,
+            state,
+            start,
+            stop,
+            title=type(self).__name__,
+            progress=progress,
+            describe=settings.describe,
+            finished=settings.finished,
+            between=settings.between,
+        )
+        if done < stop and not settings.finished(state):
+            if not self.has_result(done):
+                raise KeyboardInterrupt(
+                    f"{type(self).__name__} was interrupted after {done} of {stop} iterations, "
+                    "before there was any result"
+                )
+            warnings.warn(
+                f"{type(self).__name__} was interrupted after {done} of {stop} iterations: "
+                "this result holds what there is",
+                stacklevel=2,
+            )
+        return settings.result(state, target)
+
+
+def require_counts(settings: Any, **least: int) -> None:
+    """Raise WeftError unless the named settings are integers, and so large at least."""
+    for name, smallest in least.items():
+        value = getattr(settings, name)
+        if not isinstance(value, (int, np.integer)) or value < smallest:
+            raise WeftError(
+                f"{type(settings).__name__}: {name} must be an integer, {smallest} at least, got {value!r}"
+            )
+
+
+def strong(tree: Any) -> Any:
+    """The same arrays without weak types, so that a first state has the type of every later one."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), tree)
+
+
+def _traced_floats(algorithm: Algorithm) -> Algorithm:
+    """The settings with Python floats as arrays, so that another value of one compiles nothing."""
+    return jax.tree.map(lambda x: jnp.asarray(x) if type(x) is float else x, algorithm)
+
+
+def iteration_keys(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """The key of `init`, and the one that the iterations' keys are folded from."""
+    first, rest = jax.random.split(key)
+    return first, rest
+
+
+def _iterate(
+    algorithm: Algorithm, target: Target, key: PRNGKeyArray, state: Any, start: Any, stop: Any
+) -> Any:
+    _, rest = iteration_keys(key)
+
+    def body(i: Any, state: Any) -> Any:
+        return strong(algorithm.step(jax.random.fold_in(rest, i), state, target))
+
+    if algorithm.finished(state) is None:
+        return jax.lax.fori_loop(start, stop, body, state)
+
+    def goes_on(carry: Any) -> Any:
+        return (carry[0] < stop) & ~algorithm.finished(carry[1])
+
+    return jax.lax.while_loop(
+        goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.asarray(start), state)
+    )[1]
+
+
+@eqx.filter_jit
+def _begin(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
+    return strong(algorithm.init(iteration_keys(key)[0], target, init))
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _advance(fixed: tuple[Any, ...], state: Any) -> Any:
+    # The state is donated: buffers of draws are written in place, chunk after chunk.
+    algorithm, target, key, start, stop = fixed
+    return _iterate(algorithm, target, key, state, start, stop)
+
+
+@eqx.filter_jit
+def _whole(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
+    state = strong(algorithm.init(iteration_keys(key)[0], target, init))
+    start, stop = 0 if init is None else state.iteration, algorithm.num_iterations(target)
+    return _iterate(algorithm, target, key, algorithm.with_room(state, stop), start, stop)
+
+
+def _require_target(target: Any, algorithm: Algorithm) -> None:
+    if not isinstance(target, Target):
+        raise TypeError(
+            f"{type(algorithm).__name__}.run expected a Target, got {type(target).__name__}: "
+            "condition a program first, model(*args).given(data), or .given() if it has no data"
+        )

@@ -1,0 +1,1 @@
+"""Variational inference: objectives, guides, fits and their diagnosis."""

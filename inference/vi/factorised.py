@@ -1,0 +1,239 @@
+"""Programs that draw a target's choices one after the other, each as the push-forward of a law to its support."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, PRNGKeyArray
+from numpyro.distributions import biject_to
+from weft.ppl import Target, gen, sample
+from weft.ppl.programs.handlers import Evaluate, Given, expand
+from weft.ppl.programs.traces import flat_records
+from weft.ppl.stage.addresses import unflatten
+from weft.ppl.stage.interpreter import Handler, interpret
+from weft.ppl.stage.sites import Site
+from weft.ppl.stage.specs import Constant
+
+from .laws import Among, Law, Vector
+from .parameters import unwrap
+
+Before = Callable[[str], Vector]
+"""The unconstrained elements of a choice that was drawn already, by address."""
+
+
+# --- its push-forward ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What is known of a latent choice beforehand.
+
+    Attributes:
+        address: dotted address.
+        batch_shape: lanes and batch axes of the choice.
+        event_shape: the axes that its distribution ties together.
+        shape: shape on the unconstrained scale; the batch axes lead.
+        dtype: dtype of the choice.
+        dims: names of its axes.
+        support: its support, if that depends on nothing.
+        num_values: of a discrete choice the number of values.
+    """
+
+    address: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    dims: tuple[str | None, ...]
+    support: Constant | None
+    num_values: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of unconstrained elements."""
+        return math.prod(self.shape)
+
+
+class PushForward(eqx.Module):
+    """The law of a choice whose unconstrained elements have a given law, as a distribution."""
+
+    law: Law
+    support: Any
+    place: Place = eqx.field(static=True)
+
+    has_rsample: ClassVar[bool] = True
+    is_discrete: ClassVar[bool] = False
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Lanes and batch axes."""
+        return self.place.batch_shape
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Axes that are tied together by the support."""
+        return self.place.event_shape
+
+    def sample(self, key: PRNGKeyArray) -> Array:
+        """A draw."""
+        z = self.law.sample(key).reshape(self.place.shape)
+        return jnp.asarray(biject_to(self.support)(z)).astype(self.place.dtype)
+
+    def log_prob(self, value: Array) -> Array:
+        """Log density by batch axes; elements further on are conditioned on those before them."""
+        batch, transform = self.batch_shape, biject_to(self.support)
+        z = jnp.asarray(transform.inv(value))
+        jacobian = jnp.asarray(transform.log_abs_det_jacobian(z, value))
+        if jacobian.ndim < len(batch):
+            jacobian = jnp.broadcast_to(jacobian, batch)
+        own = self.law.log_probs(z.reshape(-1))
+        return jnp.sum(own.reshape(*batch, -1), -1) - jnp.sum(jacobian.reshape(*batch, -1), -1)
+
+
+# --- the guide -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Where each choice stands in the vector of all unconstrained elements."""
+
+    sizes: tuple[tuple[str, int], ...]
+
+    def __getitem__(self, address: str) -> slice:
+        start = sum(self.size_of(a) for a in self.before(address))
+        return slice(start, start + self.size_of(address))
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return tuple(a for a, _ in self.sizes)
+
+    @property
+    def size(self) -> int:
+        """Number of all elements."""
+        return sum(n for _, n in self.sizes)
+
+    def size_of(self, address: str) -> int:
+        """Number of elements of one choice."""
+        return dict(self.sizes)[address]
+
+    def before(self, address: str) -> tuple[str, ...]:
+        """The choices before one."""
+        return self.addresses[: self.addresses.index(address)]
+
+
+class Family(eqx.Module):
+    """A family of laws: for each choice, given those before it, the law of its unconstrained elements."""
+
+    def law(self, params: Any, address: str, before: Before) -> Law:
+        """The law of a choice; `before` gives the elements of those before it."""
+        raise NotImplementedError
+
+
+class Guide(eqx.Module):
+    """The program of a family over a target's latent choices, as a function of the parameters.
+
+    Attributes:
+        family: the family.
+        places: the choices, in order.
+        index: of sites observed in part, which elements are latent.
+        target: the target, where supports have to be found at run time.
+    """
+
+    family: Family
+    places: tuple[Place, ...] = eqx.field(static=True)
+    index: dict[str, Array]
+    target: Target | None
+
+    def __call__(self, params: Any, *batch: Any) -> dict[str, Any]:
+        """Draw the choices and return them; what comes besides the parameters is not used."""
+        return unflatten(
+            self.scope(unwrap(params), unflatten({p.address: p for p in self.places}), {})
+        )
+
+    def scope(
+        self, params: Any, places: dict[str, Any], outer: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Draw the choices of one scope, given those drawn before it, all by dotted address."""
+        drawn: dict[str, Array] = {}
+        elements: dict[str, Vector] = {}
+
+        def before(address: str) -> Vector:
+            if address not in elements:
+                seen = {**outer, **drawn}
+                support = self.support(self.place(address), seen)
+                z = jnp.asarray(biject_to(support).inv(seen[address])).reshape(-1)
+                elements[address] = z[self.index[address]] if address in self.index else z
+            return elements[address]
+
+        for name, place in places.items():
+            seen = {**outer, **drawn}
+            if isinstance(place, Place):
+                law = self.law(params, place, before, seen)
+                drawn[place.address] = sample(name, law, dims=place.dims)
+            else:
+                drawn |= sample(name, gen(self.scope)(params, place, seen))
+        return drawn
+
+    def law(self, params: Any, place: Place, before: Before, seen: dict[str, Array]) -> Any:
+        """The distribution of one choice."""
+        if place.num_values is not None:
+            return dist.Categorical(logits=params["logits"][place.address])
+        law = self.family.law(params, place.address, before)
+        if place.address in self.index:
+            law = Among(law, self.index[place.address], place.size)
+        return PushForward(law, self.support(place, seen), place)
+
+    def place(self, address: str) -> Place:
+        """What is known of a choice."""
+        return next(p for p in self.places if p.address == address)
+
+    def support(self, place: Place, seen: Mapping[str, Array]) -> Any:
+        """The support of a choice; where it depends on the choices before it, or on arguments, the model says it."""
+        return self.find_support(place, seen) if place.support is None else place.support.value
+
+    def find_support(self, place: Place, seen: Mapping[str, Array]) -> Any:
+        """The support of a choice, from a run of the target's model in which all choices are given."""
+        assert self.target is not None
+        code, args = self.target.program.code()
+        given: dict[str, Given] = dict(self.target.data)
+        for address in self.target.latents:
+            info = self.target.sites[address]
+            # Choices further on do not enter (`_refuse_supports`): any value serves.
+            value = seen.get(address, jnp.ones(info.shape, info.dtype))
+            if address in given:
+                value = jnp.where(expand(given[address].where, value), given[address].value, value)
+            given[address] = Given(value)
+        handler = FindSupport(place.address, [])
+        _, records, _ = interpret(code.jaxpr, args, handler, None, unflatten(given))
+        leaves = dict(flat_records(records))[place.address]["leaves"]
+        return jax.tree.unflatten(handler.structure[0], leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class FindSupport(Handler):
+    """Records the support of one site, all other choices being given: its bounds, spread over batch axes."""
+
+    address: str
+    structure: list[Any]
+
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
+        value, _, _ = Evaluate(None).site(site, key, given)
+        if ".".join(site.address) != self.address:
+            return value, None, {}
+
+        def bounds(payload: Any) -> list[Array]:
+            leaves, structure = jax.tree.flatten(payload["d"].support)
+            self.structure.append(structure)
+            return [jnp.broadcast_to(leaf, site.spec.shape) for leaf in leaves]
+
+        return value, {"value": value, "leaves": site.over_lanes(bounds)}, {}

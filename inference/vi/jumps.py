@@ -1,0 +1,429 @@
+"""Jumps along the path of a reparametrised draw: where they may be, by the jaxpr, and whether they are, by numbers.
+
+The pathwise derivative of `E[f(x)]` misses what `f` gains by jumping. A jump needs an equation whose
+result is piecewise constant in the draw (a comparison, a rounding, an index), and which goes on to
+the objective. Those are found by following the draws through the staged objective; a draw whose
+derivative was stopped on purpose is not followed. Most of them are harmless: the guards of library
+code never switch where draws fall, and `where(x > 0, x, 0)` is continuous. So each is tried. Between
+two draws `x_0`, `x_1`, all other noise as it is, there is a line
+
+    x(t) = x_0 + t (x_1 - x_0),
+
+and where the equation's result differs at its ends, bisection finds a `t` at which it switches. The
+objective jumps there if its difference over the last interval, of length 2^-20, is no less than a
+quarter of that over one of length 2^-10 (a Lipschitz function would have shrunk a thousandfold, a
+square root 32-fold) and more than rounding, while what enters the equation is continuous there.
+
+What is inside a `while_loop` is not followed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+from weft.ppl.expectations.gradients import Reparam
+from weft.ppl.expectations.sensitivity import PATH, Choice, Probe, probed
+from weft.ppl.expectations.surrogates import mark_p
+from weft.ppl.stage.compat import (
+    Literal,
+    bind,
+    cond_p,
+    inner_jaxprs,
+    open_jaxpr,
+    scan_p,
+    scan_sizes,
+    where_in_source,
+    while_p,
+)
+from weft.ppl.stage.staging import Code, stage
+
+NUM_LINES = 16
+"""Pairs of draws between which a switch is looked for."""
+
+NUM_TRIED = 3
+"""Switches of one equation that are bisected."""
+
+COARSE, FINE = 10, 20
+"""Bisections after which the differences are compared."""
+
+ROUNDING = 100.0
+"""Units in the last place of the objective that are taken for rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Jump:
+    """A jump of an objective along the path of a draw.
+
+    Attributes:
+        primitive: name of the equation's operation.
+        where: the line of the source that it comes from, in brackets; empty if unknown.
+        size: by how much the objective jumped at one place.
+    """
+
+    primitive: str
+    where: str
+    size: float
+
+    def __str__(self) -> str:
+        return (
+            f"the objective jumps by {self.size:.2g} where {_WORDS.get(self.primitive, self.primitive)} switches"
+            f"{self.where}; its reparametrised gradient does not see that and is biased"
+        )
+
+
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_ROUNDINGS = ("floor", "ceil", "round", "sign")
+_WORDS = {
+    **dict.fromkeys(_COMPARISONS, "a comparison"),
+    **dict.fromkeys(_ROUNDINGS, "a rounding"),
+    "convert_element_type": "an integer cast",
+    "rem": "a remainder",
+    "argmax": "an index of the largest",
+    "argmin": "an index of the smallest",
+    "sort": "an order",
+    "top_k": "an order",
+    "is_finite": "a test for finiteness",
+}
+
+# --- following the draws ----------------------------------------------------------------------------------------------
+
+Place = tuple[int, ...]
+"""Where an equation stands: its number, then of the jaxpr in it and of the equation there, and so on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Taint:
+    """What a value has of the draws.
+
+    Attributes:
+        smooth: addresses of those it may be differentiated with respect to.
+        stepped: equations through which it is piecewise constant in some.
+    """
+
+    smooth: frozenset[str] = frozenset()
+    stepped: frozenset[Place] = frozenset()
+
+    def __or__(self, other: _Taint) -> _Taint:
+        return _Taint(self.smooth | other.smooth, self.stepped | other.stepped)
+
+
+_CLEAN = _Taint()
+
+
+class _Follower:
+    """One pass over a jaxpr.
+
+    Attributes:
+        found: equations whose result is piecewise constant in a draw: name, line of the source, and
+            the draws' addresses.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Place, tuple[str, str, frozenset[str]]] = {}
+
+    def run(
+        self, jaxpr: Any, args: Sequence[_Taint], place: Place = (), outer: str = ""
+    ) -> list[_Taint]:
+        opened, _ = open_jaxpr(jaxpr)
+        env: dict[Any, _Taint] = dict(zip(opened.invars, args, strict=True))
+        for i, eqn in enumerate(opened.eqns):
+            ins = [_CLEAN if isinstance(v, Literal) else env.get(v, _CLEAN) for v in eqn.invars]
+            # What stands in a library's own jit may have no line: that of the call, then.
+            line = where_in_source(eqn) or outer
+            outs = self.equation(eqn, ins, (*place, i), line)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [_CLEAN if isinstance(v, Literal) else env.get(v, _CLEAN) for v in opened.outvars]
+
+    def equation(self, eqn: Any, ins: list[_Taint], place: Place, line: str) -> list[_Taint]:
+        name, params = eqn.primitive.name, eqn.params
+        every = _union(ins)
+        if name == "name" and params["name"].startswith(PATH):
+            return [every | _Taint(frozenset([params["name"].removeprefix(PATH)]))]
+        if eqn.primitive is mark_p:  # a strategy of its own takes care of it
+            return [ins[0] if params["kind"] == "control" else _CLEAN]
+        if name == "stop_gradient":
+            return [_Taint(stepped=every.stepped)]
+        if eqn.primitive is scan_p:
+            num_consts, num_carry = scan_sizes(params)
+            while True:
+                outs = self.run(params["jaxpr"], ins, (*place, 0), line)
+                carry = ins[num_consts : num_consts + num_carry]
+                grown = [a | b for a, b in zip(carry, outs[:num_carry], strict=True)]
+                if grown == carry:
+                    return outs
+                ins = [*ins[:num_consts], *grown, *ins[num_consts + num_carry :]]
+        if eqn.primitive is cond_p:
+            branches = [
+                self.run(b, ins[1:], (*place, k), line) for k, b in enumerate(params["branches"])
+            ]
+            chosen = _Taint(stepped=ins[0].stepped)
+            return [chosen | _union(outs) for outs in zip(*branches, strict=True)]
+        inner = inner_jaxprs(eqn)
+        if _inlined(eqn):
+            return self.run(inner[0], ins, (*place, 0), line)
+        floats = [i.smooth for i, v in zip(ins, eqn.invars, strict=True) if _real(v)]
+        smooth = frozenset[str]().union(*floats)
+        if smooth and _steps(eqn):
+            self.found[place] = (name, line, smooth)
+            every = every | _Taint(stepped=frozenset([place]))
+            if name in _ROUNDINGS:
+                return [_Taint(stepped=every.stepped)]
+        return [every if _real(v) else _Taint(stepped=every.stepped) for v in eqn.outvars]
+
+
+def _steps(eqn: Any) -> bool:
+    """Whether an equation's result is piecewise constant in what is floating of its operands, or has such jumps."""
+    name = eqn.primitive.name
+    if name in ("convert_element_type", "argmax", "argmin", "sort", "top_k"):
+        return any(not _real(v) for v in eqn.outvars)
+    return name in _COMPARISONS or name in _ROUNDINGS or name in ("rem", "is_finite")
+
+
+def _inlined(eqn: Any) -> bool:
+    """Whether an equation is a call of the one jaxpr in it, custom derivatives included."""
+    inner = inner_jaxprs(eqn)
+    if not inner or eqn.primitive in (scan_p, cond_p, while_p):
+        return False
+    opened, _ = open_jaxpr(inner[0])
+    return len(opened.invars) == len(eqn.invars) and len(opened.outvars) == len(eqn.outvars)
+
+
+def _union(taints: Sequence[_Taint]) -> _Taint:
+    found = _CLEAN
+    for t in taints:
+        found = found | t
+    return found
+
+
+def _real(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
+# --- trying them ------------------------------------------------------------------------------------------------------
+
+Seen = dict[Place, tuple[list[Array], list[Array]]]
+"""For each equation watched, what is floating of its operands, and what is piecewise constant of its results."""
+
+
+def _watch(jaxpr: Any, args: Sequence[Any], places: frozenset[Place], place: Place = ()) -> Any:
+    """Evaluate a jaxpr; also give what the equations at some places take and give."""
+    opened, consts = open_jaxpr(jaxpr)
+    env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
+    env.update(zip(opened.invars, args, strict=True))
+    seen: Seen = {}
+    for i, eqn in enumerate(opened.eqns):
+        here = (*place, i)
+        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        inside = any(p[: len(here)] == here for p in places)
+        if not inside:
+            outs = bind(eqn, ins)
+        elif here in places:
+            outs = bind(eqn, ins)
+            floats = [jnp.asarray(x) for x, v in zip(ins, eqn.invars, strict=True) if _real(v)]
+            seen[here] = (floats, _flags(eqn, ins, outs))
+        else:
+            outs, found = _watch_inside(eqn, ins, places, here)
+            seen.update(found)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], seen
+
+
+def _watch_inside(eqn: Any, ins: list[Any], places: frozenset[Place], here: Place) -> Any:
+    params = eqn.params
+    if eqn.primitive is scan_p:
+        num_consts, num_carry = scan_sizes(params)
+        consts, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
+
+        def step(carry: Any, x: Any) -> Any:
+            outs, seen = _watch(params["jaxpr"], [*consts, *carry, *x], places, (*here, 0))
+            return outs[:num_carry], (outs[num_carry:], seen)
+
+        xs = ins[num_consts + num_carry :]
+        carry, (ys, seen) = jax.lax.scan(step, carry, xs, params["length"], params["reverse"])
+        return [*carry, *ys], seen
+    if eqn.primitive is cond_p:
+        index, *operands = ins
+        branches = params["branches"]
+
+        def run(k: int) -> Callable[..., Any]:
+            return lambda *a: _watch(branches[k], a, places, (*here, k))
+
+        shapes = [jax.eval_shape(run(k), *operands)[1] for k in range(len(branches))]
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), {p: x for s in shapes for p, x in s.items()}
+        )
+
+        def branch(k: int) -> Callable[..., Any]:
+            def filled(*a: Any) -> Any:
+                outs, seen = run(k)(*a)
+                return outs, {**zeros, **seen}
+
+            return filled
+
+        index = jnp.clip(index, 0, len(branches) - 1)
+        return jax.lax.switch(index, [branch(k) for k in range(len(branches))], *operands)
+    return _watch(inner_jaxprs(eqn)[0], ins, places, (*here, 0))
+
+
+def _flags(eqn: Any, ins: list[Any], outs: list[Any]) -> list[Array]:
+    """What is piecewise constant of an equation's results."""
+    name = eqn.primitive.name
+    if name == "rem":
+        return [jnp.round((ins[0] - outs[0]) / ins[1])]
+    if name in _ROUNDINGS:
+        return list(outs)
+    return [o for o, v in zip(outs, eqn.outvars, strict=True) if not _real(v)]
+
+
+class _Lines(eqx.Module):
+    """The objective along lines, as compiled code.
+
+    Attributes:
+        code: `code(*captured, key, which, salt, step, *arrays)` gives the objective.
+        captured: what it closes over.
+        arrays: the parameters and the data.
+        places: the equations watched.
+    """
+
+    code: Code = eqx.field(static=True)
+    captured: list[Array]
+    arrays: list[Array]
+    places: tuple[Place, ...] = eqx.field(static=True)
+
+    def at(self, line: tuple[PRNGKeyArray, Any, Any], t: Any) -> tuple[Array, Seen]:
+        """The objective and what is watched at one point of a line."""
+        key, which, salt = line
+        args = [
+            *self.captured,
+            key,
+            which,
+            salt,
+            jnp.asarray(t, jnp.result_type(float)),
+            *self.arrays,
+        ]
+        outs, seen = _watch(self.code.jaxpr, args, frozenset(self.places))
+        return outs[0], seen
+
+
+@eqx.filter_jit
+def _switches(lines: _Lines, key: PRNGKeyArray, num_addresses: int) -> Array:
+    """Whether each equation switches between the ends: `(num_addresses, NUM_LINES, equations)`."""
+
+    def one(which: Any, i: Any) -> Array:
+        ends = jax.lax.map(lambda t: lines.at((key, which, i), t)[1], jnp.array([0.0, 1.0]))
+        start, end = (jax.tree.map(lambda x, k=k: x[k], ends) for k in range(2))
+        return _differ(lines.places, start, end)
+
+    over = jnp.arange(NUM_LINES, dtype=jnp.uint32)
+    return jax.lax.map(
+        lambda which: jax.lax.map(lambda i: one(which, i), over),
+        jnp.arange(num_addresses, dtype=jnp.int32),
+    )
+
+
+def _differ(places: tuple[Place, ...], a: Seen, b: Seen) -> Array:
+    return jnp.stack(
+        [
+            jnp.any(jnp.stack([jnp.any(x != y) for x, y in zip(a[p][1], b[p][1], strict=True)]))
+            for p in places
+        ]
+    )
+
+
+@eqx.filter_jit
+def _bisect(lines: _Lines, line: tuple[PRNGKeyArray, Any, Any], number: Any) -> Any:
+    """The differences of the objective, and of what enters an equation, over intervals in which it switches."""
+    _, first = lines.at(line, 0.0)
+
+    def halve(i: Any, state: Any) -> Any:
+        (low, high), coarse = state
+        middle = (low + high) / 2
+        switched = _differ(lines.places, first, lines.at(line, middle)[1])[number]
+        ends = (jnp.where(switched, low, middle), jnp.where(switched, middle, high))
+        return ends, jax.tree.map(lambda c, e: jnp.where(i == COARSE - 1, e, c), coarse, ends)
+
+    start = (jnp.zeros(()), jnp.ones(()))
+    fine, coarse = jax.lax.fori_loop(0, FINE, halve, (start, start))
+    values, seen = jax.lax.map(lambda t: lines.at(line, t), jnp.stack([*coarse, *fine]))
+
+    def difference(k: int) -> Any:
+        def largest(f: Callable[[Array], Array]) -> Array:
+            return jnp.stack(
+                [
+                    jnp.max(jnp.stack([jnp.max(f(x), initial=0.0) for x in seen[p][0]]))
+                    for p in lines.places
+                ]
+            )[number]
+
+        return (
+            jnp.abs(values[k] - values[k + 1]),
+            jnp.max(jnp.abs(values[k : k + 2])),
+            largest(lambda x: jnp.abs(x[k] - x[k + 1])),
+            largest(lambda x: jnp.abs(x[k])),
+        )
+
+    return difference(0), difference(2)
+
+
+def _stays(coarse: float, fine: float, size: float) -> bool:
+    """Whether a difference stays as the interval shrinks a thousandfold."""
+    if not np.isfinite(fine):
+        return True
+    rounding = ROUNDING * float(jnp.finfo(jnp.result_type(float)).eps) * size
+    return fine > rounding and not fine < coarse / 4
+
+
+def find_jumps(
+    key: PRNGKeyArray,
+    value: Callable[..., Array],
+    arrays: Sequence[Array],
+    choices: Mapping[str, Choice],
+) -> dict[str, tuple[Jump, ...]]:
+    """The jumps of an objective along the paths of its reparametrised draws, by address.
+
+    Args:
+        key: a random key.
+        value: the objective, `value(key, *arrays)`.
+        arrays: parameters and data.
+        choices: the choices of its expectations.
+    """
+    addresses = tuple(a for a, c in choices.items() if isinstance(c.strategy, Reparam))
+    if not addresses:
+        return {}
+
+    def moved(key: PRNGKeyArray, which: Any, salt: Any, step: Any, *arrays: Array) -> Array:
+        with probed(Probe(addresses, which, salt, step)):
+            return value(key, *arrays)
+
+    some = (key, jnp.int32(0), jnp.uint32(0), jnp.zeros(()))
+    code, captured = stage(moved, [*some, *arrays])
+    follower = _Follower()
+    opened, _ = open_jaxpr(code.jaxpr)
+    (out,) = follower.run(code.jaxpr, [_CLEAN] * len(opened.invars))
+    reached = {p: follower.found[p] for p in sorted(out.stepped)}
+    if not reached:
+        return {}
+    places = tuple(reached)
+    lines = _Lines(code, captured, list(arrays), places)
+    switching = np.asarray(_switches(lines, key, len(addresses)))
+    found: dict[str, dict[str, Jump]] = {}
+    for s, address in enumerate(addresses):
+        for number, place in enumerate(places):
+            name, line, sources = reached[place]
+            if address not in sources:
+                continue
+            for i in np.flatnonzero(switching[s, :, number])[:NUM_TRIED]:
+                path = (key, jnp.int32(s), jnp.uint32(i))
+                coarse, fine = jax.tree.map(float, _bisect(lines, path, jnp.int32(number)))
+                if _stays(coarse[0], fine[0], fine[1]) and not _stays(coarse[2], fine[2], fine[3]):
+                    jump = Jump(name, line, fine[0])
+                    found.setdefault(address, {}).setdefault(line or str(place), jump)
+                    break
+    return {a: tuple(jumps.values()) for a, jumps in found.items()}

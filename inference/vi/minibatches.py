@@ -1,0 +1,141 @@
+"""Minibatches: rows of the data without replacement, epoch by epoch, inside compiled code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+from weft.ppl.stage.compat import inner_jaxprs, open_jaxpr
+from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.packing import Skeleton, pack
+from weft.ppl.stage.sites import site_p
+
+
+class Minibatches(eqx.Module):
+    """Data, and how they are handed out.
+
+    An epoch is a random permutation of the rows, of which each step takes the next `batch_size`;
+    the rows left over at its end go unseen until the next. Every row is equally likely in every
+    step.
+
+    Attributes:
+        arrays: the arrays of the data.
+        skeleton: what is left of the data without them.
+        num_rows: the size of the leading axis that the arrays share.
+        batch_size: rows in a step; `None` for all of the data, as they are.
+    """
+
+    arrays: list[Array]
+    skeleton: Skeleton = eqx.field(static=True)
+    num_rows: int = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+
+    @staticmethod
+    def make(data: Any, batch_size: int | None) -> Minibatches:
+        """Check the data.
+
+        Raises:
+            WeftError: if a batch size is given, and the arrays share no leading axis or it is
+                shorter.
+        """
+        data = data if isinstance(data, (tuple, list)) else (data,)
+        arrays, skeleton = pack(tuple(data))
+        if batch_size is None:
+            return Minibatches(arrays, skeleton, 0, None)
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise WeftError(f"fit: batch_size must be a positive integer, got {batch_size!r}")
+        shapes = [tuple(x.shape) for x in arrays]
+        rows = {shape[0] if shape else -1 for shape in shapes}
+        if len(rows) != 1 or -1 in rows:
+            raise WeftError(
+                f"fit: with batch_size={batch_size} the arrays of data must share their leading axis, "
+                f"got shapes {shapes}"
+            )
+        (num_rows,) = rows
+        if batch_size > num_rows:
+            raise WeftError(f"fit: batch_size={batch_size} of only {num_rows} rows of data")
+        return Minibatches(arrays, skeleton, num_rows, int(batch_size))
+
+    def whole(self) -> tuple[Any, ...]:
+        """All of the data."""
+        return self.skeleton.unpack(self.arrays)
+
+    def unpack(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
+        """A batch as the objective gets it."""
+        return self.skeleton.unpack(arrays)
+
+    def example_arrays(self) -> list[Array]:
+        """The arrays of some batch."""
+        return (
+            self.arrays if self.batch_size is None else [x[: self.batch_size] for x in self.arrays]
+        )
+
+    def example(self) -> tuple[Any, ...]:
+        """Some batch."""
+        return self.unpack(self.example_arrays())
+
+    def order(self) -> Int[Array, " rows"]:
+        """The rows in their own order."""
+        return jnp.arange(self.num_rows, dtype=jnp.int32)
+
+    def shuffle(self, key: PRNGKeyArray, step: Any, order: Int[Array, " rows"]) -> Array:
+        """The order of the epoch that a step belongs to: a new one at its first step."""
+        if self.batch_size is None:
+            return order
+        epoch, position = jnp.divmod(step, self.num_rows // self.batch_size)
+        return jax.lax.cond(
+            position == 0,
+            lambda: jax.random.permutation(jax.random.fold_in(key, epoch), self.num_rows).astype(
+                jnp.int32
+            ),
+            lambda: order,
+        )
+
+    def take(self, order: Int[Array, " rows"], step: Any) -> list[Array]:
+        """The arrays of a step's batch."""
+        if self.batch_size is None:
+            return self.arrays
+        position = jnp.asarray(step) % (self.num_rows // self.batch_size)
+        rows = jax.lax.dynamic_slice_in_dim(order, position * self.batch_size, self.batch_size)
+        return [x[rows] for x in self.arrays]
+
+
+def warn_unscaled(objective: Any, params: Any, batches: Minibatches) -> None:
+    """Warn of a target of minibatches that counts a batch as if it were all of the data.
+
+    That is right where every choice belongs to a row; with a choice that all rows share, the data
+    must be scaled up against its prior.
+    """
+    n, b = batches.num_rows, batches.batch_size
+    if b is None or b == n or not hasattr(objective, "at"):
+        return
+    target, _ = objective.at(params, *batches.example())
+    shared = [a for a in target.latents if b not in target.sites[a].shape]
+    rows = [a for a, s in target.sites.items() if a in target.data and b in s.shape]
+    weighed = any(s.kind == "factor" for s in target.sites.values())
+    if shared and rows and not weighed and not _scales(target.program.code()[0].jaxpr):
+        axes = [a.name for a in target.sites[rows[0]].axes if a.size == b and a.name]
+        axis = axes[0] if axes else "row"
+        warnings.warn(
+            f"fit: the target counts {b} of {n} rows, while {', '.join(map(repr, shared))} belong to all of them: its "
+            f"bound is not that of the data. Scale the model: scale(model, {{{axis!r}: {n} / {b}}})",
+            stacklevel=3,
+        )
+
+
+def _scales(jaxpr: Any) -> bool:
+    """Whether a site of a program is scaled."""
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if eqn.primitive is site_p:
+            skeleton = eqn.params["skeleton"]
+            if skeleton.unpack([0.0] * skeleton.num_arrays).get("scale") is not None:
+                return True
+        elif eqn.params.get("scaled") or any(map(_scales, inner_jaxprs(eqn))):
+            return True
+    return False

@@ -1,0 +1,573 @@
+"""Objectives of variational inference: estimators `f(key, params, *batch)` of a bound, to be maximised by `fit`.
+
+Each is a few lines around `expect` and `draw`: copy one to write your own. Their gradients are those of the strategies
+of the guide's sites (`weft.gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.weighted.importance import importance
+from weft.inference.weighted.proposals import check_proposal, log_ratio
+from weft.ppl import Program, Target, draw, expect, marginal
+from weft.ppl.expectations.gradients import with_baselines
+from weft.ppl.stage.addresses import flatten, unflatten
+from weft.ppl.stage.compat import as_key
+from weft.ppl.stage.errors import GradientError, WeftError
+from weft.ppl.stage.packing import is_traced
+
+
+def stop(tree: Any) -> Any:
+    """The same, of no derivative; networks hold functions beside arrays."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_traced(x) else x, tree)
+
+
+class Objective(eqx.Module):
+    """What objectives of a target and a guide share.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`: for a model with parameters of
+            its own, or for minibatches, where the model is scaled by `scale(model, {"row": N /
+            B})`.
+        guide: a function `(params, *batch) -> Program` that draws exactly the target's latent
+            choices.
+    """
+
+    target: Target | Callable[..., Target]
+    guide: Callable[..., Program]
+
+    def __check_init__(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.target, Target) and not callable(self.target):
+            raise TypeError(
+                f"{name}: expected a Target or a function (params, *batch) -> Target, got "
+                f"{type(self.target).__name__}; condition the program first: model(*args).given(data)"
+            )
+        if isinstance(self.guide, Program) or not callable(self.guide):
+            raise TypeError(
+                f"{name}: expected a guide that is a function (params, *batch) -> Program, got "
+                f"{type(self.guide).__name__}"
+            )
+        counts = {"num_samples": 1, "num_particles": self.least_particles, "num_auxiliary": 1}
+        for field, least in counts.items():
+            n = getattr(self, field, least)
+            if not isinstance(n, (int, np.integer)) or n < least:
+                what = "a positive integer" if least == 1 else f"an integer, {least} at least"
+                raise WeftError(f"{name}: {field} must be {what}, got {n!r}")
+
+    @property
+    def least_particles(self) -> int:
+        """The smallest number of particles that makes sense."""
+        return 1
+
+    @property
+    def covers(self) -> bool:
+        """Whether the guide must cover the target's support; else it must lie inside.
+
+        The first where its density is taken at draws of the posterior, the second where the
+        target's is taken at draws of the guide.
+        """
+        return False
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        raise NotImplementedError
+
+    def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        """The target and the guide at some parameters."""
+        target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
+        return target, self.guide(params, *batch)
+
+    def pair(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        """The same, once it is known that they fit."""
+        target, guide = self.at(params, *batch)
+        check_proposal(guide, target, "guide", covers=self.covers)
+        return target, guide
+
+    def check(self, params: Any, *batch: Any) -> None:
+        """Refuse a pair that gives no bound.
+
+        Raises:
+            AddressError: if the guide does not draw exactly the latent choices of the target.
+            DensityError: if the guide is not normalised, or a choice of its has a support that does
+                not go with the target's.
+        """
+        target, guide = self.at(params, *batch)
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"{type(self).__name__}: the target function returned a {type(target).__name__}, expected a Target: "
+                "model(...).given(data)"
+            )
+        check_proposal(guide, target, "guide", covers=self.covers)
+
+    def explain(self, key: PRNGKeyArray, params: Any, *batch: Any) -> str:
+        """Which sites make a bound that is not finite."""
+        target, guide = self.at(params, *batch)
+        trace = guide.simulate(key)
+        found = []
+        for what, terms in (
+            ("target", target.log_densities(trace.choices, key=key)),
+            ("guide", guide.log_densities(trace.choices, key=key)),
+        ):
+            for address, term in flatten(terms).items():
+                term = np.asarray(term)
+                bad = ~np.isfinite(term)
+                if bad.any():
+                    found.append(
+                        f"in the {what}, the log density of {address!r} is {term[bad].flat[0]}"
+                    )
+        values = ", ".join(
+            f"{a} = {np.array2string(np.asarray(v), precision=4, threshold=6)}"
+            for a, v in flatten(trace.choices).items()
+        )
+        return "; ".join([*found, f"at the guide's draw {values}"])
+
+
+class elbo(Objective):
+    r"""The evidence lower bound.
+
+    For a guide `q` with parameters `phi` and a target `p`, both programs,
+
+        ELBO(phi) = E_q [ log p(x, y) - log q(x) ]  <=  log p(y).
+
+    Called with a key it gives an unbiased estimate, whose gradient with respect to the parameters
+    is an unbiased estimate of the ELBO's, by the strategy of each site of the guide.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_samples: draws of the guide that are averaged; from two on, score terms have
+            leave-one-out baselines.
+        sticking_the_landing: leave the explicit dependence of `log q` on the parameters out of the
+            gradient (Roeder et al. 2017): its mean is zero, and without it the variance vanishes
+            where the guide is the posterior.
+
+    References:
+        Jordan et al. (1999); Kingma and Welling (2014), equation 3, for the reparametrised
+        estimator.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import elbo
+        >>> @gen
+        ... def model():
+        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
+        ...     sample("y", dist.Normal(mu, 1.0))
+        >>> @gen
+        ... def guide(params):
+        ...     sample("mu", dist.Normal(params["loc"], params["scale"]))
+        >>> bound = elbo(model().given({"y": 2.0}), guide)
+        >>> exact = {"loc": 1.0, "scale": 0.5**0.5}  # the posterior: every draw gives the log evidence
+        >>> print(f"{bound(jax.random.key(0), exact):.4f}")
+        -2.2655
+    """
+
+    num_samples: int = eqx.field(default=1, static=True)
+    sticking_the_landing: bool = eqx.field(default=False, static=True)
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate of the bound."""
+
+        def bound(params: Any) -> Array:
+            target, guide = self.pair(params, *batch)
+            trace = draw(guide)
+            if not self.sticking_the_landing:
+                return log_ratio(target, guide, trace)
+            _require_exact(guide, "sticking_the_landing")
+            still = self.guide(stop(params), *batch)
+            return log_ratio(target, still, trace, trace.choices)
+
+        return expect(bound, num_samples=self.num_samples)(key, params)
+
+
+def log_weights(objective: Objective, num_particles: int, params: Any, *batch: Any) -> Array:
+    """`log p(x_i, y) - log q(x_i)` of draws of the guide, inside an expectation: `(num_particles,)`."""
+    target, guide = objective.pair(params, *batch)
+    return jax.vmap(lambda _: log_ratio(target, guide, draw(guide)))(jnp.arange(num_particles))
+
+
+class iwelbo(Objective):
+    r"""The importance-weighted bound.
+
+        IWELBO_K(phi) = E [ log 1/K sum_i w_i ],   w_i = p(x_i, y) / q(x_i),   x_i ~ q,
+
+    at least the ELBO, and rising to `log p(y)` with `K`.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: `K`.
+        vimco: baselines for score terms: of each draw, the bound with its weight replaced by the
+            geometric mean of the others (Mnih and Rezende 2016).
+        dreg: doubly reparametrised gradients of the guide (Tucker et al. 2019), of which the
+            relative noise does not grow with `K`; all of its sites must be reparametrised.
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), equation 8.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import iwelbo
+        >>> @gen
+        ... def model():
+        ...     sample("y", dist.Normal(sample("mu", dist.Normal(0.0, 1.0)), 1.0))
+        >>> guide = gen(lambda params: sample("mu", dist.Normal(params, 1.0)))
+        >>> bound = iwelbo(model().given({"y": 2.0}), guide, num_particles=5000)
+        >>> print(f"{bound(jax.random.key(0), 1.0):.1f}")  # the log evidence is -2.2655
+        -2.3
+    """
+
+    num_particles: int = eqx.field(default=10, static=True)
+    vimco: bool = eqx.field(default=False, static=True)
+    dreg: bool = eqx.field(default=False, static=True)
+
+    @property
+    def least_particles(self) -> int:
+        return 2 if self.vimco else 1
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate of the bound."""
+        k = self.num_particles
+
+        def bound(params: Any) -> Array:
+            if self.dreg:
+                return self.doubly_reparametrised(params, *batch)
+            log_w = log_weights(self, k, params, *batch)
+            value = logsumexp(log_w) - jnp.log(k)
+            if not self.vimco:
+                return value
+            mean_of_others = (jnp.sum(log_w) - log_w) / (k - 1)
+            without = jnp.where(jnp.eye(k, dtype=bool), mean_of_others[:, None], log_w)
+            return with_baselines(value, log_w, logsumexp(without, 1) - jnp.log(k))
+
+        return expect(bound)(key, params)
+
+    def doubly_reparametrised(self, params: Any, *batch: Any) -> Array:
+        """The bound; the path through each draw is weighed once more, the explicit part of `log q` left out."""
+        target, guide = self.pair(params, *batch)
+        fixed = [a for a in guide.latents if not guide.sites[a].reparametrised]
+        if fixed:
+            raise GradientError(
+                f"iwelbo: dreg needs every site of the guide reparametrised; {', '.join(map(repr, fixed))} cannot be. "
+                "Take vimco=True in its place"
+            )
+        _require_exact(guide, "dreg")
+        still = self.guide(stop(params), *batch)
+        traces = jax.vmap(lambda _: draw(guide))(jnp.arange(self.num_particles))
+
+        def ratio(trace: Any, choices: Any) -> Array:
+            return log_ratio(target, still, trace, choices)
+
+        weights = jax.nn.softmax(stop(jax.vmap(ratio)(traces, traces.choices)))
+
+        def weighed(x: Array) -> Array:
+            w = weights.reshape(-1, *(1,) * (x.ndim - 1))
+            return stop(x) + w * (x - stop(x))
+
+        log_w = jax.vmap(ratio)(traces, jax.tree.map(weighed, traces.choices))
+        return logsumexp(log_w) - jnp.log(self.num_particles)
+
+
+def _require_exact(guide: Program, option: str) -> None:
+    if guide.estimated:
+        raise GradientError(
+            f"{option} takes the guide's density apart, and that of {guide.name!r} is an estimate, of one piece with "
+            "its draw: leave the option out"
+        )
+
+
+class renyi(Objective):
+    r"""The variational Rényi bound, `1 / (1 - alpha) log E_q [w^(1 - alpha)]`, from `K` draws.
+
+    At `alpha` in (0, 1) between the log evidence (`alpha = 0`) and the ELBO (`alpha` near 1); with
+    finitely many draws biased towards the ELBO. Negative values of `alpha` are allowed.
+
+    References:
+        Li and Turner (2016), equation 14.
+    """
+
+    alpha: float = eqx.field(default=0.5, static=True)
+    num_particles: int = eqx.field(default=10, static=True)
+
+    def __check_init__(self) -> None:
+        if self.alpha == 1:
+            raise WeftError("renyi: at alpha = 1 the bound is the ELBO: take elbo")
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate of the bound for this many draws."""
+
+        def bound(params: Any) -> Array:
+            log_w = (1 - self.alpha) * log_weights(self, self.num_particles, params, *batch)
+            return (logsumexp(log_w) - jnp.log(self.num_particles)) / (1 - self.alpha)
+
+        return expect(bound)(key, params)
+
+
+# --- guides with auxiliary choices ------------------------------------------------------------------------------------
+
+
+def over_auxiliary(
+    target: Target, guide: Program, reverse: Callable[[Any], Program] | None, num_auxiliary: int
+) -> Program:
+    """The guide's law of the target's latent choices, its other choices integrated out by importance sampling.
+
+    Args:
+        target: the target.
+        guide: draws the latent choices and others.
+        reverse: from the latent choices to a proposal for the others; `None` for the guide itself, without what it
+            takes from the latent choices.
+        num_auxiliary: how many particles.
+    """
+    if not set(target.latents) < set(guide.latents):
+        return guide  # nothing to integrate out, or an error that is told with both lists
+    proposal = None if reverse is None else lambda kept: reverse(kept.observed)
+    by = importance(proposal=proposal, num_particles=num_auxiliary)
+    return marginal(guide, keep=target.latents, by=by)
+
+
+class hvi(elbo):
+    r"""The bound of hierarchical variational inference: an ELBO whose guide has auxiliary choices `u`.
+
+        HVI = E_q [ log p(x, y) - log (q(u, x) / r(u | x)) ]  <=  ELBO of the marginal guide q(x),
+
+    what `marginal(guide, keep=target.latents, by=importance(r, 1))` gives as a guide.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program` that draws the latent choices and others.
+        reverse: `r`, a function `(params, choices, *batch) -> Program` from the latent choices to a
+            program over the others; `None` for the guide's own law of them before it draws `x`.
+        num_samples: draws that are averaged.
+
+    References:
+        Ranganath, Tran and Blei (2016), equation 5.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
+        >>> from weft import gen, sample
+        >>> from weft.inference import hvi, iwhvi
+        >>> @gen
+        ... def model():
+        ...     sample("y", dist.Normal(sample("mu", dist.Normal(0.0, 1.0)), 1.0))
+        >>> @gen
+        ... def guide(params):
+        ...     u = sample("u", dist.Normal(0.0, 1.0))
+        ...     sample("mu", dist.Normal(params + 0.5 * u, 0.5))
+        >>> target, keys = model().given({"y": 2.0}), jax.random.split(jax.random.key(0), 4000)
+        >>> bounds = [hvi(target, guide), iwhvi(target, guide, num_auxiliary=50)]
+        >>> loose, tight = (jax.vmap(b, (0, None))(keys, 1.0).mean() for b in bounds)
+        >>> print(f"{loose:.1f} {tight:.1f}")  # the log evidence is -2.2655
+        -2.6 -2.3
+    """
+
+    reverse: Callable[..., Program] | None = None
+
+    @property
+    def auxiliary(self) -> int:
+        """How many particles integrate the auxiliary choices out."""
+        return 1
+
+    def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        target, guide = super().at(params, *batch)
+        return target, over_auxiliary(target, guide, _reversed(self, params, batch), self.auxiliary)
+
+
+class iwhvi(hvi):
+    r"""The importance-weighted hierarchical bound: `hvi` with `M` auxiliary particles.
+
+        IWHVI_M = E [ log p(x, y) - log 1/M sum_j q(u_j, x) / r(u_j | x) ],
+
+    with `u_1` the draw that `x` came from and the others from `r`; it rises to the ELBO of the marginal guide.
+
+    Attributes:
+        num_auxiliary: `M`.
+
+    References:
+        Sobolev and Vetrov (2019), equation 6.
+    """
+
+    num_auxiliary: int = eqx.field(default=5, static=True)
+
+    @property
+    def auxiliary(self) -> int:
+        return self.num_auxiliary
+
+
+class diwhvi(iwelbo):
+    r"""The doubly importance-weighted hierarchical bound: `iwelbo` with the guide of `iwhvi`.
+
+        DIWHVI = E [ log 1/K sum_k p(x_k, y) / (1/M sum_j q(u_kj, x_k) / r(u_kj | x_k)) ]
+
+    Attributes:
+        num_particles: `K`.
+        num_auxiliary: `M`.
+        reverse: `r`, as for `hvi`.
+
+    References:
+        Sobolev and Vetrov (2019), equation 9.
+    """
+
+    num_auxiliary: int = eqx.field(default=5, static=True)
+    reverse: Callable[..., Program] | None = None
+
+    def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        target, guide = super().at(params, *batch)
+        reverse = _reversed(self, params, batch)
+        return target, over_auxiliary(target, guide, reverse, self.num_auxiliary)
+
+
+def _reversed(objective: Any, params: Any, batch: tuple[Any, ...]) -> Any:
+    if objective.reverse is None:
+        return None
+    return lambda choices: objective.reverse(params, choices, *batch)
+
+
+# --- weighted draws that do not move ----------------------------------------------------------------------------------
+
+
+class _Weighted(Objective):
+    """Objectives that are means over draws of the guide by their normalised weights, none of which moves."""
+
+    num_particles: int = eqx.field(default=10, static=True)
+
+    @property
+    def covers(self) -> bool:
+        return True
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        draw_key, score_key = jax.random.split(as_key(key))
+        fixed_target, fixed_guide = self.at(stop(params), *batch)
+
+        def one(key: PRNGKeyArray) -> tuple[Any, Array]:
+            trace = fixed_guide.simulate(key)
+            return trace.choices, log_ratio(fixed_target, fixed_guide, trace, key=key)
+
+        keys = jax.random.split(draw_key, self.num_particles)
+        choices, log_w = stop(jax.vmap(one)(keys))
+
+        def value(params: Any) -> Array:
+            return self.value(*self.pair(params, *batch), choices, jax.nn.softmax(log_w))
+
+        return expect(value)(score_key, params)
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        """The objective for draws that are given, `(num_particles, ...)`, and their normalised weights."""
+        raise NotImplementedError
+
+
+class wake_theta(_Weighted):
+    r"""The model's part of reweighted wake-sleep: `sum_i w_i log p_theta(x_i, y)`, draws and weights fixed.
+
+    Its gradient is that of the log evidence, with a bias of order 1 / `num_particles`; discrete
+    choices of the guide need no strategy.
+
+    References:
+        Bornschein and Bengio (2015), equation 5.
+    """
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        return jnp.sum(weights * jax.vmap(target.log_density)(choices))
+
+
+class wake_phi(_Weighted):
+    r"""The guide's part of reweighted wake-sleep: `sum_i w_i log q_phi(x_i)`, draws and weights fixed.
+
+    Maximising it minimises KL(p(x | y) || q), the forward divergence, with a bias of order 1 /
+    `num_particles`: the guide covers the posterior.
+
+    References:
+        Bornschein and Bengio (2015), equation 7.
+    """
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        return jnp.sum(weights * jax.vmap(guide.log_density)(choices))
+
+
+forward_kl = wake_phi
+"""The forward divergence, up to its sign and a constant: what `wake_phi` maximises."""
+
+
+class rws(_Weighted):
+    r"""Reweighted wake-sleep: `wake_theta + wake_phi` from the same draws."""
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        both = jax.vmap(lambda x: target.log_density(x) + guide.log_density(x))(choices)
+        return jnp.sum(weights * both)
+
+
+class sleep_phi(Objective):
+    r"""The sleep phase: `E_{x, y ~ p} [log q_phi(x | y)]`, data dreamt by the model.
+
+    Its guide is amortised: a function `(params, data, *batch) -> Program` of the data as well, a
+    nested dict like the target's `observed`.
+
+    References:
+        Hinton et al. (1995); Bornschein and Bengio (2015), equation 9.
+    """
+
+    @property
+    def covers(self) -> bool:
+        return True
+
+    def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
+        return target, self.guide(params, target.observed, *batch)
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate."""
+        dream_key, score_key = jax.random.split(as_key(key))
+        target, _ = self.pair(params, *batch)
+        dream = flatten(stop(target.program.simulate(dream_key).choices))
+        data = unflatten({a: x for a, x in dream.items() if a in target.data})
+        latent = unflatten({a: x for a, x in dream.items() if a not in target.data})
+
+        def value(params: Any) -> Array:
+            return self.guide(params, data, *batch).log_density(latent)
+
+        return expect(value)(score_key, params)
+
+
+class eubo(_Weighted):
+    r"""An estimate of the evidence upper bound `E_{p(x | y)} [log p(x, y) - log q(x)]`, to be minimised.
+
+    The mean over the posterior is one by normalised weights, biased downwards: no bound in itself.
+    Beside the ELBO it says how far apart guide and posterior are.
+    """
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        gaps = jax.vmap(lambda x: target.log_density(x) - guide.log_density(x))(choices)
+        return jnp.sum(weights * gaps)
+
+
+class log_variance(_Weighted):
+    r"""Minus half the variance of `log w` over draws of the guide, which do not move.
+
+    At its maximum, zero, all weights are equal. Its gradient is that of the ELBO with the best constant
+    baseline; it needs no strategy.
+
+    References:
+        Richter et al. (2020), "VarGrad", proposition 1.
+    """
+
+    @property
+    def covers(self) -> bool:
+        return False  # one draw outside would make the variance infinite
+
+    @property
+    def least_particles(self) -> int:
+        return 2
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        log_w = jax.vmap(lambda x: target.log_density(x) - guide.log_density(x))(choices)
+        return -0.5 * jnp.var(log_w, ddof=1)

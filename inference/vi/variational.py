@@ -1,0 +1,139 @@
+"""Variational inference as an algorithm: a guide, an objective and an optimiser, run on a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import optax
+from jaxtyping import PRNGKeyArray
+from weft.ppl import Program, Target
+from weft.ppl.programs.printing import Printed
+from weft.ppl.stage.errors import WeftError
+
+from .fit import Fit, fit
+from .objectives import Objective, elbo
+from .stopping import plateau
+
+FLAT_RATE, FALLING_RATE = 0.01, 0.02
+"""Learning rates of Adam where none is asked for."""
+
+
+class variational(Printed, eqx.Module):
+    r"""Fit a guide to a target: `fit` with its settings in one value.
+
+        phi* = argmax over phi of  E [ objective(target, guide)(key, phi) ],
+
+    by default the ELBO, so that the guide minimises KL(q || p). Like every algorithm it runs on any
+    target, under `jit` and under `vmap` over data sets, too.
+
+    Attributes:
+        guide: a function `params -> Program` that draws exactly the target's latent choices. Or,
+            without `params`, a function from the target to such a guide and its first parameters,
+            `(guide, params)`: `mean_field` and the other ready-made guides.
+        params: where to begin, as `fit` takes it: a pytree, or a function `init(key)`.
+        objective: from a target and a guide to an objective: `elbo`, or say
+            `lambda target, guide: iwelbo(target, guide, num_particles=10)`.
+        optimizer: an Optax optimiser; by default Adam, its rate going down from 0.02 to 0 along a
+            cosine over `num_steps`, or staying at 0.01 where the fit may stop early.
+        num_steps: how many steps, at most.
+        num_restarts: how many fits from different parameters, of which the best is kept; more than
+            one need a function for `params`, or `jittered(mean_field)` for the guide.
+        stop: a rule to stop early by, `plateau(window)`.
+        minimize: whether the objective is a loss.
+
+    Raises:
+        WeftError: if there are no parameters to begin at.
+
+    References:
+        Kucukelbir, Tran, Ranganath, Gelman and Blei (2017), for the ready-made guides.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> from weft import gen, sample
+        >>> from weft.inference import constrained, variational
+        >>> @gen
+        ... def model():
+        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
+        ...     sample("y", dist.Normal(mu, 1.0))
+        >>> @gen
+        ... def guide(params):
+        ...     sample("mu", dist.Normal(params["loc"], params["scale"]))
+        >>> start = {"loc": 0.0, "scale": constrained(1.0, constraints.positive)}
+        >>> algorithm = variational(guide, start, num_steps=1000)
+        >>> fitted = algorithm.run(jax.random.key(0), model().given({"y": 2.0}), progress=False)
+        >>> print(f"{fitted.params['loc']:.1f} {fitted.params['scale']:.1f}")
+        1.0 0.7
+    """
+
+    guide: Callable[..., Any]
+    params: Any = None
+    objective: Callable[[Any, Any], Objective] = elbo
+    optimizer: optax.GradientTransformation | None = None
+    num_steps: int = 2000
+    num_restarts: int = 1
+    stop: plateau | None = None
+    minimize: bool = False
+
+    def __check_init__(self) -> None:
+        if isinstance(self.guide, Program) or not callable(self.guide):
+            raise TypeError(
+                "variational: expected a guide that is a function of parameters, or of the target, got "
+                f"{type(self.guide).__name__}"
+            )
+
+    def run(
+        self, key: PRNGKeyArray, target: Target, *, init: Any = None, progress: bool = True
+    ) -> Fit:
+        """Fit the guide.
+
+        Args:
+            key: a random key.
+            target: what to infer: `model(*args).given(data)`.
+            init: parameters to begin at, in place of the algorithm's own.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The fit.
+
+        Raises:
+            WeftError: if guide, target and parameters do not go together.
+            DensityError: if the first bound is not finite.
+        """
+        if not isinstance(target, Target):
+            raise TypeError(
+                f"variational.run expected a Target, got {type(target).__name__}: condition a program first, "
+                "model(*args).given(data), or .given() if it has no data"
+            )
+        guide, params = self.guide, self.params
+        if params is None:
+            guide, params = self._made(target)
+        optimizer = self.optimizer
+        if optimizer is None:
+            rate: Any = FLAT_RATE
+            if self.stop is None:
+                rate = optax.cosine_decay_schedule(FALLING_RATE, self.num_steps)
+            optimizer = optax.adam(rate)
+        return fit(
+            key,
+            self.objective(target, guide),
+            params if init is None else init,
+            optimizer,
+            self.num_steps,
+            minimize=self.minimize,
+            num_restarts=self.num_restarts,
+            stop=self.stop,
+            progress=progress,
+        )
+
+    def _made(self, target: Target) -> tuple[Callable[..., Any], Any]:
+        """The guide and its first parameters, made for the target."""
+        found = self.guide(target)
+        if isinstance(found, tuple) and len(found) == 2 and callable(found[0]):
+            return found
+        raise WeftError(
+            "variational: without params, the guide is a function from the target to (guide, params), and this one "
+            f"gave {type(found).__name__}. Give the parameters to begin at: variational(guide, params)"
+        )

@@ -1,0 +1,1 @@
+"""Weighted draws: importance sampling and enumeration."""

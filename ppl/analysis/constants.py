@@ -1,0 +1,194 @@
+"""Integers that are known while a program is traced: tables of indices, and reading arrays by them.
+
+Computed with NumPy: small XLA programs for them would take longer to compile than what they save.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from weft.ppl.stage.compat import Literal, Tracer, bind, inner_jaxprs, open_jaxpr
+
+SMALL = 1 << 14
+"""Elements up to which this is done."""
+
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "not": np.invert,
+}
+
+
+def folded(
+    eqn: Any, args: Sequence[Any], mapped: Callable[..., list[Any]] | None = None
+) -> list[Any]:
+    """The results of an equation, or of what it was ``mapped`` to, computed now where it is about constant indices.
+
+    Reading an array at all of its indices in order only rearranges it: that is done without a gather, of which the
+    derivative is a scatter.
+    """
+    f = functools.partial(_bind, eqn) if mapped is None else mapped
+    name = eqn.primitive.name
+    reads = name in ("gather", "dynamic_slice")
+    fixed = args[1:] if reads else args
+    sizes = [*map(np.size, args), *(math.prod(v.aval.shape) for v in eqn.outvars)]
+    if not (reads or name in _RULES) or sum(sizes) > SMALL or not all(map(_known, fixed)):
+        return f(*args)
+    if not reads:
+        return _by_numpy(jax.make_jaxpr(f)(*args), args) or f(*args)
+    operand = args[0]
+    start = np.arange(np.size(operand)).reshape(np.shape(operand))
+    found = _by_numpy(jax.make_jaxpr(f)(start, *fixed), [start, *fixed])
+    order = None if found is None else _order(start, found[0])
+    if order is None or found is None:
+        return f(*args)
+    squeezed = jnp.reshape(operand, [n for n in start.shape if n > 1])
+    return [jnp.transpose(squeezed, order).reshape(found[0].shape)]
+
+
+def known_integers(eqns: Sequence[Any], known: dict[Any, Any]) -> dict[Any, Any]:
+    """What equations compute from known integers alone, as far as it is found."""
+    known = {v: x for v, x in known.items() if _known(x)}
+    for eqn in eqns:
+        if eqn.primitive.name in _RULES and all(
+            isinstance(v, Literal) or v in known for v in eqn.invars
+        ):
+            ins = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
+            outs = (
+                _RULES[eqn.primitive.name](eqn, *map(np.asarray, ins))
+                if all(map(_known, ins))
+                else None
+            )
+            if outs is not None:
+                known.update(zip(eqn.outvars, _typed(eqn, outs), strict=True))
+    return known
+
+
+def _bind(eqn: Any, *args: Any) -> list[Any]:
+    return bind(eqn, args)
+
+
+def _known(x: Any) -> bool:
+    if isinstance(x, Tracer):
+        return False
+    dtype = getattr(x, "dtype", None) or np.result_type(x)
+    return isinstance(dtype, np.dtype) and dtype.kind in "biu"
+
+
+def _order(start: np.ndarray, places: np.ndarray) -> tuple[int, ...] | None:
+    """The transposition that puts the entries of an array at some places, axes of size one aside."""
+    if places.size != start.size:
+        return None
+    squeezed = start.reshape([n for n in start.shape if n > 1])
+    for order in itertools.permutations(range(squeezed.ndim)) if squeezed.ndim < 6 else ():
+        if (squeezed.transpose(order).ravel() == places.ravel()).all():
+            return order
+    return None
+
+
+def _by_numpy(closed: Any, args: Sequence[Any]) -> list[np.ndarray] | None:
+    """The results of a jaxpr of integers; None, if it holds what is not known here."""
+    opened, consts = open_jaxpr(closed)
+    if not all(map(_known, consts)):
+        return None
+    env = dict(zip(opened.constvars, map(np.asarray, consts), strict=True))
+    env.update(zip(opened.invars, map(np.asarray, args), strict=True))
+
+    def read(v: Any) -> np.ndarray:
+        return np.asarray(v.val) if isinstance(v, Literal) else env[v]
+
+    for eqn in opened.eqns:
+        rule = _RULES.get(eqn.primitive.name)
+        outs = None if rule is None else rule(eqn, *map(read, eqn.invars))
+        if outs is None:
+            return None
+        env.update(zip(eqn.outvars, _typed(eqn, outs), strict=True))
+    return [read(v) for v in opened.outvars]
+
+
+def _typed(eqn: Any, outs: Sequence[Any]) -> list[np.ndarray]:
+    return [np.asarray(x, v.aval.dtype) for x, v in zip(outs, eqn.outvars, strict=True)]
+
+
+def _broadcast(eqn: Any, x: np.ndarray) -> list[Any]:
+    shape = [1] * len(eqn.params["shape"])
+    for size, place in zip(x.shape, eqn.params["broadcast_dimensions"], strict=True):
+        shape[place] = size
+    return [np.broadcast_to(x.reshape(shape), eqn.params["shape"])]
+
+
+def _iota(eqn: Any) -> list[Any]:
+    shape, axis = eqn.params["shape"], eqn.params["dimension"]
+    return [np.indices(shape)[axis]]
+
+
+def _gather(eqn: Any, x: np.ndarray, indices: np.ndarray) -> list[Any] | None:
+    """As XLA's, where everything is within bounds: a window of the operand at each place."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    rank = len(eqn.outvars[0].aval.shape)
+    batch = [a for a in range(rank) if a not in numbers.offset_dims]
+    offsets = iter(numbers.offset_dims)
+
+    def along(values: np.ndarray, places: Sequence[int]) -> np.ndarray:
+        shape = [1] * rank
+        for size, place in zip(values.shape, places, strict=True):
+            shape[place] = size
+        return values.reshape(shape)
+
+    index = []
+    for d, (n, size) in enumerate(zip(x.shape, sizes, strict=True)):
+        if d in numbers.operand_batching_dims:
+            which = list(numbers.operand_batching_dims).index(d)
+            place = batch[numbers.start_indices_batching_dims[which]]
+            index.append(along(np.arange(n), [place]))
+            continue
+        at = np.zeros((1,) * rank, int)
+        if d in numbers.start_index_map:
+            start = indices[..., list(numbers.start_index_map).index(d)]
+            if start.size and (start.min() < 0 or start.max() + size > n):
+                return None
+            at = along(start, batch)
+        if d not in numbers.collapsed_slice_dims:
+            at = at + along(np.arange(size), [next(offsets)])
+        index.append(at)
+    return [np.broadcast_to(x[tuple(index)], eqn.outvars[0].aval.shape)]
+
+
+def _call(eqn: Any, *args: np.ndarray) -> list[Any] | None:
+    return _by_numpy(inner_jaxprs(eqn)[0], args)
+
+
+_RULES: dict[str, Callable[..., list[Any] | None]] = {
+    **{name: lambda eqn, *xs, g=g: [g(*xs)] for name, g in _ELEMENTWISE.items()},
+    "broadcast_in_dim": _broadcast,
+    "iota": _iota,
+    "gather": _gather,
+    "jit": _call,
+    "pjit": _call,
+    "select_n": lambda eqn, i, *cases: [np.choose(i.astype(int), cases)],
+    "convert_element_type": lambda eqn, x: [x],
+    "reshape": lambda eqn, x: [x.reshape(eqn.params["new_sizes"])],
+    "squeeze": lambda eqn, x: [x.squeeze(eqn.params["dimensions"])],
+    "transpose": lambda eqn, x: [x.transpose(eqn.params["permutation"])],
+    "concatenate": lambda eqn, *xs: [np.concatenate(xs, eqn.params["dimension"])],
+    "stack": lambda eqn, *xs: [np.stack(xs, eqn.params["axis"])],
+    "clamp": lambda eqn, low, x, high: [np.clip(x, low, high)],
+}

@@ -1,0 +1,1 @@
+"""Exact marginalisation: choices summed or integrated out, and recovered."""

@@ -1,0 +1,279 @@
+r"""What a step of a filter hands on of choices that are summed out: their law given all that is kept.
+
+Of a chain $x_t$ that is summed out of a scan, one step reads $x_{t-1}$ through its carry and hands $x_t$ on. Given the
+choices $z_{1:t}$ and the observations $y_{1:t}$ that are kept, the carry has a law of its own, the *message*
+
+$$m_t(c) = p(c_t = c \mid z_{1:t}, y_{1:t}),$$
+
+which is all that later steps need of the past: step $t + 1$ draws $c_t$ from $m_t$ as one more choice that is summed
+out, so that its density is $p(z_{t+1}, y_{t+1} \mid z_{1:t}, y_{1:t})$, and hands on $m_{t+1}$. For normal choices this
+is the Kalman filter, for finite ones the forward recursion; with other choices drawn by particles, the mixture Kalman
+filter (Chen and Liu 2000; Doucet, de Freitas, Murphy and Russell 2000, "Rao-Blackwellised particle filtering").
+
+A message is a list of arrays: of a carry that is an affine function of normal choices, the mean of its leaves, joined
+into one vector, and a root of their covariance; of one that is a function of finite choices, log probabilities of their
+joint values, and each leaf at each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from weft.ppl.programs.handlers import Given
+from weft.ppl.programs.language import sample
+from weft.ppl.stage.addresses import unflatten
+from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.interpreter import Context
+from weft.ppl.stage.structure import site_table
+
+from .conjugacy import Gaussian
+from .elimination import Factor, multiply
+from .marginalize import Level, Lost, Options, Plan, Score
+from .tables import Entangled, Lifted, Limit, Variable, is_affine, is_lifted, variables_of
+
+HANDED = "handed on"
+"""Name of the choice by which a step reads what was handed on to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The form of a message.
+
+    Attributes:
+        leaves: shape and dtype of each leaf of the carry that it tells of.
+        num_values: number of joint values of finite choices; `None` of normal ones.
+    """
+
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    num_values: int | None
+
+    @property
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Of the arrays of a message."""
+        real = jnp.result_type(float)
+        if self.num_values is None:
+            n = sum(math.prod(s) for s, _ in self.leaves)
+            return [jax.ShapeDtypeStruct((n,), real), jax.ShapeDtypeStruct((n, n), real)]
+        tables = [jax.ShapeDtypeStruct((self.num_values, *s), d) for s, d in self.leaves]
+        return [jax.ShapeDtypeStruct((self.num_values,), real), *tables]
+
+    def certain(self, values: Sequence[Any]) -> list[jax.Array]:
+        """The message of a carry that is known."""
+        if self.num_values is None:
+            mean = self._join(values)
+            return [mean, jnp.zeros((mean.size, mean.size), mean.dtype)]
+        tables = [jnp.broadcast_to(x, (self.num_values, *jnp.shape(x))) for x in values]
+        return [jnp.zeros(self.num_values), *tables]
+
+    def draw(self, message: Sequence[jax.Array]) -> list[jax.Array]:
+        """The carry, as a function of a choice that is to be summed out."""
+        if self.num_values is None:
+            mean, root = message
+            noise = sample(HANDED, dist.Normal(0.0, 1.0).expand([mean.size]).to_event(1))
+            return self._apart(mean + root @ noise)
+        log_probs, *tables = message
+        value = sample(HANDED, dist.Categorical(logits=log_probs))
+        return [table[value] for table in tables]
+
+    def laws(self, message: Sequence[jax.Array]) -> list[Any]:
+        """The law of each leaf of the carry; of finite choices, that of the number of their joint value."""
+        if self.num_values is not None:
+            return [dist.Categorical(logits=message[0])] * len(self.leaves)
+        means, rows = self._apart(message[0]), self._apart(message[1])
+        return [
+            dist.Normal(m, jnp.linalg.norm(r))
+            if m.ndim == 0
+            else dist.MultivariateNormal(m, _covariance(r))
+            if m.ndim == 1
+            else dist.Normal(m, jnp.linalg.norm(r, axis=-1)).to_event(m.ndim)
+            for m, r in zip(means, rows, strict=True)
+        ]
+
+    def _join(self, leaves: Sequence[Any]) -> jax.Array:
+        """Leaves of a carry as one vector; more axes may follow their own."""
+        parts = [
+            jnp.reshape(x, (math.prod(s), *jnp.shape(x)[len(s) :]))
+            for x, (s, _) in zip(leaves, self.leaves, strict=True)
+        ]
+        return jnp.concatenate(parts)
+
+    def _apart(self, vector: jax.Array) -> list[jax.Array]:
+        parts = np.cumsum([math.prod(s) for s, _ in self.leaves])[:-1]
+        return [
+            x.reshape(*s, *x.shape[1:]).astype(d)
+            for x, (s, d) in zip(jnp.split(vector, parts), self.leaves, strict=True)
+        ]
+
+
+def _covariance(rows: jax.Array) -> jax.Array:
+    return rows @ rows.T + jnp.finfo(rows.dtype).tiny * jnp.eye(len(rows), dtype=rows.dtype)
+
+
+@dataclasses.dataclass
+class Walked:
+    """Code with choices summed out, walked once with all others given."""
+
+    level: Level
+    outs: list[Any]
+
+    def depends(self, i: int) -> bool:
+        """Whether an output depends on what is summed out."""
+        return is_lifted(self.outs[i]) or isinstance(self.outs[i], Lost)
+
+    def hand_on(self, outs: Sequence[int]) -> tuple[Form, list[jax.Array]]:
+        """The message of some outputs.
+
+        Raises:
+            ModelError: if their law given the rest is neither normal nor finite.
+        """
+        values = [self.outs[i] for i in outs]
+        for x in values:
+            if isinstance(x, Lost):
+                raise ModelError(x.why)
+        values = [x if is_lifted(x) else jnp.asarray(x) for x in values]
+        level, chosen = self.level, variables_of(values)
+        level.finish({v for f in level.factors for v in f.variables} - set(chosen))
+        alpha = multiply([f for f in level.factors if f.variables])
+        names = " and ".join(dict.fromkeys(repr(v.address) for v in chosen if v.address != HANDED))
+        if alpha.scale is not None:
+            raise ModelError(f"filtering: {names} is scaled, and so has no law to be handed on")
+        if all(v.family is None for v in chosen):
+            return _finite(values, chosen, alpha, names)
+        if not all(v.family is not None and v.family.quadratic for v in chosen):
+            raise ModelError(
+                f"filtering: a step hands on {names}, whose law given the past is a mixture, or of a family that no "
+                "step keeps; normal choices alone, or finite ones alone, can be handed on: leave one kind in the model"
+            )
+        return self._normal(values, chosen, alpha, names)
+
+    def _normal(
+        self, values: list[Any], chosen: list[Variable], alpha: Factor, names: str
+    ) -> tuple[Form, list[jax.Array]]:
+        for x in values:
+            if not jnp.issubdtype(x.dtype, jnp.inexact) or (is_lifted(x) and not is_affine(x)):
+                raise ModelError(
+                    f"filtering: the carry of the scan holds a function of {names} that is not affine: carry the "
+                    "choice, and compute what is wanted of it in the next step"
+                )
+        form = Form(tuple((tuple(x.shape), np.dtype(x.dtype)) for x in values), None)
+        # The factor is quadratic in all of them together: so its values at all pairs of points say.
+        sizes = [v.family.d for v in chosen]
+        grids = [v.family.grid.reshape(v.num_values, -1) for v in chosen]
+        index = np.indices([len(g) for g in grids]).reshape(len(grids), -1)
+        points = np.concatenate([g[i] for g, i in zip(grids, index, strict=True)], -1)
+        joint = Gaussian(sum(sizes))
+        solve = np.linalg.pinv(joint.basis(points, np))
+        table = alpha.table.reshape(-1)
+        _, h, precision = joint.natural(jnp.asarray(solve, table.dtype) @ (table - jnp.max(table)))
+        factor = jnp.linalg.cholesky(precision)
+        mean = jax.scipy.linalg.cho_solve((factor, True), h)
+
+        constant = form._join([_corner(x) for x in values])
+        slopes = form._join([_slopes(x, chosen, sizes) for x in values])
+        spread = jax.scipy.linalg.solve_triangular(factor, slopes.T, lower=True).T
+        covariance = spread @ spread.T
+        # As much as it is rounded: also where leaves are copies of each other, or constant.
+        ridge = 8 * jnp.finfo(covariance.dtype).eps * jnp.diagonal(covariance)
+        ridge = ridge + jnp.finfo(covariance.dtype).tiny
+        return form, [
+            constant + slopes @ mean,
+            jnp.linalg.cholesky(covariance + jnp.diag(ridge)),
+        ]
+
+
+def _finite(
+    values: list[Any], chosen: list[Variable], alpha: Factor, names: str
+) -> tuple[Form, list[jax.Array]]:
+    if len(chosen) > 1 and any(v.address == HANDED for v in chosen):
+        raise ModelError(
+            f"filtering: the carry of the scan holds {names} of more than the last step, and a filter hands on the "
+            "choices of one step: make the choice the pair of them, or sum out the whole chain and take its exact "
+            "density"
+        )
+    if any(v.plates for v in chosen):
+        raise ModelError(
+            f"filtering: a step hands on copies of {names} that are summed out one by one, which a filter does not: "
+            "marginalize(..., joint=True) sums over their joint values"
+        )
+    sizes = tuple(v.num_values for v in chosen)
+    form = Form(tuple((tuple(x.shape), np.dtype(x.dtype)) for x in values), math.prod(sizes))
+    tables = []
+    for x in values:
+        own = x.axes if is_lifted(x) else {}
+        lead = [v.num_values if v in own else 1 for v in chosen]
+        array = x.array if is_lifted(x) else jnp.asarray(x)
+        full = jnp.broadcast_to(jnp.reshape(array, (*lead, *x.shape)), (*sizes, *x.shape))
+        tables.append(full.reshape(-1, *x.shape))
+    log_probs = alpha.table.reshape(-1)
+    return form, [log_probs - jnp.max(log_probs), *tables]
+
+
+def _corner(x: Any) -> jax.Array:
+    """A table of normal choices where all are at the first point, zero."""
+    return x.array[(0,) * len(x.axes)] if is_lifted(x) else x
+
+
+def _slopes(x: Any, chosen: list[Variable], sizes: list[int]) -> jax.Array:
+    """The derivative of an affine function, by each number of each choice; the axis of these comes last."""
+    found = []
+    for v, d in zip(chosen, sizes, strict=True):
+        if not isinstance(x, Lifted) or v not in x.axes:
+            found.append(jnp.zeros((*x.shape, d), x.dtype))
+            continue
+        along = jnp.moveaxis(x.array, list(x.axes).index(v), -1)
+        along = along[(0,) * (len(x.axes) - 1)]
+        found.append(along[..., 1 : 1 + d] - along[..., :1])  # after zero come the unit vectors
+    return jnp.concatenate(found, -1)
+
+
+def walked(
+    jaxpr: Any,
+    args: Sequence[Any],
+    given: dict[str, Any],
+    addresses: tuple[tuple[str, ...], ...],
+    options: Options,
+) -> Walked:
+    """Walk code with choices summed out.
+
+    Args:
+        jaxpr: the code, in which they are choices as all others.
+        args: its arguments.
+        given: nested dict of `Given`, every other choice.
+        addresses: paths of the choices that are summed out, besides what is handed on.
+        options: how.
+    """
+    targets = frozenset((*addresses, (HANDED,)))
+    together: frozenset[str] = frozenset()
+    while True:
+        plan = Plan(targets, options, Limit(options.max_terms), together=together)
+        level = Level(plan)
+        try:
+            outs, _ = level.walk(jaxpr, list(args), Context(Score(), {}, given))
+        except Entangled as e:  # as in `marginals.score`
+            if not e.addresses or e.addresses <= together:
+                raise
+            together |= e.addresses
+            continue
+        apart = {v.address for v in variables_of(outs) if v.plates and v.family is not None}
+        if apart <= together:
+            return Walked(level, outs)
+        together |= apart
+
+
+def blank(jaxpr: Any, addresses: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
+    """Something given at every choice of code that is not summed out, for shapes."""
+    gone = {HANDED, *(".".join(a) for a in addresses)}
+    return unflatten(
+        {
+            a: Given(jnp.zeros(s.shape, s.dtype), checked=True)
+            for a, s in site_table(jaxpr).items()
+            if s.kind == "sample" and a not in gone
+        }
+    )

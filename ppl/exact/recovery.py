@@ -1,0 +1,94 @@
+r"""The choices that were summed out, back: their posterior given all others.
+
+The log density of a marginalised program, $\log Z(w) = \log \sum_z \exp(\log p(x, z) + w_z)$, is differentiated by
+numbers $w$ added to the log density of each value of each choice. With logarithms of sums the gradient is the
+posterior probability of each value; with maxima it is the indicator of the most probable configuration (for a chain:
+Viterbi 1967); and with a sum whose derivative is defined as one random term it is the indicator of an exact joint
+draw (for a chain: forward filtering, backward sampling). One recursion serves all three; see ``elimination``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from weft.ppl.programs.handlers import Given
+from weft.ppl.programs.programs import Program
+from weft.ppl.programs.traces import flat_records
+from weft.ppl.stage.addresses import unflatten
+from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.interpreter import interpret
+from weft.ppl.stage.structure import SiteInfo, summed_out
+
+from .conjugacy import Family
+from .marginalize import Posterior, Weights, Whole
+from .semirings import best, drawn, log_sum
+
+SUMS = {"sample": drawn, "marginals": log_sum, "filtered": log_sum, "viterbi": best}
+
+MOMENTS = ("marginals", "filtered")
+"""Those that give probabilities and means, not values."""
+
+
+def posterior(
+    program: Program, key: jax.Array, given: Mapping[str, Given], sites: str
+) -> dict[str, Any]:
+    """What was summed out of a staged program, given all its other choices, by dotted address.
+
+    Args:
+        program: a program with choices summed out.
+        key: random key, for draws.
+        given: every other choice, by dotted address.
+        sites: ``"sample"`` (one joint draw), ``"viterbi"`` (the most probable values), ``"marginals"``
+            (probabilities, an axis of values last; of continuous choices the mean) or ``"filtered"`` (the same of
+            the choices in a scan, given the steps up to their own).
+    """
+    code, args = program.code()
+    table = summed_out(code.jaxpr)
+    start = {a: jnp.zeros(_form(s), jnp.result_type(float)) for a, s in table.items()}
+    handler = Posterior(SUMS[sites], sites == "filtered")
+
+    def log_density(log_weights: dict[str, Any]) -> jax.Array:
+        entries = {**given, **{a: Weights(w) for a, w in log_weights.items()}}
+        return interpret(code.jaxpr, args, handler, key, unflatten(entries))[2]["log_density"]
+
+    found = jax.grad(log_density)(start)
+    families = {a: rule.family for plan in handler.plans for a, rule in plan.rules.items()}
+    return {a: _value(table[a], found[a], families.get(a), sites) for a in found}
+
+
+def _form(info: SiteInfo) -> tuple[int, ...]:
+    """Shape of the numbers that are added: one a value of a discrete choice, one a number of a continuous one."""
+    return (*info.shape, len(info.values)) if info.values is not None else info.shape
+
+
+def _value(info: SiteInfo, found: jax.Array, family: Family | None, sites: str) -> jax.Array:
+    if info.values is not None:
+        if sites in MOMENTS:
+            return found
+        return jnp.asarray(info.values, info.dtype)[jnp.argmax(found, -1)]
+    assert family is not None
+    if sites not in MOMENTS:
+        return family.from_statistic(found).astype(info.dtype)
+    if not family.linear:
+        raise ModelError(
+            f"recover: the mean of {info.address!r} ({info.distribution}) is not at hand; take sites='sample'"
+        )
+    return found
+
+
+def restored(
+    program: Program, given: Mapping[str, Given], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the program records when the choices that were summed out are known: its derived values."""
+    code, args = program.code()
+    entries = {**given, **{a: Given(v, checked=True) for a, v in found.items()}}
+    _, records, _ = interpret(code.jaxpr, args, Whole("value"), None, unflatten(entries))
+    table = program.sites
+    return {
+        a: r["value"]
+        for a, r in flat_records(records)
+        if a in table and table[a].kind == "deterministic"
+    }

@@ -1,0 +1,1 @@
+"""Expectations of programs, and unbiased estimates of their gradients."""

@@ -1,0 +1,107 @@
+"""Expectations of programs: ``expect(f)`` is an unbiased, differentiable estimator of the mean of ``f``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from weft.ppl.programs.handlers import Evaluate
+from weft.ppl.programs.models import Model
+from weft.ppl.stage.compat import as_key, consts_first, inner_jaxprs, needed, open_jaxpr
+from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.interpreter import interpret
+from weft.ppl.stage.sites import site_p
+from weft.ppl.stage.structure import is_pathwise
+from weft.ppl.transforms.rewriting import stage_call
+
+from .gradients import marked_draw
+from .sensitivity import probing
+from .surrogates import Evaluator
+
+SAMPLES = "weft samples"
+"""The axis of the draws that one call averages."""
+
+
+class Expectation(eqx.Module):
+    """The estimator that ``expect`` makes: ``estimator(key, *args)``."""
+
+    function: Callable[..., Any]
+    num_samples: int = eqx.field(static=True, default=1)
+    max_terms: int = eqx.field(static=True, default=4096)
+
+    def __call__(self, key: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        code, operands = stage_call(self.function, args, kwargs)
+        probe = probing()  # only while an estimator is examined
+        needs_marks = _marked(code.jaxpr) and not (probe and probe.moves)
+
+        def evaluate(key: Any, *operands: Any) -> list[Any]:
+            handler = probe.handler() if probe else Evaluate(None, drawn=marked_draw)
+            return interpret(code.jaxpr, list(operands), handler, key)[0]
+
+        def estimate(key: Any, axis: str | None = None) -> list[Any]:
+            key = probe.keys(code.jaxpr, key) if probe else key
+            if not needs_marks:
+                return evaluate(key, *operands)
+            jaxpr, consts = consts_first(jax.make_jaxpr(evaluate)(key, *operands))
+            # A choice that nothing needs has no term, and is not enumerated.
+            evaluator = Evaluator(axis, self.max_terms)
+            return evaluator(needed(jaxpr), [*consts, *jax.tree.leaves(key), *operands])
+
+        key = as_key(key)
+        if self.num_samples == 1:
+            return jax.tree.unflatten(code.out_tree, estimate(key))
+        keys = jax.random.split(key, self.num_samples)
+        outs = jax.vmap(lambda k: estimate(k, SAMPLES), axis_name=SAMPLES)(keys)
+        return jax.tree.unflatten(code.out_tree, [jnp.mean(o, 0) for o in outs])
+
+
+def _marked(jaxpr: Any) -> bool:
+    """Whether a program makes a choice that is not simply reparametrised."""
+    return any(
+        not is_pathwise(eqn.params)
+        if eqn.primitive is site_p
+        else any(map(_marked, inner_jaxprs(eqn)))
+        for eqn in open_jaxpr(jaxpr)[0].eqns
+    )
+
+
+def expect(f: Callable[..., Any], num_samples: int = 1, max_terms: int = 4096) -> Expectation:
+    r"""An unbiased estimator of $\mathbb{E}[f(\text{args})]$, the mean over the choices that ``f`` makes.
+
+    ``f`` may call ``sample`` itself and run programs in place with ``draw``. Derivatives of the estimator, of any order
+    and in both modes, are unbiased estimates of those of the mean, also under ``jit`` and ``vmap``: each choice is
+    differentiated by its gradient strategy (``weft.gradients``), by default ``reparam`` where its distribution can be
+    and ``score`` elsewhere. A strategy that cannot be honoured is an error, never a silent bias.
+
+    Args:
+        f: a function of arrays that returns arrays, or a model.
+        num_samples: how many independent draws are averaged. From two on, score terms have the mean of the other
+            draws as baseline (leave one out; Kool et al. 2019).
+        max_terms: how often the rest of the program is run at most, by ``enum``.
+
+    Returns:
+        ``estimator(key, *args)``.
+
+    Raises:
+        GradientError: naming the site and the strategies that are possible there.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import expect, gradients, sample
+        >>> second_moment = expect(lambda s: sample("x", dist.Normal(0.0, s)) ** 2)
+        >>> keys = jax.random.split(jax.random.key(0), 10_000)
+        >>> grads = jax.vmap(jax.grad(second_moment, argnums=1), (0, None))(keys, 2.0)
+        >>> abs(float(grads.mean()) - 4.0) < 0.3
+        True
+        >>> coin = expect(lambda p: 3.0 * sample("b", dist.Bernoulli(p), grad=gradients.enum))
+        >>> value, slope = jax.value_and_grad(coin, argnums=1)(keys[0], 0.5)
+        >>> print(value, slope)
+        1.5 3.0
+    """
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+        raise WeftError(f"expect: num_samples must be a positive integer, got {num_samples!r}")
+    return Expectation(f.function if isinstance(f, Model) else f, int(num_samples), max_terms)

@@ -1,0 +1,440 @@
+r"""Gradient strategies: how an expectation is differentiated through a choice.
+
+For a choice $x \sim q_\theta$ and the rest of the program $k$, each strategy but ``gumbel`` gives an estimator of
+$\nabla_\theta\, \mathbb{E}[k(x)]$ that is unbiased whatever the strategies of all other choices are (Lew et al. 2023,
+"ADEV: Sound automatic differentiation of expected values"). Strategies are values, given at a site,
+``sample(name, d, grad=gradients.mvd)``, or from outside with ``with_gradients``; they change no law, and matter to
+``expect`` alone. Left out, a choice is reparametrised where its distribution can be, and otherwise has a score term.
+
+| strategy | needs | variance |
+| --- | --- | --- |
+| `reparam` | a continuous law with a differentiable draw, and a smooth program after it | low |
+| `score` | a density | high; baselines lower it |
+| `enum` | finitely many values; not in a scan | none from this choice |
+| `mvd` | a law from the list; not in a scan; derivatives of first order | low, for two runs of the rest a parameter |
+| `reweight` | a proposal that covers the law | by the weights |
+| `gumbel` | Bernoulli, or Multinomial of one trial, used by arithmetic | low, but **biased** |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.custom_derivatives import SymbolicZero
+from weft.ppl.exact.conjugacy import base_of
+from weft.ppl.stage.errors import GradientError
+from weft.ppl.stage.implicit import follow
+from weft.ppl.stage.sites import Site, lane_shape
+
+from .surrogates import mark
+from .surrogates import with_baselines as with_baselines
+
+
+class Strategy(eqx.Module):
+    """How an expectation differentiates through a choice. See the module for the list.
+
+    Attributes:
+        pathwise: whether the draw itself carries the derivative, so that it needs no mark.
+    """
+
+    pathwise: ClassVar[bool] = False
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        """A draw, marked with what its derivative takes."""
+        raise NotImplementedError
+
+    def fits(self, site: Site) -> bool:
+        """Whether the strategy can be honoured at a site."""
+        raise NotImplementedError
+
+
+class Reparam(Strategy):
+    """The pathwise derivative: the draw is a differentiable function of the parameters and of noise.
+
+    Where its sampler is none, it follows the distribution function (mixtures on the line, von Mises).
+    """
+
+    pathwise: ClassVar[bool] = True
+
+    def fits(self, site: Site) -> bool:
+        return site.spec.reparametrised
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        value = site.draw(key)
+        if not site.spec.implicit:
+            return value
+        return site.over_lanes(lambda payload, x: follow(payload["d"], x), value)
+
+
+class Learned(eqx.Module):
+    """A baseline that is regressed on the cost that follows: made by ``learned``."""
+
+    value: Any
+
+
+class Score(Strategy):
+    r"""The score function (REINFORCE): $(k(x) - b)\, \nabla \log q_\theta(x)$.
+
+    Attributes:
+        baseline: b, a number for every lane of the site, from anything that comes before the choice;
+            or ``learned(...)``.
+    """
+
+    baseline: Any = None
+
+    def __call__(self, baseline: Any = None) -> Score:
+        """The strategy with a baseline."""
+        return Score(baseline)
+
+    def fits(self, site: Site) -> bool:
+        return not site.spec.unsampled
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        value = jax.lax.stop_gradient(site.draw(key))
+        baselines = []
+        learned = isinstance(self.baseline, Learned)
+        if self.baseline is not None:
+
+            def baseline(payload: Any) -> Any:
+                b = payload["grad"].baseline
+                return jnp.asarray(b.value if learned else b, jnp.result_type(float))
+
+            baselines = [site.over_lanes(baseline)]
+            if jnp.shape(baselines[0]) != lane_shape(site.lanes):
+                shape = jnp.shape(baselines[0])[len(site.lanes) :]
+                raise GradientError(
+                    f"site {_address(site)!r}: a baseline is one number for each draw, got shape {shape}"
+                )
+        return mark("score", site, [value, _own_density(site, value), *baselines], learned=learned)
+
+
+class Enum(Strategy):
+    r"""The sum over all values: $\sum_v q_\theta(v)\, k(v)$. Of several copies one at a time, the others as drawn."""
+
+    def fits(self, site: Site) -> bool:
+        return site.spec.values is not None and not site.spec.event_shape
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        value = jax.lax.stop_gradient(site.draw(key))
+        assert site.spec.values is not None
+        listed = np.asarray(site.spec.values.value, site.spec.dtype)
+        every = jnp.broadcast_to(
+            listed.reshape(-1, *(1,) * value.ndim), (len(listed), *value.shape)
+        )
+        log_q = jax.vmap(lambda v: _own_density(site, v))(every)
+        if "where" in site.parts:  # a choice that is not made has the value that it has
+            log_q = jnp.where(_made(site, value) | (every == value), log_q, -jnp.inf)
+        return mark(
+            "enum", site, [value, jnp.moveaxis(log_q, 0, -1)], values=tuple(listed.tolist())
+        )
+
+
+class Mvd(Strategy):
+    r"""Measure-valued derivatives: $c\, (k(x^+) - k(x^-))$ for each parameter (Pflug 1996; Mohamed et al. 2020).
+
+    For Bernoulli, Categorical, Normal, Poisson, Exponential, Gamma (its rate) and Geometric; first order only.
+    """
+
+    def fits(self, site: Site) -> bool:
+        return _triples(_distribution(site)) is not None
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        value = jax.lax.stop_gradient(site.draw(key))
+        triples = _triples(_distribution(site))
+        assert triples is not None
+        lanes = lane_shape(site.lanes)
+        keys = jax.random.split(jax.random.fold_in(key, 1), lanes)
+
+        def one(payload: Any, value: Any, key: Any) -> list[Any]:
+            found = triples(base_of(payload["d"]), value, key)
+            return [
+                jnp.broadcast_to(jnp.asarray(a), value.shape).astype(
+                    value.dtype if i % 4 > 1 else jnp.result_type(float)
+                )
+                for i, a in enumerate(a for four in found for a in four)
+            ]
+
+        value = _only(site, value, UNCOVERED.get(type(base_of(_distribution(site))), ()))
+        return mark("mvd", site, [value, *site.over_lanes(one, value, keys)])
+
+
+class Reweight(Strategy):
+    """Importance weights: the choice is drawn from another law, which no parameter moves, and what follows is weighed.
+
+    Attributes:
+        proposal: a distribution of the same shape that covers the choice's.
+    """
+
+    proposal: Any = None
+
+    def __call__(self, proposal: Any) -> Reweight:
+        """The strategy with a proposal."""
+        return Reweight(proposal)
+
+    def fits(self, site: Site) -> bool:
+        return True
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        if self.proposal is None:
+            raise GradientError(
+                f"site {_address(site)!r}: reweight needs a proposal, gradients.reweight(dist)"
+            )
+        keys = jax.random.split(key, lane_shape(site.lanes))
+        value = site.over_lanes(
+            lambda p, k: jnp.broadcast_to(p["grad"].proposal.sample(k), site.spec.shape).astype(
+                site.spec.dtype
+            ),
+            keys,
+        )
+        value = jax.lax.stop_gradient(value)
+
+        def other(payload: Any, value: Any) -> Any:
+            log_prob = payload["grad"].proposal.log_prob(value)
+            return jnp.broadcast_to(log_prob, site.spec.shape[: site.spec.batch_ndim])
+
+        log_weight = _own_density(site, value) - jax.lax.stop_gradient(
+            site.over_lanes(other, value)
+        )
+        return mark("reweight", site, [value, log_weight])
+
+
+class Gumbel(Strategy):
+    r"""Straight through the Gumbel-softmax relaxation (Jang, Gu and Poole 2017; Maddison et al. 2017): **biased**.
+
+    The draw is exact; its derivative is that of $\operatorname{softmax}((\log q + g) / T)$ at the same noise $g$. The
+    gradient is wrong on average, the more so the higher the temperature and the less linear the rest of the program;
+    its variance grows as the temperature falls. For Bernoulli, and for ``Multinomial(1, probs, total_count_max=1)``, a
+    categorical choice by its indicators. The draw must be used by arithmetic.
+
+    Attributes:
+        temperature: T.
+    """
+
+    temperature: Any = 0.5
+    biased = True
+
+    def __call__(self, temperature: Any = 0.5) -> Gumbel:
+        """The strategy at a temperature."""
+        return Gumbel(temperature)
+
+    def fits(self, site: Site) -> bool:
+        d = base_of(_distribution(site))
+        if isinstance(d, (dist.MultinomialProbs, dist.MultinomialLogits)):
+            return d.total_count_max == 1
+        return isinstance(d, (dist.BernoulliProbs, dist.BernoulliLogits))
+
+    def draw(self, site: Site, key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, lane_shape(site.lanes))
+
+        def one(payload: Any, key: Any) -> tuple[Any, Any]:
+            d: Any = base_of(payload["d"])
+            temperature = payload["grad"].temperature
+            logits: Any = jnp.broadcast_to(d.logits, site.spec.shape)
+            if isinstance(d, (dist.BernoulliProbs, dist.BernoulliLogits)):
+                noisy = logits + jax.random.logistic(key, logits.shape)
+                return noisy > 0, jax.nn.sigmoid(noisy / temperature)
+            noisy = logits + jax.random.gumbel(key, logits.shape)
+            hard = jax.nn.one_hot(jnp.argmax(noisy, -1), logits.shape[-1])
+            return hard, jax.nn.softmax(noisy / temperature)
+
+        hard, soft = site.over_lanes(one, keys)
+        value = jax.lax.stop_gradient(hard).astype(site.spec.dtype)
+        return mark("gumbel", site, [value, value + (soft - jax.lax.stop_gradient(soft))])
+
+
+reparam, score, enum, mvd, reweight = Reparam(), Score(), Enum(), Mvd(), Reweight()
+gumbel = Gumbel()
+
+
+def learned(baseline: Any, *inputs: Any) -> Learned:
+    """A baseline that learns: its value is regressed on the cost that follows the choice.
+
+    The gradient of the objective that it is used in moves the parameters of the baseline towards the cost, and nothing
+    else: derivatives with respect to ``inputs`` are stopped.
+
+    Args:
+        baseline: an array, say a number among the parameters (a running mean); or a function of ``inputs``, say a
+            network.
+        *inputs: anything that is known before the choice.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import expect, gradients, sample
+        >>> def cost(params):
+        ...     by = gradients.score(baseline=gradients.learned(params["mean"]))
+        ...     return (sample("x", dist.Bernoulli(logits=params["logit"]), grad=by) - 0.2) ** 2
+        >>> slopes = jax.grad(expect(cost), argnums=1)(jax.random.key(0), {"mean": 0.0, "logit": 0.0})
+        >>> sorted(slopes)
+        ['logit', 'mean']
+    """
+    return Learned(baseline(*jax.lax.stop_gradient(inputs)) if callable(baseline) else baseline)
+
+
+def chosen(site: Site) -> Strategy:
+    """The strategy of a site: the one asked for, or the default.
+
+    Raises:
+        GradientError: if it cannot be honoured there.
+    """
+    asked = _strategy(site) if "grad" in site.parts else None
+    if asked is None:
+        return reparam if site.spec.reparametrised else score
+    if not isinstance(asked, Strategy):
+        raise GradientError(
+            f"site {_address(site)!r}: grad={asked!r} is no gradient strategy; they are in weft.gradients: reparam, "
+            "score, enum, mvd, reweight, gumbel"
+        )
+    if not asked.fits(site):
+        raise GradientError(
+            f"site {_address(site)!r}: {type(asked).__name__.lower()} does not fit {site.spec.label}; possible are "
+            f"{', '.join(fitting(site))}"
+        )
+    return asked
+
+
+def marked_draw(site: Site, key: jax.Array) -> jax.Array:
+    """A draw of a site, marked as its strategy wants it."""
+    return chosen(site).draw(site, key)
+
+
+def fitting(site: Site) -> list[str]:
+    """The names of the strategies that a site's distribution allows."""
+    strategies = (reparam, score, enum, mvd, reweight, gumbel)
+    return [type(s).__name__.lower() for s in strategies if s.fits(site)]
+
+
+def _strategy(site: Site) -> Any:
+    """The strategy as it stands in the payload; its arrays may be placeholders."""
+    return site.skeleton.unpack(site.operands[:-1])["grad"]
+
+
+def _distribution(site: Site) -> Any:
+    return site.skeleton.unpack(site.operands[:-1])["d"]
+
+
+def _address(site: Site) -> str:
+    return ".".join(site.address)
+
+
+def _own_density(site: Site, value: jax.Array) -> jax.Array:
+    """Log density of a draw by itself: not scaled, and zero where a mask says that it is not made."""
+    if "where" not in site.parts:
+        return site.log_prob(value)
+    own = site.guarded().log_prob(value)
+    return jnp.where(_made(site, own), own, 0)
+
+
+def _made(site: Site, density: jax.Array) -> jax.Array:
+    """Where a mask says that a choice is made, in the shape of a density."""
+    return site.over_lanes(lambda p, lp: jnp.broadcast_to(p["where"], lp.shape), density)
+
+
+# --- measure-valued derivatives ---------------------------------------------------------------------------------------
+# For each parameter (theta, c, x+, x-), with d/dtheta E[k(x)] = c (E[k(x+)] - E[k(x-)]). x+ and x- share their noise.
+
+Triples = Callable[[Any, jax.Array, jax.Array], list[tuple[Any, Any, Any, Any]]]
+
+
+def _bernoulli(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    return [(d.probs, jnp.where(x == 1, 1.0, -1.0), x, 1 - x)]
+
+
+def _categorical(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    num_values = jnp.shape(d.probs)[-1]
+    return [(d.probs[..., v], 1.0, jnp.full_like(x, v), x) for v in range(num_values)]
+
+
+def _normal(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    keys = jax.random.split(key, 3)
+    wave = jnp.sqrt(-2 * jnp.log1p(-jax.random.uniform(keys[0], x.shape, x.dtype)))  # Rayleigh
+    loc, scale = jax.lax.stop_gradient((d.loc, d.scale))
+    # Double-sided Maxwell; times a uniform number it is normal.
+    radius = jnp.sqrt(jnp.sum(jax.random.normal(keys[1], (3, *x.shape), x.dtype) ** 2, 0))
+    sign_and_size = jax.random.uniform(keys[2], (2, *x.shape), x.dtype)
+    maxwell = jnp.where(sign_and_size[0] < 0.5, -radius, radius)
+    return [
+        (d.loc, 1 / (scale * math.sqrt(2 * math.pi)), loc + scale * wave, loc - scale * wave),
+        (d.scale, 1 / scale, loc + scale * maxwell, loc + scale * maxwell * sign_and_size[1]),
+    ]
+
+
+def _poisson(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    return [(d.rate, 1.0, x + 1, x)]
+
+
+def _exponential(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    rate = jax.lax.stop_gradient(d.rate)
+    return [(d.rate, 1 / rate, x, x + jax.random.exponential(key, x.shape, x.dtype) / rate)]
+
+
+def _gamma(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    shape, rate = jax.lax.stop_gradient((d.concentration, d.rate))
+    more = jax.random.exponential(key, x.shape, x.dtype) / rate
+    return [(d.rate, shape / rate, x, x + more)]
+
+
+def _geometric(d: Any, x: jax.Array, key: jax.Array) -> Any:
+    again = jax.lax.stop_gradient(dist.GeometricProbs(d.probs).sample(key))
+    return [(d.probs, 1 / jax.lax.stop_gradient(d.probs), x, 1 + x + again.astype(x.dtype))]
+
+
+_TABLE: dict[type, Triples] = {
+    dist.BernoulliProbs: _bernoulli,
+    dist.BernoulliLogits: _bernoulli,
+    dist.CategoricalProbs: _categorical,
+    dist.CategoricalLogits: _categorical,
+    dist.Normal: _normal,
+    dist.Poisson: _poisson,
+    dist.Exponential: _exponential,
+    dist.Gamma: _gamma,
+    dist.GeometricProbs: _geometric,
+    dist.GeometricLogits: _geometric,
+}
+UNCOVERED: dict[type, tuple[str, ...]] = {dist.Gamma: ("concentration",)}
+"""Parameters that have no measure-valued derivative here: one that is asked for is an error."""
+
+
+def _triples(d: Any) -> Triples | None:
+    return _TABLE.get(type(base_of(d)))
+
+
+def _only(site: Site, value: jax.Array, others: tuple[str, ...]) -> jax.Array:
+    """``value``, with an error when a derivative with respect to other parameters is asked for."""
+    if not others:
+        return value
+    parameters = [
+        site.over_lanes(lambda p, n=n: jnp.asarray(getattr(base_of(p["d"]), n))) for n in others
+    ]
+    return guarded(
+        value,
+        parameters,
+        f"site {_address(site)!r}: mvd has no derivative with respect to the {' and '.join(others)} of "
+        f"{site.spec.label}; possible are {', '.join(n for n in fitting(site) if n != 'mvd')}",
+    )
+
+
+def guarded(value: jax.Array, parameters: list[Any], message: str) -> jax.Array:
+    """``value``, with an error when a derivative is asked with respect to some parameters."""
+
+    @jax.custom_jvp
+    def drawn(value: Any, parameters: Any) -> Any:
+        return value
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        if not all(isinstance(t, SymbolicZero) for t in tangents[1]):
+            raise GradientError(message)
+        inexact = jnp.issubdtype(primals[0].dtype, jnp.inexact)
+        zero = (
+            jnp.zeros_like(primals[0]) if inexact else np.zeros(primals[0].shape, jax.dtypes.float0)
+        )
+        return primals[0], zero
+
+    drawn.defjvp(rule, symbolic_zeros=True)
+    return drawn(jax.lax.stop_gradient(value), parameters)

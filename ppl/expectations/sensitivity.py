@@ -1,0 +1,215 @@
+"""Which choice does what to an estimator: its keys drawn anew at one address, or its draws moved along a line.
+
+An expectation is a function of one key for each address. A ``Probe`` that is in force while an estimator is traced
+stands between the two: it lists the choices that are met, and lets the keys of one address differ from those of the
+same run otherwise. That is all that a sensitivity analysis needs (Sobol indices), or a search for jumps along the path
+of a reparametrised draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from weft.ppl.programs.handlers import Evaluate
+from weft.ppl.stage.compat import inner_jaxprs, open_jaxpr, scan_p, while_p
+from weft.ppl.stage.control import eqn_holds_sites, estimated_p, lanes_p, scope_p
+from weft.ppl.stage.interpreter import Context, Handler
+from weft.ppl.stage.sites import Site, site_p
+from weft.ppl.stage.structure import derive_keys, key_plan
+
+from .gradients import Reparam, Strategy, chosen, fitting, marked_draw
+
+PATH = "weft path "
+"""Prefix of the names that mark reparametrised draws in a jaxpr."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A choice of an expectation.
+
+    Attributes:
+        address: dotted address; that of ``draw(guide)`` is the guide's own.
+        distribution: name of the distribution's class.
+        strategy: the gradient strategy; None where the density is estimated, by choices that have their own.
+        default: whether none was asked for.
+        fits: names of the strategies that its distribution allows.
+        size: number of scalars, all copies included.
+        num_values: how many values one element may take, where that is finite and known.
+        in_loop: whether it stands in a scan or a loop, where no strategy has the rest of the program.
+    """
+
+    address: str
+    distribution: str
+    strategy: Strategy | None
+    default: bool
+    fits: tuple[str, ...]
+    size: int
+    num_values: int | None
+    in_loop: bool
+
+
+class Moved(NamedTuple):
+    """The key of a draw on the line between two: ``step`` of the way from that of ``key`` to that of ``other``."""
+
+    key: Any
+    other: Any
+    step: Any
+
+
+class Probe:
+    """What is done to the keys of the expectations that are traced while it is in force.
+
+    Without ``salt`` nothing is, and the choices are listed. With it, the keys at the address ``addresses[which]`` are
+    replaced by independent ones, one set for each salt; with ``step``, too, the reparametrised draws there are moved a
+    part of the way to those of the other keys, and the estimators give plain values, without gradients.
+
+    Attributes:
+        choices: the choices met, by address.
+    """
+
+    def __init__(
+        self, addresses: tuple[str, ...] = (), which: Any = None, salt: Any = None, step: Any = None
+    ) -> None:
+        self.choices: dict[str, Choice] = {}
+        self.addresses = addresses
+        self.which, self.salt, self.step = which, salt, step
+
+    @property
+    def moves(self) -> bool:
+        """Whether draws are moved, and nothing is differentiated."""
+        return self.step is not None
+
+    def keys(self, jaxpr: Any, key: jax.Array) -> dict[str, Any]:
+        """All keys of a program."""
+        plan = key_plan(jaxpr)
+        own = derive_keys(plan, key)
+        if self.salt is None:
+            for choice in _choices(jaxpr, (), 1, False):
+                self.choices.setdefault(choice.address, choice)
+            return own
+        other = derive_keys(plan, jax.random.fold_in(key, self.salt))
+
+        def one(path: Any, a: Any, b: Any) -> Any:
+            address = ".".join(n for n in (p.key for p in path) if not n.startswith("~"))
+            here = jnp.asarray(False)
+            for i, known in enumerate(self.addresses):
+                if known == address or known.startswith(f"{address}."):
+                    here = here | (self.which == i)
+            if self.step is None:
+                return jnp.where(here, b, a)
+            return Moved(a, b, jnp.broadcast_to(jnp.where(here, self.step, 0.0), a.shape))
+
+        return jax.tree_util.tree_map_with_path(one, own, other)
+
+    def handler(self) -> Handler:
+        """What is done at the sites."""
+        return Line(None, drawn=marked_draw) if self.moves else Evaluate(None, drawn=marked_draw)
+
+
+_in_force: contextvars.ContextVar[Probe | None] = contextvars.ContextVar("probe", default=None)
+
+
+def probing() -> Probe | None:
+    """The probe in force."""
+    return _in_force.get()
+
+
+@contextlib.contextmanager
+def probed(probe: Probe) -> Iterator[Probe]:
+    """Put a probe in force."""
+    token = _in_force.set(probe)
+    try:
+        yield probe
+    finally:
+        _in_force.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line(Evaluate):
+    """An evaluation whose reparametrised draws are moved along lines, and named."""
+
+    def draw(self, site: Site, key: Any) -> jax.Array:
+        if not isinstance(key, Moved):
+            return super().draw(site, key)
+        if not isinstance(chosen(site), Reparam):
+            return super().draw(site, key.key)
+        start = super().draw(site, key.key)
+        moved = start + key.step * (super().draw(site, key.other) - start)
+        return checkpoint_name(moved.astype(start.dtype), PATH + ".".join(site.address))
+
+    def estimated(self, eqn: Any, args: list[Any], context: Context) -> Any:
+        return super().estimated(eqn, args, _still(context))
+
+    def loop(self, eqn: Any, args: list[Any], context: Context) -> Any:
+        return super().loop(eqn, args, _still(context))
+
+
+def _still(context: Context) -> Context:
+    """The same keys, not moved: for what makes keys of its own from them."""
+    keys = jax.tree.map(
+        lambda k: k.key if isinstance(k, Moved) else k,
+        context.keys,
+        is_leaf=lambda k: isinstance(k, Moved),
+    )
+    return dataclasses.replace(context, keys=keys)
+
+
+# --- the choices of a program -----------------------------------------------------------------------------------------
+
+
+def _choices(jaxpr: Any, prefix: tuple[str, ...], copies: int, in_loop: bool) -> Iterator[Choice]:
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if not eqn_holds_sites(eqn):
+            continue
+        params = eqn.params
+        if eqn.primitive is site_p:
+            found = _choice(params, prefix, copies, in_loop)
+            if found is not None:
+                yield found
+            continue
+        if eqn.primitive is estimated_p:
+            for address, info in params["sites"].value:
+                name = ".".join((*prefix, *address))
+                yield Choice(name, "estimated", None, True, (), copies * info.size, None, in_loop)
+            continue
+        inside, times = prefix, copies
+        if eqn.primitive is scope_p and params["name"] is not None:
+            inside = (*prefix, params["name"])
+        elif eqn.primitive is scan_p:
+            times *= params["length"]
+        elif eqn.primitive is lanes_p:
+            for lane in params["lanes"]:
+                times *= lane.size
+        looped = in_loop or eqn.primitive in (scan_p, while_p)
+        for inner in inner_jaxprs(eqn):
+            yield from _choices(inner, inside, times, looped)
+
+
+def _choice(
+    params: dict[str, Any], prefix: tuple[str, ...], copies: int, in_loop: bool
+) -> Choice | None:
+    spec = params["spec"]
+    operands = [jnp.zeros(())] * (params["skeleton"].num_arrays + 1)
+    site = Site(params, operands, (*prefix, spec.name), ())
+    fixed = "value" in site.parts and "observed" not in site.parts
+    if spec.kind != "sample" or fixed or spec.unsampled:
+        return None
+    default = "grad" not in site.parts
+    return Choice(
+        ".".join(site.address),
+        spec.label,
+        chosen(site),
+        default,
+        tuple(fitting(site)),
+        copies * functools.reduce(lambda a, b: a * b, site.shape, 1),
+        None if spec.values is None else len(spec.values.value),
+        in_loop,
+    )

@@ -1,0 +1,370 @@
+"""Handlers: what a site gives when a program is simulated, scored, conditioned or moved to unconstrained space."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import biject_to
+from weft.ppl.stage.cotangents import finite_cotangents
+from weft.ppl.stage.errors import AddressError, DensityError
+from weft.ppl.stage.interpreter import (
+    Context,
+    Handler,
+    Records,
+    at_addresses,
+    interpret,
+    look_up,
+    walk_while,
+)
+from weft.ppl.stage.sites import Site
+from weft.ppl.stage.specs import is_discrete
+
+from .traces import run_program
+
+
+class Given(eqx.Module):
+    """A given choice: its value, and where it is given (everywhere, if ``where`` is None).
+
+    With ``drop``, what is not given does not count: no latent choice, no density. ``checked`` says that the value is
+    known to be in the site's support, which depends on no other choice.
+    """
+
+    value: Any
+    where: Any = None
+    drop: Any = None
+    checked: bool = eqx.field(static=True, default=False)
+
+
+class Free(NamedTuple):
+    """A latent choice by its unconstrained value ``z``; where ``where`` is true the choice is given as ``value``."""
+
+    z: Any
+    value: Any = None
+    where: Any = None
+
+
+def conditioned(site: Site, given: Any) -> Any:
+    """What is given at a site, the values that ``condition`` fixed there included."""
+    if "value" not in site.parts:
+        return given
+    value = site.part("value")
+    if "observed" not in site.parts:
+        return Given(value)
+    where = site.part("observed")
+    if given is None:
+        return Given(value, where)
+    if isinstance(given, Free):
+        return Free(given.z, value, where)
+    return Given(jnp.where(expand(where, value), value, given.value))
+
+
+def expand(where: Any, value: jax.Array) -> jax.Array:
+    """Broadcast a mask of batch shape over the event axes of a value."""
+    where = jnp.asarray(where)
+    return where.reshape(where.shape + (1,) * (value.ndim - where.ndim))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Handler):
+    """Simulate, score, or anything between: given choices are taken, the others drawn.
+
+    The terms are ``log_density``, the log density of all choices, and ``log_weight``, that of the given ones.
+
+    Attributes:
+        record: ``"value"``, ``"log_density"`` or None.
+        drawn: how a site is drawn; an expectation marks its draws here.
+    """
+
+    record: str | None = "value"
+    drawn: Callable[[Site, Any], jax.Array] = Site.draw
+
+    @property
+    def records(self) -> bool:  # type: ignore[override]
+        return self.record is not None
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(()), "log_weight": jnp.zeros(())}
+
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
+        if site.spec.kind == "deterministic":
+            value = site.part("value")
+            return value, {"value": value} if self.record == "value" else None, {}
+        if site.spec.kind == "factor":
+            weight = site.part("weight")
+            counted = site.weigh(weight)
+            terms = {"log_density": counted, "log_weight": counted}
+            return weight, {"value": counted} if self.record == "log_density" else None, terms
+        fixed = "value" in site.parts
+        given = conditioned(site, given)
+        value = self.value(site, key, given)
+        if site.spec.hidden and not fixed:  # the density of what is not recorded is not known
+            return value, None, {"log_density": jnp.nan, "log_weight": 0.0}
+        if "where" in site.parts or (given is not None and given.drop is not None):
+            site = site.guarded()
+        inside = given is None or given.checked
+        log_prob = site.weigh(site.log_prob(value) if inside else site.log_prob_anywhere(value))
+        terms = {}
+        if given is None:
+            terms["log_density"] = log_prob
+        else:
+            seen = log_prob if given.where is None else jnp.where(given.where, log_prob, 0)
+            log_prob = seen if given.drop is not None else log_prob
+            terms = {"log_weight": seen, "log_density": log_prob}
+        if self.record is None or (
+            fixed and "observed" not in site.parts and self.record == "value"
+        ):
+            return value, None, terms
+        record = {"value": value if self.record == "value" else log_prob}
+        if "where" in site.parts:
+            where = site.over_lanes(
+                lambda p: jnp.broadcast_to(p["where"], jnp.shape(log_prob)[len(site.lanes) :])
+            )
+            record["active"] = where
+        return value, record, terms
+
+    def value(self, site: Site, key: Any, given: Given | None) -> jax.Array:
+        if given is not None and (given.where is None or given.drop is not None):
+            return jnp.asarray(given.value).astype(site.spec.dtype)
+        if key is None:
+            raise AddressError(
+                f"the choice {'.'.join(site.address)!r} is missing and there is no key to draw it with"
+            )
+        value = self.draw(site, key)
+        if given is None:
+            return value
+        return jnp.where(
+            expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value
+        )
+
+    def draw(self, site: Site, key: Any) -> jax.Array:
+        if site.spec.unsampled:
+            raise DensityError(
+                f"site {'.'.join(site.address)!r}: {site.spec.label} cannot be sampled ({site.spec.unsampled}); it can "
+                "stand in a target, where its choice is given or inferred"
+            )
+        return self.drawn(site, key)
+
+    def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
+        if key is None:
+            raise DensityError(
+                "the program runs another one in place (draw), whose choices have no address, so its "
+                "density is not known "
+                "without a key; nest it with sample(name, program) instead"
+            )
+        structure = eqn.params.get("given")
+        num_given = 0 if structure is None else structure.num_leaves
+        args, leaves = args[: len(args) - num_given], args[len(args) - num_given :]
+        given = {} if structure is None else jax.tree.unflatten(structure, leaves)
+        handler = dataclasses.replace(self, record="value")
+        trace, terms = run_program(eqn.params["jaxpr"], args, handler, key, given)
+        return jax.tree.leaves((trace, terms["log_weight"])), {"log_density": jnp.nan}
+
+    def estimated(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        params = eqn.params
+        sites = params["sites"].value
+        key = context.keys.get(sites[0][0][0])
+        if key is None:
+            raise DensityError(_NO_KEY.format(name=params["name"]))
+        arrays, factor = (args[:-1], args[-1]) if params["scaled"] else (args, None)
+        first, second = params["consts"]
+        operands = arrays[first + second :]
+        given = [look_up(context.given, address) for address, _ in sites]
+        inside = dataclasses.replace(self, record=None)
+        if all(g is None for g in given):
+            outs, _, _ = interpret(params["simulate"], [*arrays[:first], *operands], inside, key)
+            *values, density = outs
+        elif all(g is not None and g.where is None for g in given):
+            values = [
+                jnp.asarray(g.value).astype(i.dtype) for g, (_, i) in zip(given, sites, strict=True)
+            ]
+            own = arrays[first : first + second]
+            outs, _, _ = interpret(params["score"], [*own, *operands, *values], inside, key)
+            (density,) = outs
+        else:
+            absent = [
+                a
+                for g, (a, _) in zip(given, sites, strict=True)
+                if g is None or g.where is not None
+            ]
+            raise DensityError(
+                f"the choices of {params['name']!r} have one estimated density together: give all of them, or none; "
+                f"{', '.join(repr('.'.join((*context.prefix, *a))) for a in absent)} not given, or in part"
+            )
+        density = density if factor is None else density * factor
+        terms = {"log_density": density}
+        if given[0] is not None:
+            terms["log_weight"] = density
+        if self.record is None:
+            return values, {}, terms
+        shown = values
+        if self.record == "log_density":  # one number for all of them: it stands at the first
+            shown = [density, *(jnp.zeros_like(density) for _ in sites[1:])]
+        return values, at_addresses(eqn, [{"value": v} for v in shown]), terms
+
+    def loop(
+        self, eqn: Any, args: list[Any], context: Context
+    ) -> tuple[list[Any], Records, dict[str, Any]]:
+        outs, records, _ = walk_while(
+            eqn, args, dataclasses.replace(context, handler=dataclasses.replace(self, record=None))
+        )
+        return outs, records, {"log_density": jnp.nan, "log_weight": 0.0}
+
+
+_NO_KEY = (
+    "the density of {name!r} is estimated with draws of its own, which take a key: log_density(choices, key), or "
+    "estimate_log_density(key, choices); inside expect(...) the key is that of the expectation"
+)
+
+
+# --- unconstrained space ----------------------------------------------------------------------------------------------
+
+
+def bijection(d: Any, address: str) -> Any:
+    """NumPyro's bijection from R^n to the support of ``d``.
+
+    Raises:
+        DensityError: if the site is discrete, or its support has none.
+    """
+    label = type(d).__name__
+    if is_discrete(d):
+        raise DensityError(
+            f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient "
+            f"there: give its "
+            "value (observe or condition it), sum it out (marginalize), or use an algorithm for discrete choices "
+            "(importance, enumeration)"
+        )
+    try:
+        return biject_to(d.support)
+    except (NotImplementedError, AttributeError, AssertionError) as e:
+        raise DensityError(
+            f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no "
+            f"bijection from R^n"
+            f"{f' ({e})' if str(e) else ''}; reparametrise the site or give its value"
+        ) from None
+
+
+def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(x, log |dx/dz|)`` with the log-Jacobian summed over event axes, shape ``lanes + batch_shape``."""
+    address, batch_ndim = ".".join(site.address), site.spec.batch_ndim
+
+    def one(payload: Any, z: Any) -> Any:
+        transform = bijection(payload["d"], address)
+        x = transform(z)
+        jacobian = jnp.asarray(transform.log_abs_det_jacobian(z, x))
+        batch = site.spec.shape[:batch_ndim]
+        jacobian = jnp.broadcast_to(jacobian, batch) if jacobian.ndim < batch_ndim else jacobian
+        return x.astype(site.spec.dtype), jnp.sum(jacobian.reshape(*batch, -1), -1)
+
+    return site.over_lanes(one, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconstrain(Handler):
+    """The density of a target on R^n: latent choices come as ``Free``, the others as ``Given``.
+
+    An idle latent (in a branch not taken, or masked) keeps its own prior term, so that the target stays proper and the
+    law of the active choices is unchanged; where its parameters are not finite, N(0, 1) stands in on the unconstrained
+    scale.
+    """
+
+    record: bool = False
+    idle_branch: bool = False
+    skip: frozenset[tuple[str, ...]] = frozenset()
+    every_branch = True
+
+    @property
+    def records(self) -> bool:  # type: ignore[override]
+        return self.record
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(())}
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
+
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
+        given = conditioned(site, given)
+        if isinstance(given, Free):
+            if site.address in self.skip:
+                return to_support(site, given.z)[0], None, {}
+            return self.latent(site, given)
+        value, record, terms = Evaluate("value" if self.record else None).site(site, key, given)
+        if self.idle_branch:
+            return value, None, {}
+        return value, record, {"log_density": terms["log_density"]} if terms else {}
+
+    def latent(self, site: Site, given: Free) -> Any:
+        active: Any = not self.idle_branch
+        z = given.z
+        if self.idle_branch or "where" in site.parts:
+            site, z = site.guarded(), finite_cotangents(z)
+            if "where" in site.parts and not self.idle_branch:
+                active = site.part("where")
+        value, jacobian = to_support(site, z)
+        free: Any = True
+        if given.where is not None:
+            value = jnp.where(
+                expand(given.where, value), jnp.asarray(given.value).astype(value.dtype), value
+            )
+            free = ~jnp.asarray(given.where)
+        own = site.log_prob(value)
+        term = site.weigh(own) + jnp.where(free, jacobian, 0)
+        if active is not True:
+            stand_in = jnp.where(free, self.pseudo_prior(own + jacobian, given.z), 0)
+            term = jnp.where(active, term, stand_in)
+        record = None
+        if self.record:
+            record = {"value": value}
+            if "where" in site.parts:
+                record["active"] = jnp.broadcast_to(active, own.shape)
+        return value, record, {"log_density": term}
+
+    @staticmethod
+    def pseudo_prior(own: jax.Array, z: jax.Array) -> jax.Array:
+        """The own density of an idle choice, or N(0, 1) where that is not finite."""
+        normal = -0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)
+        return jnp.where(jnp.isfinite(own), own, jnp.sum(normal.reshape(*own.shape, -1), -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ToUnconstrained(Handler):
+    """Record every latent choice on the unconstrained scale; choices that are not given are drawn."""
+
+    latents: frozenset[str]
+    skip: frozenset[tuple[str, ...]] = frozenset()
+    every_branch = True
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        return dataclasses.replace(self, skip=self.skip | skip)
+
+    def site(
+        self, site: Site, key: Any, given: Any
+    ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
+        evaluate, address = Evaluate(None), ".".join(site.address)
+        if site.spec.kind != "sample":
+            return evaluate.site(site, key, given)[0], None, {}
+        given = conditioned(site, given)
+
+        def inverse(value: Any) -> jax.Array:
+            return site.over_lanes(lambda p, x: bijection(p["d"], address).inv(x), value)
+
+        try:
+            value = evaluate.value(site, key, given)
+        except DensityError:  # improper: a box around zero on the unconstrained scale
+            z = jax.eval_shape(inverse, jax.ShapeDtypeStruct(site.shape, site.spec.dtype))
+            value = to_support(site, jax.random.uniform(key, z.shape, z.dtype, -2.0, 2.0))[0]
+        if address not in self.latents or site.address in self.skip:
+            return value, None, {}
+        z = inverse(value)
+        return value, {"value": jnp.where(jnp.isfinite(z), z, 0)}, {}

@@ -1,0 +1,304 @@
+"""Series under a vmap: a program apart into what its lanes share, and the program of one lane.
+
+``jax.vmap`` has batched the equations between the sites of a lane, and only the sites still tell their lanes. The
+program of lane ``l`` is had back from the rules that keep copies apart (``lifting``): they prove of every equation
+that reads a choice of a lane where its results carry the lanes' axis, and that index ``l`` there reads index ``l``
+alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from weft.ppl.exact.marginalize import bind_marginal
+from weft.ppl.exact.tables import BATCHED, ELEMENTWISE, INLINED, Unaligned, align
+from weft.ppl.programs.programs import Program
+from weft.ppl.stage.compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_p, where_in_source
+from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p
+from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.sites import site_p
+from weft.ppl.stage.staging import Code, stage
+
+from .splitting import holds_scan, inlined
+
+
+class Series(eqx.Module):
+    """What the lanes of a program share, and one of them.
+
+    Attributes:
+        shared: the sites outside of the lanes; returns what the lanes read.
+        code: the code of one lane, of its index and what `shared` returns.
+        size: number of lanes.
+        addresses: of the sites of a lane, their first axis the lanes'.
+        scanned: those of them in the scan.
+        name: of the program.
+    """
+
+    shared: Program
+    code: Code
+    consts: list[Any]
+    size: int = eqx.field(static=True)
+    addresses: tuple[str, ...] = eqx.field(static=True)
+    scanned: tuple[str, ...] = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def lane(self, index: Any, values: list[Any]) -> Program:
+        """The program of one lane, given what `shared` returned."""
+        return Program.of_code(self.code, [*self.consts, index, *values], self.name)
+
+
+def series(
+    program: Program, observed: Collection[str], settled: Collection[str], scan: str | None = None
+) -> Series | None:
+    """Take apart a program whose scan with the observations stands under a vmap; None, if it does not.
+
+    Args:
+        program: the program.
+        observed: dotted addresses of what is observed; factors count as such.
+        settled: addresses of choices whose every element is known. Sites that read no other choice are shared.
+        scan: an address of the scan that is meant.
+
+    Raises:
+        ModelError: if a site reads the choices of several lanes.
+    """
+    code, args = program.staged().code()
+    if not _holds_lanes(code.jaxpr):
+        return None
+    flat, args, sums = inlined(code.jaxpr, args)
+    jaxpr, _ = open_jaxpr(flat.jaxpr)
+    factors = {a for a, s in program.sites.items() if s.kind == "factor" or s.observed}
+    wanted = {*observed, *factors} if scan is None else {scan}
+    held = [e for e in jaxpr.eqns if eqn_holds_sites(e) and wanted & set(eqn_site_names(e))]
+    scans = [e for e in held if e.primitive is lanes_p and holds_scan(e)]
+    if not scans or any(e.primitive is scan_p for e in held):
+        return None
+    sizes = sorted({e.params["lanes"][-1].size for e in scans})
+    if len(sizes) > 1:
+        raise ModelError(
+            f"filtering: {program.name!r} has scans with observations under vmaps of sizes {sizes}: choose one by an "
+            "address in it, filtering(scan=...)"
+        )
+    walk = _Walk(jaxpr, scans, sizes[0], set(settled) | factors, program.name)
+    reads = list(walk.reads)
+    names = [n for e in walk.own for n in eqn_site_names(e)]
+
+    def first(*xs: Any) -> list[Any]:
+        return _run(walk.shared, dict(zip(jaxpr.invars, xs, strict=True)), reads)
+
+    shared_code, shared_consts = stage(first, args)
+    shared = Program.of_code(shared_code, [*shared_consts, *args], program.name)
+    lane: Any = functools.partial(_lane, walk)
+    for eqn in sums:
+        addresses = eqn.params["addresses"]
+        outside = [a for a in map(".".join, addresses) if a not in names]
+        if outside:
+            raise ModelError(
+                f"filtering: {program.name!r} sums out {', '.join(map(repr, outside))}, which its series share: leave "
+                "them in"
+            )
+        lane = functools.partial(_without, lane, addresses, eqn.params["options"])
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in reads]
+    lane_code, consts = stage(lane, [jnp.int32(0), *avals])
+    scanned = tuple(n for e in scans for n in eqn_site_names(e))
+    return Series(shared, lane_code, consts, walk.size, tuple(names), scanned, program.name)
+
+
+def _holds_lanes(jaxpr: Any) -> bool:
+    """Whether a scan with sites stands under a vmap anywhere."""
+    return any(
+        eqn_holds_sites(e)
+        and ((e.primitive is lanes_p and holds_scan(e)) or any(map(_holds_lanes, inner_jaxprs(e))))
+        for e in open_jaxpr(jaxpr)[0].eqns
+    )
+
+
+def _run(equations: list[Any], values: dict[Any, Any], read: list[Any]) -> list[Any]:
+    for e in equations:
+        found = bind(e, [v.val if isinstance(v, Literal) else values[v] for v in e.invars])
+        values.update(zip(e.outvars, found, strict=True))
+    return [values[v] for v in read]
+
+
+def _without(lane: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
+    return bind_marginal(lane, list(xs), addresses, options)
+
+
+# --- which equations belong to the lanes ------------------------------------------------------------------------------
+
+
+class _Walk:
+    """The equations of a program, those of its lanes apart from the others.
+
+    Attributes:
+        shared: equations that read no choice of a lane.
+        own: the others, in order, as far as they can be had lane by lane.
+        places: for what those give, where it carries the axis of the lanes (None: not at all).
+        mixed: what is computed of several lanes, and how: it may not reach a density.
+        reads: what the lanes read of what is shared, in order.
+    """
+
+    def __init__(
+        self, jaxpr: Any, scans: list[Any], size: int, settled: set[str], name: str
+    ) -> None:
+        self.size, self.name, self.settled = size, name, settled
+        self.shared: list[Any] = []
+        self.own: list[Any] = []
+        self.places: dict[Any, int | None] = {}
+        self.mixed: dict[Any, str] = {}
+        self.reads: dict[Any, None] = {}
+        for eqn in jaxpr.eqns:
+            vs = [v for v in eqn.invars if not isinstance(v, Literal)]
+            if not (
+                any(v in self.places or v in self.mixed for v in vs)
+                or any(e is eqn for e in scans)
+                or self._draws(eqn)
+            ):
+                self.shared.append(eqn)
+                continue
+            why = next((self.mixed[v] for v in vs if v in self.mixed), None)
+            places = [None if isinstance(v, Literal) else self.places.get(v) for v in eqn.invars]
+            found: list[int | None] = []
+            if why is None:
+                try:
+                    found = self._place(eqn, places)
+                except Unaligned as e:
+                    what = repr(eqn.primitive.name)
+                    if eqn_holds_sites(eqn):
+                        what = ", ".join(map(repr, eqn_site_names(eqn)))
+                    why = f"{what}{where_in_source(eqn)} {e}"
+            if why is None:
+                self.own.append(eqn)
+                self.places.update(zip(eqn.outvars, found, strict=True))
+                self.reads.update(dict.fromkeys(v for v in vs if v not in self.places))
+                continue
+            if eqn_holds_sites(eqn) and not _only_records(eqn):
+                names = ", ".join(map(repr, eqn_site_names(eqn)))
+                raise ModelError(
+                    f"filtering: the {size} series of {name!r} are not independent, as one filter for each wants them: "
+                    f"{names} would read several ({why}). Draw in each series what it reads; what they share must be "
+                    "given, and stand outside of their vmap"
+                )
+            self.mixed.update(dict.fromkeys(eqn.outvars, why))
+
+    def _is_lane(self, eqn: Any) -> bool:
+        lanes = eqn.params["lanes"] if eqn.primitive in (site_p, lanes_p) else ()
+        return bool(lanes) and lanes[-1].size == self.size
+
+    def _draws(self, eqn: Any) -> bool:
+        """Whether an equation of the lanes makes a choice that is not known."""
+        return self._is_lane(eqn) and any(
+            n not in self.settled for n in eqn_site_names(eqn) if not _only_records(eqn)
+        )
+
+    def _place(self, eqn: Any, places: list[int | None]) -> list[int | None]:
+        """Where the results of an equation carry the axis of the lanes."""
+        if not eqn_holds_sites(eqn):
+            return align(eqn, places)
+        if not self._is_lane(eqn):
+            raise Unaligned("stands outside of their vmap")
+        mapped = eqn.params["lanes"][-1].mapped
+        if any(p is not None and (p != 0 or not m) for p, m in zip(places, mapped, strict=True)):
+            raise Unaligned("reads the whole axis of the series")
+        return [0] * len(eqn.outvars)
+
+
+def _only_records(eqn: Any) -> bool:
+    return eqn.primitive is site_p and eqn.params["spec"].kind == "deterministic"
+
+
+# --- one lane ---------------------------------------------------------------------------------------------------------
+
+
+def _lane(walk: _Walk, index: Any, *values: Any) -> list[Any]:
+    """The equations of one lane; it returns nothing."""
+    _evaluate(walk.own, dict(zip(walk.reads, values, strict=True)), {}, walk.size, index)
+    return []
+
+
+def _evaluate(
+    equations: Any, env: dict[Any, Any], places: dict[Any, int | None], size: int, index: Any
+) -> None:
+    """Evaluate equations for one lane.
+
+    Args:
+        equations: in order.
+        env: values of variables, those of the lane without the lanes' axis; results are added.
+        places: where the variables of the lane carry that axis; results are added.
+        size: number of lanes.
+        index: of the lane.
+    """
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    for eqn in equations:
+        ins = [read(v) for v in eqn.invars]
+        at = [None if isinstance(v, Literal) else places.get(v) for v in eqn.invars]
+        if eqn_holds_sites(eqn):
+            out: list[int | None] = [0] * len(eqn.outvars)
+            *inner, outer = eqn.params["lanes"]
+            own = [
+                jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) if m and p is None else x
+                for x, p, m in zip(ins, at, outer.mapped, strict=True)
+            ]
+            if inner or eqn.primitive is site_p:
+                outs = eqn.primitive.bind(*own, **{**eqn.params, "lanes": tuple(inner)})
+            else:
+                body, _ = open_jaxpr(eqn.params["jaxpr"])
+                outs = _run(body.eqns, dict(zip(body.invars, own, strict=True)), body.outvars)
+        else:
+            out = align(eqn, at)
+            if eqn.primitive.name in INLINED:
+                body, consts = open_jaxpr(inner_jaxprs(eqn)[0])
+                inside = dict(zip([*body.constvars, *body.invars], [*consts, *ins], strict=True))
+                known = dict(zip(body.invars, at, strict=True))
+                _evaluate(body.eqns, inside, known, size, index)
+                outs = [v.val if isinstance(v, Literal) else inside[v] for v in body.outvars]
+            else:
+                outs = _one_of(eqn, ins, at, out, size, index)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        places.update(zip(eqn.outvars, out, strict=True))
+
+
+def _one_of(
+    eqn: Any, ins: list[Any], at: list[int | None], out: list[int | None], size: int, index: Any
+) -> list[Any]:
+    """One lane of the results of an equation that keeps lanes apart, from one lane of its operands."""
+
+    def take(x: Any, axis: int | None) -> Any:
+        if axis is None or jnp.ndim(x) <= axis:
+            return x
+        return jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False)
+
+    name, target = eqn.primitive.name, out[0]
+    if name in ELEMENTWISE and target is not None and set(out) == {target}:
+        # A scalar beside arrays (of select_n, clamp) is the same for all lanes.
+        return bind(
+            eqn, [take(x, target) if p is None else x for x, p in zip(ins, at, strict=True)]
+        )
+    # One lane in the place of all of them: for what is asked of the others, they are all alike.
+    resized = _RESIZED.get(name)
+    alone = name in _SINGLE and len(ins) == 1 and target is not None
+    times = 1 if alone else size
+    if alone and resized is not None and target is not None:
+        sizes = list(eqn.params[resized])
+        sizes[target] = 1
+        eqn = eqn.replace(params={**eqn.params, resized: tuple(sizes)})
+    wide = [
+        x if p is None else jnp.repeat(jnp.expand_dims(x, p), times, p)
+        for x, p in zip(ins, at, strict=True)
+    ]
+    found = bind(eqn, wide)
+    if times == 1:
+        return [jnp.squeeze(x, p) for x, p in zip(found, out, strict=True)]
+    return [take(x, p) for x, p in zip(found, out, strict=True)]
+
+
+_RESIZED = {"broadcast_in_dim": "shape", "reshape": "new_sizes"}
+_SINGLE = BATCHED | {*_RESIZED, "transpose", "squeeze", "reduce_sum", "reduce_max", "reduce_min"}
+"""Equations of one operand that may be had of one lane alone, their parameters as they are but for one size."""

@@ -1,0 +1,467 @@
+"""What a staged program looks like before it runs: its table of sites, and the plan of its random keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
+from .control import (
+    eqn_holds_sites,
+    estimated_p,
+    holds_sites,
+    lanes_p,
+    marginal_p,
+    scope_p,
+    site_names,
+)
+from .errors import ModelError
+from .sites import site_p
+from .specs import SiteSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of a recorded choice.
+
+    Its kind tells who made it: ``jax.vmap`` ("lanes"), ``lax.scan`` ("scan") or the distribution ("batch").
+    """
+
+    size: int
+    name: str | None
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteInfo:
+    """What is known of a site before the program runs.
+
+    Attributes:
+        address: dotted address.
+        kind: ``"sample"``, ``"factor"`` or ``"deterministic"``.
+        shape: shape of the recorded array; ``dtype`` its dtype.
+        axes: one for every leading axis of ``shape`` that is no event axis.
+        event_shape: the event axes; ``event_dims`` their names.
+        distribution: name of the distribution's class.
+        support: NumPyro constraint, where no traced value enters it.
+        is_discrete: whether the distribution is.
+        reparametrised: whether an expectation is differentiated along the path through its draw.
+        values: the values of one element, where the support is finite and known; ``num_values`` their number.
+        conditional: it stands in a branch, so that it may be idle.
+        observed: its value is fixed inside the model.
+        hidden: it is not recorded (``block``, or inside a ``while_loop``).
+        why_hidden: the reason, for messages.
+        masked: a mask decides where it counts.
+        estimated: its density is an unbiased estimate, which takes a key (``marginal``, ``normalize``).
+    """
+
+    address: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[Axis, ...]
+    event_shape: tuple[int, ...]
+    distribution: str
+    support: Any = None
+    values: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    conditional: bool = False
+    observed: bool = False
+    hidden: bool = False
+    why_hidden: str = ""
+    masked: bool = False
+    is_discrete: bool = False
+    reparametrised: bool = False
+    estimated: bool = False
+    event_dims: tuple[str | None, ...] = ()
+
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{a.name or a.kind}={a.size}" for a in self.axes)
+        event = f" event {self.event_shape}" if self.event_shape else ""
+        return f"<site {self.address!r}: {self.kind}, {self.distribution} ({axes}){event} {self.dtype}>"
+
+    @property
+    def num_values(self) -> int | None:
+        """How many values one element may take, where that is finite and known."""
+        return None if self.values is None else len(self.values)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes that are no event axes."""
+        return tuple(a.size for a in self.axes)
+
+    @property
+    def dims(self) -> tuple[str | None, ...]:
+        """The names of all axes of ``shape``."""
+        return (*(a.name for a in self.axes), *self.event_dims)
+
+    @property
+    def size(self) -> int:
+        """Number of scalars."""
+        return math.prod(self.shape)
+
+
+Scope = dict[str, "SiteInfo | Scope"]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where in a program the walk stands."""
+
+    prefix: tuple[str, ...] = ()
+    axes: tuple[Axis, ...] = ()
+    conditional: bool = False
+    in_while: bool = False
+    summed: bool = False  # whether the table has what is summed out, too
+
+    def under(self, *axes: Axis) -> _Place:
+        return dataclasses.replace(self, axes=self.axes + axes)
+
+
+def site_table(jaxpr: Any) -> dict[str, SiteInfo]:
+    """Every site of a staged program by dotted address, in order.
+
+    Raises:
+        ModelError: if a name is used twice in a scope, if branches disagree on a name, or if a construct that Weft does
+            not know holds a site.
+    """
+    return dict(_flat(_scope(jaxpr, _Place())))
+
+
+def summed_out(jaxpr: Any) -> dict[str, SiteInfo]:
+    """The choices of a staged program that are summed out, by dotted address."""
+    left = site_table(jaxpr)
+    return {a: s for a, s in _flat(_scope(jaxpr, _Place(summed=True))) if a not in left}
+
+
+def _flat(scope: Scope) -> Iterator[tuple[str, SiteInfo]]:
+    for node in scope.values():
+        if isinstance(node, dict):
+            yield from _flat(node)
+        else:
+            yield node.address, node
+
+
+def _scope(jaxpr: Any, place: _Place) -> Scope:
+    """The sites of one scope; calls, loops and branches belong to the scope that they stand in."""
+    found: Scope = {}
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if not eqn_holds_sites(eqn):
+            continue
+        for name, node in _equation(eqn, place).items():
+            if name in found:
+                raise ModelError(_used_twice(name, place, found[name]))
+            found[name] = node
+    hashes: dict[int, str] = {}
+    for name in found:
+        other = hashes.setdefault(name_hash(name), name)
+        if other != name:
+            raise ModelError(
+                f"the names {other!r} and {name!r} hash alike, so their keys would be equal: rename one"
+            )
+    return found
+
+
+def _equation(eqn: Any, place: _Place) -> Scope:
+    primitive, params = eqn.primitive, eqn.params
+    if primitive is site_p:
+        info = _info(params, place)
+        return {info.address.rpartition(".")[2]: info}
+    if primitive is scope_p:
+        if params["name"] is None:  # an anonymous run: its choices are nobody's
+            _scope(params["jaxpr"], _Place())
+            return {}
+        inner = dataclasses.replace(place, prefix=(*place.prefix, params["name"]))
+        return {params["name"]: _scope(params["jaxpr"], inner)}
+    if primitive is estimated_p:
+        nodes: Scope = {}
+        for address, info in params["sites"].value:
+            inner: Any = nodes
+            for name in address[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[address[-1]] = _moved(info, place)
+        return nodes
+    if primitive is marginal_p:
+        scope = _scope(params["jaxpr"], place)
+        for address in () if place.summed else params["addresses"]:
+            scope = _without(scope, address)
+        return scope
+    if primitive is lanes_p:
+        axes = [Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"])]
+        return _scope(params["jaxpr"], place.under(*axes))
+    if primitive is scan_p:
+        return _scope(params["jaxpr"], place.under(Axis(params["length"], None, "scan")))
+    if primitive is cond_p:
+        return _branches(params["branches"], dataclasses.replace(place, conditional=True))
+    if primitive is while_p:
+        if holds_sites(params["cond_jaxpr"]):
+            raise ModelError(
+                f"{_listed(eqn)} in the predicate of a while_loop: draw before the loop or in its body"
+            )
+        return _scope(params["body_jaxpr"], dataclasses.replace(place, in_while=True))
+    if primitive.name in CALLS:
+        return _scope(inner_jaxprs(eqn)[0], place)
+    raise ModelError(
+        f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, "
+        f"scan, cond, switch, "
+        "jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
+    )
+
+
+def _without(scope: Scope, address: tuple[str, ...]) -> Scope:
+    """The scope without the site at a path."""
+    name, *rest = address
+    node = scope.get(name)
+    if rest and isinstance(node, dict):
+        inner = _without(node, tuple(rest))
+        return {n: inner if n == name else s for n, s in scope.items() if n != name or inner}
+    return {n: s for n, s in scope.items() if n != name or rest}
+
+
+def _listed(eqn: Any) -> str:
+    names = [n for j in inner_jaxprs(eqn) for n in site_names(j)]
+    return ("site " if len(names) == 1 else "sites ") + ", ".join(repr(n) for n in names)
+
+
+def _branches(branches: Any, place: _Place) -> Scope:
+    merged: Scope = {}
+    for branch in branches:
+        _merge(merged, _scope(branch, place))
+    return merged
+
+
+def _merge(into: Scope, scope: Scope) -> None:
+    for name, node in scope.items():
+        other = into.setdefault(name, node)
+        if other is node:
+            continue
+        if isinstance(other, dict) and isinstance(node, dict):
+            _merge(other, node)
+        elif isinstance(other, dict) or isinstance(node, dict):
+            raise ModelError(
+                f"{name!r} is a site in one branch and a nested program in another: rename one"
+            )
+        elif _form(other) != _form(node):
+            raise ModelError(
+                f"branches record {node.address!r} with different kinds, shapes or dtypes: "
+                f"{_form(other)} and {_form(node)}. "
+                "One address is one choice: make them agree, or use two names"
+            )
+
+
+def _form(info: SiteInfo) -> str:
+    event = f" with event shape {info.event_shape}" if info.event_shape else ""
+    return f"a {info.kind} site of shape {info.shape}{event} and dtype {info.dtype}"
+
+
+def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
+    spec: SiteSpec = params["spec"]
+    lanes = tuple(Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"]))
+    names = (*spec.dims, *(None,) * len(spec.shape))
+    batch = tuple(
+        Axis(size, name, "batch")
+        for size, name in zip(spec.shape[: spec.batch_ndim], names, strict=False)
+    )
+    axes = place.axes + lanes + batch
+    parts = params["skeleton"].unpack([0.0] * params["skeleton"].num_arrays)
+    why = (
+        "it stands in a while_loop, whose choices are not recorded; use weft.loop"
+        if place.in_while
+        else ""
+    )
+    if spec.hidden:
+        why = "it is hidden by block"
+    return SiteInfo(
+        address=".".join((*place.prefix, spec.name)),
+        kind=spec.kind,
+        shape=tuple(a.size for a in axes) + spec.event_shape,
+        dtype=spec.dtype,
+        axes=axes,
+        event_shape=spec.event_shape,
+        distribution=spec.label,
+        support=None if spec.support is None else spec.support.value,
+        values=None if spec.values is None else spec.values.value,
+        conditional=place.conditional,
+        observed=spec.kind == "sample" and "value" in parts and "observed" not in parts,
+        hidden=bool(why),
+        why_hidden=why,
+        masked=parts.get("where") is not None,
+        is_discrete=spec.discrete,
+        reparametrised=spec.kind == "sample" and is_pathwise(params),
+        event_dims=names[spec.batch_ndim : len(spec.shape)],
+    )
+
+
+def is_pathwise(params: Mapping[str, Any]) -> bool:
+    """Whether the draw of a site, given its equation's parameters, is differentiated along its path.
+
+    That needs a sampler that can be, and no gradient strategy that does otherwise. A site whose
+    value is given is not drawn.
+    """
+    skeleton = params["skeleton"]
+    payload = skeleton.unpack([0.0] * skeleton.num_arrays)
+    if params["spec"].kind != "sample" or ("value" in payload and "observed" not in payload):
+        return True
+    asked = payload.get("grad")
+    return params["spec"].reparametrised if asked is None else getattr(asked, "pathwise", False)
+
+
+def _moved(info: SiteInfo, place: _Place) -> SiteInfo:
+    """A site of a program that stands somewhere inside another one."""
+    axes = place.axes + info.axes
+    return dataclasses.replace(
+        info,
+        address=".".join((*place.prefix, info.address)),
+        axes=axes,
+        shape=tuple(a.size for a in place.axes) + info.shape,
+        conditional=place.conditional or info.conditional,
+        estimated=True,
+    )
+
+
+def _used_twice(name: str, place: _Place, node: SiteInfo | Scope) -> str:
+    what = "nested program" if isinstance(node, dict) else f"{node.kind} site"
+    where = f" in {'.'.join(place.prefix)!r}" if place.prefix else ""
+    return (
+        f"the name {name!r} is used twice{where} (first by a {what}). Give each site of a scope its own name, or put "
+        "the repeated part into a model and sample it under two names: sample('a', part(...)), sample('b', part(...)). "
+        "If one jax construct stages the function more than once (lax.map with a batch_size that leaves a remainder, "
+        "associative_scan), use jax.vmap or lax.scan"
+    )
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyNode:
+    """How the key of one name is made: fold the name, then an index for each of ``loops``, then go on inside.
+
+    That of a site (``site``) is only there to draw its choice.
+    """
+
+    loops: tuple[int, ...]
+    inner: dict[str, KeyNode] | None = None
+    site: bool = False
+
+
+_plans: weakref.WeakKeyDictionary[Any, dict[str, KeyNode]] = weakref.WeakKeyDictionary()
+_anonymous: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def key_plan(jaxpr: Any) -> dict[str, KeyNode]:
+    """The plan of one scope's keys."""
+    jaxpr, _ = open_jaxpr(jaxpr)
+    plan = _plans.get(jaxpr)
+    if plan is None:
+        plan = _plans[jaxpr] = {}
+        _plan(jaxpr, (), 0, plan)
+    return plan
+
+
+def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, KeyNode]) -> None:
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        if not eqn_holds_sites(eqn):
+            continue
+        params = eqn.params
+        if eqn.primitive is site_p:
+            plan[params["spec"].name] = KeyNode(loops, site=True)
+        elif eqn.primitive is scope_p:
+            name = params["name"] if params["name"] is not None else anonymous_name(anonymous)
+            other = plan[name].inner if name in plan else None  # the same name in another branch
+            plan[name] = KeyNode(loops, _merge_plans(other or {}, key_plan(params["jaxpr"])))
+        elif eqn.primitive is estimated_p:
+            for address, _ in eqn.params["sites"].value:
+                plan[address[0]] = KeyNode(loops)
+        elif (
+            eqn.primitive is while_p
+        ):  # iterations are not known: the body derives its keys as it goes
+            for name in scope_names(params["body_jaxpr"], anonymous):
+                plan[name] = KeyNode(loops)
+        else:
+            inside = loops
+            if eqn.primitive is scan_p:
+                inside = (*loops, params["length"])
+            elif eqn.primitive is lanes_p:
+                inside = (*loops, *(lane.size for lane in reversed(params["lanes"])))
+            offset = anonymous
+            for j in inner_jaxprs(eqn):
+                _plan(j, inside, offset, plan)
+                offset += count_anonymous(j)
+        anonymous += eqn_anonymous(eqn)
+
+
+def _merge_plans(a: dict[str, KeyNode], b: dict[str, KeyNode]) -> dict[str, KeyNode]:
+    merged = {**a, **b}
+    for name in a.keys() & b.keys():
+        inner, other = a[name].inner, b[name].inner
+        if inner is not None and other is not None:
+            merged[name] = KeyNode(b[name].loops, _merge_plans(inner, other))
+    return merged
+
+
+def anonymous_name(index: int) -> str:
+    return f"~{index}"
+
+
+def eqn_anonymous(eqn: Any) -> int:
+    """How many anonymous runs an equation holds, in the scope it stands in."""
+    if eqn.primitive is scope_p:
+        return int(eqn.params["name"] is None)
+    if eqn.primitive is estimated_p:
+        return 0
+    return sum(count_anonymous(j) for j in inner_jaxprs(eqn))
+
+
+def count_anonymous(jaxpr: Any) -> int:
+    jaxpr, _ = open_jaxpr(jaxpr)
+    count = _anonymous.get(jaxpr)
+    if count is None:
+        count = _anonymous[jaxpr] = sum(eqn_anonymous(e) for e in jaxpr.eqns if eqn_holds_sites(e))
+    return count
+
+
+def scope_plan(jaxpr: Any, anonymous: int = 0) -> dict[str, KeyNode]:
+    """The plan of a part of a scope, its anonymous runs numbered from ``anonymous``."""
+    plan: dict[str, KeyNode] = {}
+    _plan(jaxpr, (), anonymous, plan)
+    return plan
+
+
+def scope_names(jaxpr: Any, anonymous: int = 0) -> list[str]:
+    """The names in a part of a scope."""
+    return list(scope_plan(jaxpr, anonymous))
+
+
+def derive_keys(plan: dict[str, KeyNode], key: jax.Array) -> dict[str, Any]:
+    """All keys of a scope, in vectorised calls at its entry: no key is derived inside a loop."""
+    if not plan:
+        return {}
+    if len(plan) == 1:
+        ((name, node),) = plan.items()
+        return {name: expand_key(node, jax.random.fold_in(key, np.uint32(name_hash(name))))}
+    hashes = np.array([name_hash(name) for name in plan], np.uint32)
+    folded = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
+    return {name: expand_key(node, folded[i]) for i, (name, node) in enumerate(plan.items())}
+
+
+def expand_key(node: KeyNode, key: jax.Array) -> Any:
+    """Fold the index of every loop into a name's key, outermost first, then derive what is nested."""
+    inner = None if node.inner is None else functools.partial(derive_keys, node.inner)
+    for size in reversed(node.loops):
+        inner = functools.partial(_over_indices, size, inner)
+    return key if inner is None else inner(key)
+
+
+def _over_indices(size: int, inner: Any, key: jax.Array) -> Any:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(size, dtype=np.uint32))
+    return keys if inner is None else jax.vmap(inner)(keys)
