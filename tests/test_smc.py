@@ -167,7 +167,7 @@ def test_the_tree_needs_little_room() -> None:
     n, steps = 1000, 5000
     algorithm = smc(Linear(jnp.zeros(steps), steps), n, history="ancestors")
     state = jax.eval_shape(algorithm.init, KEY, None)
-    room = algorithm.between(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state))[0]
+    room = algorithm.before_chunk(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state))[0]
     nodes = steps + 4 * n * (1 + np.log2(n))
     assert n <= room.tree.capacity <= nodes
     assert nodes < 0.01 * n * steps + 1

@@ -152,16 +152,16 @@ class HamiltonianSampler(Algorithm):
         draws, stats = jax.tree.map(buffer, (draws, stats))
         return dataclasses.replace(state, draws=draws, stats=stats)
 
-    def thrifty(self) -> HamiltonianSampler:
+    def cheap_settings(self) -> HamiltonianSampler:
         if not self.init_strategy.prior:
             return self
         without = dataclasses.replace(self.init_strategy, prior=False)
         return dataclasses.replace(self, init_strategy=without)
 
-    def begins(self, state: ChainsState) -> bool:
+    def is_valid(self, state: ChainsState) -> bool:
         return bool(_start(state).valid.all())
 
-    def refusal(self, state: ChainsState, target: Target) -> Exception:
+    def init_error(self, state: ChainsState, target: Target) -> Exception:
         start = _start(state)
         chain = int(np.flatnonzero(~np.asarray(start.valid))[0])
         return explain(target, start.position[chain])

@@ -146,10 +146,10 @@ class mcmc(Algorithm):
         draws, stats = jax.tree.map(buffer, (draws, {**info, "lp": lp}))
         return MCMCState(jnp.int32(0), choices, valid, draws, stats)
 
-    def begins(self, state: MCMCState) -> bool:
+    def is_valid(self, state: MCMCState) -> bool:
         return bool(state.valid.all())
 
-    def refusal(self, state: MCMCState, target: Target) -> Exception:
+    def init_error(self, state: MCMCState, target: Target) -> Exception:
         chain = int(np.flatnonzero(~np.asarray(state.valid))[0])
         choices = jax.tree.map(lambda x: x[chain], state.choices)
         terms = flatten(target.log_densities(choices))

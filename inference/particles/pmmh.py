@@ -204,10 +204,10 @@ class pmmh(Algorithm):
         draws, stats = jax.tree.map(buffer, (chains.choices, stats))
         return PMMHState(jnp.int32(0), chains, draws, stats)
 
-    def begins(self, state: PMMHState) -> bool:
+    def is_valid(self, state: PMMHState) -> bool:
         return bool(jnp.isfinite(state.chains.log_density).all())
 
-    def refusal(self, state: PMMHState, target: Target) -> Exception:
+    def init_error(self, state: PMMHState, target: Target) -> Exception:
         return WeftError(
             "pmmh: in 100 draws of the prior no filter ended with a positive weight: take more particles, a proposal "
             "that knows the observations, or a narrower prior"

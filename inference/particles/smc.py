@@ -393,13 +393,13 @@ class smc(Algorithm):
         tree = None if state.tree is None else state.tree.grown(particles, chosen)
         return SMCState(t, particles, log_weights, total, log_evidence, coalescence, path, tree)
 
-    def with_room(self, state: SMCState, num_iterations: int) -> SMCState:
+    def reserve(self, state: SMCState, num_iterations: int) -> SMCState:
         if state.tree is None:
             return state
         capacity = state.tree.capacity + num_iterations * self.num_particles
         return dataclasses.replace(state, tree=state.tree.roomier(capacity))
 
-    def between(self, state: SMCState) -> tuple[SMCState, int | None]:
+    def before_chunk(self, state: SMCState) -> tuple[SMCState, int | None]:
         """When there is no room left, nodes without descendants are dropped; where that gives little, it is doubled."""
         if state.tree is None:
             return state, None

@@ -72,16 +72,16 @@ class Algorithm(Printed, eqx.Module):
         """The settings as they enter compiled code: programs among them staged."""
         return self
 
-    def thrifty(self) -> Algorithm:
-        """Settings that begin at less cost; the full ones are compiled only where these fail."""
+    def cheap_settings(self) -> Algorithm:
+        """Cheaper settings, tried first: the full ones are compiled only if the state these begin with is not valid."""
         return self
 
-    def begins(self, state: Any) -> bool:
-        """Whether a first state leads anywhere (values are concrete)."""
+    def is_valid(self, state: Any) -> bool:
+        """Whether a first state can be gone on with (its values are concrete)."""
         return True
 
-    def refusal(self, state: Any, target: Target) -> Exception:
-        """The error for a first state that leads nowhere."""
+    def init_error(self, state: Any, target: Target) -> Exception:
+        """The error to raise for a first state that is not valid."""
         raise NotImplementedError
 
     def has_result(self, iteration: int) -> bool:
@@ -92,12 +92,12 @@ class Algorithm(Printed, eqx.Module):
         """Whether a state needs no more iterations (traced); None, where their number alone decides."""
         return None
 
-    def between(self, state: Any) -> tuple[Any, int | None]:
-        """What is done on the host before a chunk: a state, and for how many iterations it has room; None for all."""
+    def before_chunk(self, state: Any) -> tuple[Any, int | None]:
+        """Work on the host before each chunk: gives a state, and the iterations it has room for (None: any number)."""
         return state, None
 
-    def with_room(self, state: Any, num_iterations: int) -> Any:
-        """A state with room for so many more iterations (traced); where there are no chunks."""
+    def reserve(self, state: Any, num_iterations: int) -> Any:
+        """A state with room for so many more iterations (traced): what `before_chunk` is to runs that have no chunks."""
         return state
 
     def describe(self, state: Any) -> str:
@@ -133,12 +133,12 @@ class Algorithm(Printed, eqx.Module):
         if tracing(key, staged, init, settings):
             return settings.result(_whole(settings, staged, key, init), target)
 
-        thrifty = settings.thrifty()
-        state = _begin(thrifty, staged, key, init)
-        if thrifty is not settings and not self.begins(state):
+        cheap = settings.cheap_settings()
+        state = _begin(cheap, staged, key, init)
+        if cheap is not settings and not self.is_valid(state):
             state = _begin(settings, staged, key, init)
-        if not self.begins(state):
-            raise self.refusal(state, staged)
+        if not self.is_valid(state):
+            raise self.init_error(state, staged)
         start, stop = int(state.iteration), settings.num_iterations(staged)
 
         def advance(state: Any, first: int, last: int) -> Any:
@@ -153,7 +153,7 @@ class Algorithm(Printed, eqx.Module):
             progress=progress,
             describe=settings.describe,
             finished=settings.finished,
-            between=settings.between,
+            before_chunk=settings.before_chunk,
         )
         if done < stop and not settings.finished(state):
             if not self.has_result(done):
@@ -230,7 +230,7 @@ def _advance(fixed: tuple[Any, ...], state: Any) -> Any:
 def _whole(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
     state = strong(algorithm.init(iteration_keys(key)[0], target, init))
     start, stop = 0 if init is None else state.iteration, algorithm.num_iterations(target)
-    return _iterate(algorithm, target, key, algorithm.with_room(state, stop), start, stop)
+    return _iterate(algorithm, target, key, algorithm.reserve(state, stop), start, stop)
 
 
 def _require_target(target: Any, algorithm: Algorithm) -> None:

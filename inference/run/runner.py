@@ -46,7 +46,7 @@ def run_chunks(
     progress: bool = True,
     describe: Callable[[State], str] | None = None,
     finished: Callable[[State], bool] | None = None,
-    between: Callable[[State], tuple[State, int | None]] = lambda state: (state, None),
+    before_chunk: Callable[[State], tuple[State, int | None]] = lambda state: (state, None),
 ) -> tuple[State, int]:
     """Advance `state` from iteration `start` to `stop` in chunks.
 
@@ -63,7 +63,7 @@ def run_chunks(
         progress: whether to show it.
         describe: a few words on a state, shown beside the bar.
         finished: whether a state needs no more iterations, which would leave it as it is.
-        between: called before each chunk: a state to go on with, and how long the chunk may be, at most.
+        before_chunk: called before each chunk; gives the state to go on with, and the most iterations the chunk may have.
 
     Returns:
         The last state, and the iteration reached: `stop` unless it was interrupted or finished.
@@ -71,7 +71,7 @@ def run_chunks(
     done, size = start, FIRST_CHUNK
     with _bar(title, start, stop, progress) as bar, _interrupts() as interrupted:
         while done < stop and not interrupted.is_set():
-            state, most = between(state)
+            state, most = before_chunk(state)
             last = min(done + (size if most is None else min(size, most)), stop)
             began = time.perf_counter()
             state = jax.block_until_ready(advance(state, done, last))
