@@ -19,7 +19,7 @@ Those that follow a density on R^n (the first two rows) can do without a target,
 `step(key, state) -> (state, info)`. Positions are pytrees of floating arrays, densities functions of
 them. The transitions are BlackJAX's.
 
-Example:
+Examples:
     >>> import jax
     >>> from weft.inference import kernels
     >>> kernel = kernels.hmc(step_size=0.5, num_steps=5).on(lambda x: -0.5 * (x**2).sum())

@@ -35,7 +35,7 @@ def systematic(
 ) -> Int[Array, " m"]:
     r"""Positions `(k + U) / m` with one `U` for all: `O_i = ceil(m C_i - U) - ceil(m C_{i-1} - U)`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from weft.inference import systematic
         >>> log_weights = jnp.log(jnp.array([0.5, 0.25, 0.25]))

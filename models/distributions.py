@@ -2,7 +2,7 @@
 
 A site takes any pytree with `sample(key)` and `log_prob(value)`; nothing has to stand here to be used.
 
-Example:
+Examples:
     >>> import jax
     >>> from weft.models import distributions as dist
     >>> dist.Normal(0.0, 1.0).sample(jax.random.key(0)).shape

@@ -77,7 +77,7 @@ def marginal(program: Program, keep: Address | Iterable[Address], by: Sampler) -
         ModelError: if its return value needs the choices that are integrated out.
         AddressError: for an unknown address.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, marginal, sample
         >>> from weft.inference import importance
@@ -137,7 +137,7 @@ def normalize(target: Target, by: Sampler) -> Program:
     Raises:
         DensityError: if a choice is observed in part.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, normalize, sample
         >>> from weft.inference import importance

@@ -87,7 +87,7 @@ def check_proper_weighting(
         Ścibior et al. (2018), "Denotational validation of higher-order Bayesian inference"; Naesseth, Lindsten and
         Schön (2015) for proper weighting.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample, testing
         >>> @gen
@@ -179,7 +179,7 @@ def check_marginals(
     Raises:
         WeftError: if the exact answer is not known, or a draw lacks a choice or has it in another shape.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample, testing
         >>> from weft.inference import importance
@@ -273,7 +273,7 @@ def check_invariance(
     References:
         Geweke (2004), "Getting it right", for tests of this kind; McNemar (1947); Bowker (1948).
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample, testing
         >>> @gen

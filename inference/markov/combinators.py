@@ -31,7 +31,7 @@ class block(Kernel):
         DensityError: where another choice may be idle and depends on these, so that it has to move with
             them.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen
@@ -74,7 +74,7 @@ class cycle(Kernel):
     Attributes:
         kernels: the kernels.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen

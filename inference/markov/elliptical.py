@@ -42,7 +42,7 @@ class elliptical_slice(Kernel):
     References:
         Murray, Adams and MacKay (2010), figure 2.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen

@@ -42,7 +42,7 @@ class gibbs(Kernel):
     References:
         Geman and Geman (1984).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen

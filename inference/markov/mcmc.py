@@ -69,7 +69,7 @@ class mcmc(Algorithm):
         DensityError: if the kernel cannot move the choices of this target, or a chain finds no point to
             begin at.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> from weft.inference import mcmc

@@ -56,7 +56,7 @@ class metropolis_hastings(Metropolis):
     References:
         Hastings (1970), Biometrika 57.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen
@@ -119,7 +119,7 @@ class involutive(Metropolis):
         Green (1995), Biometrika 82; Cusumano-Towner, Lew and Mansinghka (2020), Automating involutive
         MCMC.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen

@@ -49,7 +49,7 @@ class nuts(HamiltonianSampler):
         Hoffman and Gelman (2014), The No-U-Turn Sampler, JMLR 15; Betancourt (2017), A conceptual
         introduction to Hamiltonian Monte Carlo, appendix A. The kernel is BlackJAX's.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import nuts

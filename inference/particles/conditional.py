@@ -151,7 +151,7 @@ class conditional_smc(Kernel):
         Andrieu, Doucet and Holenstein (2010); Lindsten, Jordan and Schon (2014); Whiteley (2010), in the
         discussion of the first.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> from weft.inference import mcmc
@@ -255,7 +255,7 @@ def particle_gibbs(
     References:
         Andrieu, Doucet and Holenstein (2010), section 2.4.3; Lindsten, Jordan and Schon (2014).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> from weft.inference import particle_gibbs
@@ -303,7 +303,7 @@ def backward_sampling(
         WeftError: if the run did not keep its history, or a choice stands outside the scan.
         ModelError: if the carry remembers more than the choices of the last step.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import backward_sampling, filtering, smc

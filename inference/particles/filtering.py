@@ -70,7 +70,7 @@ class filtering(eqx.Module):
         Gordon, Salmond and Smith (1993); Pitt and Shephard (1999); Doucet, Godsill and Andrieu (2000) for the
         optimal proposal.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import filtering, smc

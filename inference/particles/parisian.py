@@ -70,7 +70,7 @@ def paris(
         WeftError: if the run kept no history, or a choice stands outside the scan.
         ModelError: if the carry remembers more than the choices of the last step.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import filtering, paris, smc
@@ -173,7 +173,7 @@ class parisian_gibbs(Algorithm):
     References:
         Cardoso, Janati, Le Corff, Moulines and Olsson (2023), algorithm 2.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import parisian_gibbs

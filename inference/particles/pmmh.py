@@ -133,7 +133,7 @@ class pmmh(Algorithm):
     References:
         Andrieu, Doucet and Holenstein (2010), section 2.4.2.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import pmmh

@@ -197,7 +197,7 @@ class smc(Algorithm):
         Del Moral (2004); Chopin and Papaspiliopoulos (2020), "An introduction to sequential Monte Carlo"; Lee and
         Whiteley (2018) for the variance of the evidence; Dau and Chopin (2022) for waste-free.
 
-    Example:
+    Examples:
         >>> import equinox as eqx, jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft.inference import smc
         >>> class RandomWalk(eqx.Module):  # seen with unit noise

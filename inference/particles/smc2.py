@@ -44,7 +44,7 @@ class smc2(eqx.Module):
     References:
         Chopin, Jacob and Papaspiliopoulos (2013), section 2.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import smc, smc2

@@ -80,7 +80,7 @@ class tempering(eqx.Module):
         Neal (2001); Chopin (2002), "A sequential particle filter method for static models"; Del Moral, Doucet
         and Jasra (2006); Zhou, Johansen and Aston (2016) for the conditional effective sample size.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import smc, tempering

@@ -57,7 +57,7 @@ def rhat(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray,
         One number a scalar, shape (...). NaN for a constant, for fewer than four draws, and where a
         value is not finite; infinite where every half is constant and the halves differ.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(4, 500))
         >>> bool(rhat(x) < 1.01), bool(rhat(x + np.arange(4)[:, None]) > 1.5)
@@ -90,7 +90,7 @@ def ess(
     Raises:
         ValueError: for another kind.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(4, 500, 2))
         >>> ess(x).shape, bool((ess(x) > 1500).all())
@@ -115,7 +115,7 @@ def mcse(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray,
     Returns:
         One number a scalar, shape (...).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(4, 500))
         >>> bool(abs(mcse(x) * 2000**0.5 - 1) < 0.2)
@@ -136,7 +136,7 @@ def bfmi(energy: Float[ArrayLike, "chain draw"]) -> Float[np.ndarray, " chain"]:
     Returns:
         One number a chain; NaN for a chain whose energy never changes.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> np.round(bfmi(np.array([[0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]])), 2)
         array([3. , 0.6])
@@ -165,7 +165,7 @@ def describe(
         "ess_bulk", "ess_tail", "r_hat", "active" (the fraction of draws that count), "not_finite"
         (how many of these are NaN or infinite), "constant" (1 where all that count are equal).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).normal(size=(4, 500, 3))
         >>> table = describe(x)
@@ -239,7 +239,7 @@ def weighted_describe(
         weight of the particles that count), "not_finite" (how many values of positive weight are
         NaN or infinite).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> x, w = np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 2.0])
         >>> table = weighted_describe(x, w, quantiles=(0.25, 0.5))
@@ -296,7 +296,7 @@ def khat(log_weights: Float[ArrayLike, " particle"], r_eff: float = 1.0) -> floa
         so few carry everything. Minus infinity if the largest weights are all equal: there is no
         tail.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> ratios = 0.5 * rng.exponential(size=10_000)     # logarithms of a Pareto law, k = 0.5
@@ -346,7 +346,7 @@ def generalized_pareto(excesses: Float[ArrayLike, " n"]) -> tuple[float, float]:
     Returns:
         (shape, scale).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> shape, scale = generalized_pareto(np.random.default_rng(0).exponential(size=4000))
         >>> bool(abs(shape) < 0.1), bool(abs(scale - 1) < 0.1)     # the exponential law has shape 0

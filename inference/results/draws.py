@@ -44,7 +44,7 @@ class Draws(eqx.Module):
         target: what was sampled; a `Record` of it, if the draws were read from a file without it.
         warmup: what the sampler has to say of its warm-up, arrays that lead with the chain.
 
-    Example:
+    Examples:
         >>> import jax
         >>> keys = jax.random.split(jax.random.key(0), 2)
         >>> mu = jax.random.normal(keys[0], (4, 1000))
@@ -100,7 +100,7 @@ class Draws(eqx.Module):
         Raises:
             WeftError: under tracing, or if a further axis leads (a vmap over data sets).
 
-        Example:
+        Examples:
             >>> import jax
             >>> draws = Draws(choices={"mu": jax.random.normal(jax.random.key(0), (4, 500))})
             >>> summary = draws.summary(quantiles=(0.1, 0.9))
@@ -143,7 +143,7 @@ class Draws(eqx.Module):
             WeftError: where the log likelihood is asked for and the target, or a choice, is not at
                 hand; for coords of the wrong length or for no dim.
 
-        Example:
+        Examples:
             >>> import jax
             >>> draws = Draws(choices={"mu": jax.random.normal(jax.random.key(0), (4, 500))})
             >>> draws.to_arviz().posterior["mu"].dims
@@ -235,7 +235,7 @@ class Particles(eqx.Module):
             otherwise it is taken from the weights, 1/ESS - 1/N.
         exact: whether the particles are all values there are, with their probabilities.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> x = jax.random.normal(jax.random.key(0), (2000,))
         >>> particles = Particles(choices={"x": x}, log_weights=0.3 * x)
@@ -294,7 +294,7 @@ class Particles(eqx.Module):
         Raises:
             WeftError: if no particle has a positive weight (where weights are concrete).
 
-        Example:
+        Examples:
             >>> import jax, jax.numpy as jnp
             >>> weights = jnp.array([1.0, 0.0, 3.0])
             >>> particles = Particles(choices={"z": jnp.arange(3)}, log_weights=jnp.log(weights))

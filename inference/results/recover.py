@@ -55,7 +55,7 @@ def recover(
         ModelError: if nothing is summed out of the model.
         AddressError: if draws and data together lack a choice.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, marginalize, recover, sample
         >>> from weft.inference import nuts

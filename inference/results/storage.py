@@ -79,7 +79,7 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
         StorageError: if it is not a Weft file, is damaged, comes from a later format, or does not
             fit the target.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> import jax.numpy as jnp
         >>> from weft.inference import Draws, load

@@ -36,7 +36,7 @@ class Summary:
         healthy: False if they found anything that makes the numbers unreliable.
         findings: the verdict, piece by piece.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from weft.inference import Draws
         >>> mu = jax.random.normal(jax.random.key(0), (4, 500))

@@ -145,7 +145,7 @@ def fit(
         DensityError: if the first bound, or its gradient, is not finite (of every restart, if there
             are several); the message names what makes it so.
 
-    Example:
+    Examples:
         >>> import jax, optax, numpyro.distributions as dist
         >>> from numpyro.distributions import constraints
         >>> from weft import gen, sample

@@ -171,7 +171,7 @@ def gradient_report(
     References:
         Jansen (1999), "Analysis of variance designs for model output"; Saltelli et al. (2010).
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, gradients, sample
         >>> from weft.inference import elbo, gradient_report

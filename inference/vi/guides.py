@@ -269,7 +269,7 @@ def mean_field(
     References:
         Kucukelbir et al. (2017), "Automatic differentiation variational inference", section 2.4.
 
-    Example:
+    Examples:
         >>> import jax, optax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import elbo, fit, mean_field
@@ -326,7 +326,7 @@ def full_rank(
     References:
         Kucukelbir et al. (2017), section 2.4.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import elbo, fit, full_rank
@@ -393,7 +393,7 @@ def low_rank(
         Ong, Nott and Smith (2018), "Gaussian variational approximation with a factor covariance
         structure".
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, repeat, sample
         >>> from weft.inference import low_rank
@@ -460,7 +460,7 @@ def structured(
         Hoffman and Blei (2015), "Structured stochastic variational inference"; Ambrogioni et al.
         (2021), "Automatic structured variational inference".
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import structured
@@ -568,7 +568,7 @@ def flow(
         Papamakarios, Pavlakou and Murray (2017), "Masked autoregressive flow", equations 3 and 4;
         Durkan et al. (2019), "Neural spline flows"; Germain et al. (2015), "MADE".
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import elbo, fit, flow
@@ -645,7 +645,7 @@ def laplace(
         Tierney and Kadane (1986), "Accurate approximations for posterior moments and marginal
         densities".
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import laplace

@@ -154,7 +154,7 @@ class elbo(Objective):
         Jordan et al. (1999); Kingma and Welling (2014), equation 3, for the reparametrised
         estimator.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import elbo
@@ -214,7 +214,7 @@ class iwelbo(Objective):
     References:
         Burda, Grosse and Salakhutdinov (2016), equation 8.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import iwelbo
@@ -352,7 +352,7 @@ class hvi(elbo):
     References:
         Ranganath, Tran and Blei (2016), equation 5.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import hvi, iwhvi

@@ -44,7 +44,7 @@ def constrained(value: Any, constraint: Any) -> Constrained:
     Raises:
         WeftError: if the value is outside the set, or if no bijection from R^n leads there.
 
-    Example:
+    Examples:
         >>> from numpyro.distributions import constraints
         >>> from weft.inference import constrained
         >>> float(constrained(2.0, constraints.positive).value)

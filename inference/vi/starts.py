@@ -96,7 +96,7 @@ def jittered(params: Any, scale: float = 1.0) -> Callable[..., Any]:
         A function `init(key)` of the parameters. Or the function from a target, with such an `init`
         in place of the parameters: `variational(jittered(mean_field), num_restarts=5)`.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from weft.inference import fixed, jittered
         >>> init = jittered({"loc": 0.0, "prior": fixed(1.0)}, scale=0.1)

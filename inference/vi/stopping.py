@@ -48,7 +48,7 @@ class plateau(eqx.Module):
         tolerance: a rise, in the units of the objective, that is not worth another window.
         z: how many standard errors a rise must be, not to be taken for noise.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from weft.inference import fit, plateau
         >>> def hill(key, params):

@@ -49,7 +49,7 @@ class variational(Printed, eqx.Module):
     References:
         Kucukelbir, Tran, Ranganath, Gelman and Blei (2017), for the ready-made guides.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from numpyro.distributions import constraints
         >>> from weft import gen, sample

@@ -38,7 +38,7 @@ class enumeration(Algorithm):
         DensityError: if a latent choice has no finite support.
         WeftError: if there are more than `max_terms` joint values.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import enumeration

@@ -43,7 +43,7 @@ class importance(Algorithm):
         DensityError: if the proposal is not normalised, or a weight is infinite or not a number.
         AddressError: if the proposal does not draw exactly the latent choices.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> from weft.inference import importance

@@ -5,7 +5,9 @@ exact recursion, so a site `sample("y", LinearGaussian(...))` leaves only the pa
 `viterbi`, `sample_states` and `forecast` give the states back, or go on. With `parallel=True` every recursion over time
 is an associative scan: more work, in logarithmic depth, for accelerators. Many series are a `jax.vmap`.
 
-Example: the noise of a random walk, from a series of which one observation is missing.
+Examples:
+    The noise of a random walk, from a series of which one observation is missing.
+
     >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
     >>> from weft import gen, sample
     >>> from weft.models.state_space import LinearGaussian

@@ -59,7 +59,7 @@ class HiddenMarkov(Distribution):
         ModelError: for shapes that do not fit one another, and for probabilities that do not sum to one.
         ObservationError: by the methods, for a series of another shape.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft.models.state_space import HiddenMarkov
         >>> d = HiddenMarkov(

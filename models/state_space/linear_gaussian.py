@@ -64,7 +64,7 @@ class LinearGaussian(Distribution):
         ModelError: for shapes that do not fit one another, and for a covariance that is none.
         ObservationError: by the methods, for a series of another shape.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from weft.models.state_space import LinearGaussian
         >>> d = LinearGaussian(  # level and slope; the level is observed

@@ -80,7 +80,7 @@ def explain(model: Model | Program | Target, *args: Any) -> Explanation:
     Raises:
         ModelError: where a choice cannot be summed out exactly, as in an evaluation.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import explain, gen, marginalize, sample
         >>> @gen

@@ -1297,7 +1297,7 @@ def marginalize(
         DensityError: for a continuous choice.
         AddressError: for an unknown one.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, marginalize, sample
         >>> @gen

@@ -89,7 +89,7 @@ def expect(f: Callable[..., Any], num_samples: int = 1, max_terms: int = 4096) -
     Raises:
         GradientError: naming the site and the strategies that are possible there.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import expect, gradients, sample
         >>> second_moment = expect(lambda s: sample("x", dist.Normal(0.0, s)) ** 2)

@@ -264,7 +264,7 @@ def learned(baseline: Any, *inputs: Any) -> Learned:
             network.
         *inputs: anything that is known before the choice.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import expect, gradients, sample
         >>> def cost(params):

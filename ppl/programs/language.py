@@ -43,7 +43,7 @@ def sample(
     Raises:
         ModelError: for an unfit name or distribution.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> @gen
@@ -104,7 +104,7 @@ def factor(name: str, log_weight: Any) -> None:
         name: its address in the scope.
         log_weight: any array; its sum counts.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from weft import factor, gen
         >>> @gen
@@ -124,7 +124,7 @@ def factor(name: str, log_weight: Any) -> None:
 def deterministic(name: str, value: Any, *, dims: Sequence[str | None] = ()) -> Any:
     """Record a computed value under ``name`` in ``trace.derived`` and return it.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from weft import deterministic, gen
         >>> @gen
@@ -156,7 +156,7 @@ def draw(program: Program) -> Trace:
 
     Its choices belong to no address of the surrounding program; gradients flow through the trace.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import draw, expect, gen, sample
         >>> @gen
@@ -182,7 +182,7 @@ def repeat(f: Callable[[], Any], n: int, axis_name: str | None = None) -> Any:
     Returns:
         What ``f`` returns, with a leading axis of size ``n``.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, repeat, sample
         >>> @gen
@@ -210,7 +210,7 @@ def loop(
     Returns:
         The last state.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, loop, sample
         >>> @gen

@@ -75,7 +75,7 @@ def gen(function: Callable[..., Any]) -> Model:
     Returns:
         A model: applied to arguments it gives a program, a distribution over the choices it makes and what it returns.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample
         >>> @gen

@@ -41,7 +41,7 @@ def observed(value: Any, *, where: Any, missing: str = "impute") -> Observed:
         missing: what becomes of the rest: ``"impute"`` keeps it a latent choice, ``"drop"`` leaves it out (right where
             nothing else reads the site).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, observed, repeat, sample
         >>> @gen

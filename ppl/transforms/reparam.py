@@ -190,7 +190,7 @@ def reparametrize(model: F, strategies: Mapping[str, Reparam | None]) -> F:
     Raises:
         ModelError: where a distribution has no such form.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample, reparametrize
         >>> from weft.ppl import LocScale
@@ -217,7 +217,7 @@ def noncentered(model: F, *addresses: str) -> F:
 
     It cures the funnel of hierarchical models with little data a group; with much data the centred form mixes better.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, noncentered, sample
         >>> @gen

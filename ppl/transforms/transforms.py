@@ -94,7 +94,7 @@ def condition(model: F, choices: Mapping[str, Any]) -> F:
         model: a model or a function with sites.
         choices: nested dict of values, or ``observed(y, where=mask)``.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import condition, gen, sample
         >>> @gen
@@ -142,7 +142,7 @@ class _Do(Transformed):
 def do(model: F, choices: Mapping[str, Any]) -> F:
     """Intervene: the sites become constants without a density (Pearl's do).
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import do, gen, sample
         >>> @gen
@@ -158,7 +158,7 @@ def do(model: F, choices: Mapping[str, Any]) -> F:
 def replay(model: F, trace: Trace | Mapping[str, Any]) -> F:
     """Run a model with the choices that another trace has at the same addresses, as ``do`` does; others are free.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, replay, sample
         >>> @gen
@@ -207,7 +207,7 @@ def block(model: F, *addresses: Address) -> F:
         model: a model or a function with sites.
         addresses: which ones, wildcards allowed; all of them if none is named.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import block, gen, sample
         >>> @gen
@@ -243,7 +243,7 @@ def rewrite_in_scope(function: Callable[..., Any], name: str, args: Any, kwargs:
 def scope(model: F, name: str) -> F:
     """Put all choices of a function under a name.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, sample, scope
         >>> def noise():
@@ -318,7 +318,7 @@ def scale(model: F, factors: Any) -> F:
         factors: a number for every site; or a dict from names of axes (``{"row": N / B}`` scales every site under that
             axis, once) or addresses to numbers.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, sample, scale
         >>> @gen
@@ -379,7 +379,7 @@ def mask(model: F, where: Any) -> F:
         model: a model or a function with sites.
         where: booleans for every site, or a dict from addresses to booleans of (leading axes of) the site's shape.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
         >>> from weft import gen, mask, repeat, sample
         >>> @gen
@@ -430,7 +430,7 @@ def with_gradients(model: F, strategies: Mapping[str, Any]) -> F:
     Raises:
         AddressError: for an address without a site.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import draw, expect, gen, gradients, sample, with_gradients
         >>> @gen
