@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 import pytest
 from jaxtyping import Array
 from weft.inference import Algorithm, State, hmc, importance, nuts
-from weft.inference import runner as runner_module
+from weft.inference.run import runner as runner_module
 from weft.ppl.stage.errors import WeftError
 
 from counting import counting

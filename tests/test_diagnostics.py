@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from weft.inference import diagnostics
+from weft.inference.results import diagnostics
 from weft.inference.results.diagnostics import (
     bfmi,
     describe,

@@ -28,7 +28,7 @@ from weft.inference import (
     plateau,
     wake_phi,
 )
-from weft.inference import runner as runner_module
+from weft.inference.run import runner as runner_module
 from weft.ppl.stage.errors import AddressError, DensityError, WeftError
 
 from counting import counting

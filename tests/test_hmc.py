@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import InitStrategy, diagnostics, hmc, kernels, nuts
+from weft.inference import InitStrategy, hmc, kernels, nuts
+from weft.inference.results import diagnostics
 from weft.inference.run.adaptation import MassLayout
 from weft.ppl.stage.errors import AddressError, DensityError, ObservationError, WeftError
 

@@ -14,7 +14,6 @@ import pytest
 from weft.inference import (
     Draws,
     backward_sampling,
-    diagnostics,
     filtering,
     mcmc,
     paris,
@@ -24,6 +23,7 @@ from weft.inference import (
     smc,
     smc2,
 )
+from weft.inference.results import diagnostics
 from weft.ppl import ModelError, WeftError
 
 from weft import gen, kernels, sample

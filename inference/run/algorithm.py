@@ -97,7 +97,7 @@ class Algorithm(Printed, eqx.Module):
         return state, None
 
     def reserve(self, state: Any, num_iterations: int) -> Any:
-        """A state with room for so many more iterations (traced): what `before_chunk` is to runs that have no chunks."""
+        """A state with room for so many more iterations (traced), for runs that have no chunks."""
         return state
 
     def describe(self, state: Any) -> str:

@@ -63,7 +63,7 @@ def run_chunks(
         progress: whether to show it.
         describe: a few words on a state, shown beside the bar.
         finished: whether a state needs no more iterations, which would leave it as it is.
-        before_chunk: called before each chunk; gives the state to go on with, and the most iterations the chunk may have.
+        before_chunk: called before each chunk; gives the state to go on with, and how long the chunk may be, at most.
 
     Returns:
         The last state, and the iteration reached: `stop` unless it was interrupted or finished.
