@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import Draws, Fit, Particles, load, storage
+from weft.inference import Draws, Fit, Particles, load
+from weft.inference.results import storage
 from weft.inference.results.draws import Summary
 from weft.inference.results.storage import StorageError
 from weft.ppl import deterministic, gen, noncentered, observed, sample
@@ -580,6 +581,61 @@ def test_what_cannot_be_saved(tmp_path: pathlib.Path) -> None:
         jax.jit(lambda d: d.save(tmp_path / "d"))(Draws(choices={"x": jnp.ones((2, 2))}))
     with pytest.raises(StorageError, match="the key 3 of a dict is not a string"):
         storage.write(tmp_path / "d", "fit", {"params": {3: jnp.ones(2)}})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def own_types(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
+    """The registry of result types; what a test adds is gone afterwards."""
+    types = dict(storage._types)
+    monkeypatch.setattr(storage, "_types", types)
+    return types
+
+
+class Mean:
+    """A result of a user's own."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def save(self, path: pathlib.Path) -> None:
+        storage.write(path, "mean", {"value": self.value})
+
+    @classmethod
+    def from_saved(cls, saved: storage.Saved, target: Any = None) -> "Mean":
+        return cls(**saved.tree)
+
+
+def test_a_type_of_a_user_registers(own_types: dict[str, type], tmp_path: pathlib.Path) -> None:
+    assert storage.result_type("mean")(Mean) is Mean
+    Mean(3.0).save(tmp_path / "m")
+    again = load(tmp_path / "m")
+    assert type(again) is Mean
+    assert again.value == 3.0
+    del own_types["mean"]  # as in another process, which has not imported what defines it
+    with pytest.raises(
+        StorageError, match=rf"unknown kind 'mean': .*{__name__}.Mean, so import {__name__} first"
+    ):
+        load(tmp_path / "m")
+
+
+def test_registrations_that_make_no_sense(
+    own_types: dict[str, type], tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(StorageError, match="results.draws.Draws has this name already"):
+        storage.result_type("draws")(Mean)
+    assert storage.result_type("draws")(Draws) is Draws  # once more is no other
+    misspelt = type("Misspelt", (), {"save": Mean.save, "from_save": Mean.from_saved})
+    with pytest.raises(StorageError, match="no method 'from_saved' .but 'from_save'."):
+        storage.result_type("misspelt")(misspelt)
+    with pytest.raises(StorageError, match="no result is called 'drawn' .but 'draws'."):
+        storage.write(tmp_path / "d", "drawn", {})
+
+    class Other(Particles):
+        """Not registered, unlike the class it is of."""
+
+    with pytest.raises(StorageError, match="Other is not registered"):
+        Other({}, log_weights=jnp.zeros(3)).save(tmp_path / "d")
     assert os.listdir(tmp_path) == []
 
 

@@ -22,6 +22,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from weft.inference.results import storage
 from weft.inference.results.draws import Particles, shuffled
 from weft.inference.run.algorithm import Algorithm, State
 from weft.inference.run.runner import tracing
@@ -133,6 +134,7 @@ def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(size))
 
 
+@storage.result_type("lane particles")
 class LaneParticles(SequentialParticles):
     """Particles of all lanes together: one of each, drawn by its weight; so their weights are equal.
 
@@ -162,9 +164,6 @@ class LaneParticles(SequentialParticles):
         for _ in range(ndim):
             one = jax.vmap(one)
         return one(*jax.tree.map(lambda x: jnp.moveaxis(x, 0, ndim), (path, tree)))
-
-    def _saved(self) -> tuple[str, dict[str, Any]]:
-        return "lane particles", super()._saved()[1]
 
     def _title(self) -> str:
         title = Particles._title(self)

@@ -70,6 +70,7 @@ class Path(eqx.Module):
     info: dict[str, Array] = eqx.field(default_factory=dict)
 
 
+@storage.result_type("sequential particles")
 class SequentialParticles(Particles):
     """The particles of the last step, and how they came about.
 
@@ -96,14 +97,14 @@ class SequentialParticles(Particles):
             raise WeftError("this run did not keep all ancestors: smc(..., history='full')")
         return _along(self.path.ancestors, tree)
 
-    def _saved(self) -> tuple[str, dict[str, Any]]:
+    def _saved(self) -> dict[str, Any]:
         path, state = self.path, self.state
         if path is not None and isinstance(state, SMCState):
             # The same arrays, which are written once, without the steps that are still to come.
             state = dataclasses.replace(state, path=dataclasses.replace(path, tree=None))
         leaves = None if state is None else tuple(jax.tree.leaves(state))
         parts = {"path": _plain(path), "state": leaves, "remark": self.remark}
-        return "sequential particles", {**super()._saved()[1], **parts}
+        return {**super()._saved(), **parts}
 
     @classmethod
     def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:

@@ -28,6 +28,7 @@ from .summary import Summary, summarise_draws, summarise_particles
 _PRINTED = 5_000_000  # numbers that printing summarises: some seconds
 
 
+@storage.result_type("draws")
 class Draws(eqx.Module):
     """What a Markov chain sampler gives: draws of every choice, (chain, draw, ...).
 
@@ -166,7 +167,7 @@ class Draws(eqx.Module):
             name: getattr(self, name)
             for name in ("choices", "derived", "active", "stats", "warmup")
         }
-        _save(path, "draws", tree, self.target, {})
+        _save(path, self, tree, {})
 
     @classmethod
     def from_saved(cls, saved: storage.Saved, target: Any = None) -> Draws:
@@ -216,6 +217,7 @@ class Draws(eqx.Module):
                 raise WeftError(f"{what}: there are no draws, (chain, draw) = {self.lead}")
 
 
+@storage.result_type("particles")
 class Particles(eqx.Module):
     r"""What a weighted sampler gives: particles with weights, and an estimate of the evidence.
 
@@ -380,11 +382,10 @@ class Particles(eqx.Module):
 
     def save(self, path: storage.PathLike) -> None:
         """Write everything but the model to one file; see `Draws.save`."""
-        kind, tree = self._saved()
-        _save(path, kind, tree, self.target, {"exact": self.exact})
+        _save(path, self, self._saved(), {"exact": self.exact})
 
-    def _saved(self) -> tuple[str, dict[str, Any]]:
-        """What kind of result it is, and what is written of it."""
+    def _saved(self) -> dict[str, Any]:
+        """What is written of it."""
         names = (
             "choices",
             "derived",
@@ -393,7 +394,7 @@ class Particles(eqx.Module):
             "log_evidence",
             "log_evidence_variance",
         )
-        return "particles", {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
@@ -498,12 +499,11 @@ def _printed(result: Any, form: Any) -> str:
     return text if form is str else f"<pre>{text}</pre>"
 
 
-def _save(
-    path: storage.PathLike, kind: str, tree: dict[str, Any], target: Any, meta: dict[str, Any]
-) -> None:
+def _save(path: storage.PathLike, result: Any, tree: dict[str, Any], meta: dict[str, Any]) -> None:
+    target = result.target
     observed = {} if target is None else export.plain_observed(target)
     meta = {**meta, "target": record.to_meta(target)}
-    storage.write(path, kind, {**tree, "observed": observed}, meta)
+    storage.write(path, storage.kind_of(type(result)), {**tree, "observed": observed}, meta)
 
 
 def _restore(saved: storage.Saved, target: Any) -> tuple[dict[str, Any], Any]:

@@ -5,8 +5,8 @@ A file is a zip archive of ``.npy`` arrays, so ``numpy.load`` opens it too, and 
 
 .. code-block:: json
 
-    {"format": 1, "kind": "draws", "meta": {}, "tree": {"dict": [["choices", {"dict": [["mu",
-    {"array": "..."}]]}]]}}
+    {"format": 1, "kind": "draws", "type": "weft.inference.results.draws.Draws", "meta": {},
+     "tree": {"dict": [["choices", {"dict": [["mu", {"array": "..."}]]}]]}}
 
 Dicts, lists, tuples, numbers, strings, None, arrays and random keys are rebuilt as they were, to
 the bit and to the dtype. Any other pytree, such as a module of parameters, is stored as its leaves,
@@ -18,13 +18,14 @@ it was.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import secrets
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import jax
@@ -47,16 +48,93 @@ class Saved(NamedTuple):
     """What a file holds.
 
     Attributes:
-        kind: what the tree is of: "draws", "particles", "sequential particles", "lane particles", "fit".
+        kind: which type of result wrote it, by the name that the type registered under.
         tree: the arrays, nested as they were given.
         meta: what else was noted, as JSON knows it.
         path: where it was read.
+        type: the full name of the class that wrote it, for messages. Empty in files of early versions.
     """
 
     kind: str
     tree: Any
     meta: dict[str, Any]
     path: str
+    type: str = ""
+
+
+R = TypeVar("R")
+
+_types: dict[str, type[Any]] = {}
+
+
+def result_type(kind: str) -> Callable[[type[R]], type[R]]:
+    """Register a class of results, where it is defined: `load` reads the files that it writes.
+
+    The class has a method `from_saved(saved, target)`, which rebuilds a result from a `Saved`, and
+    a method `save(path)`, which calls `write(path, kind, ...)`.
+
+    Args:
+        kind: the name of the class in files. It is for good: old files carry it.
+
+    Returns:
+        A class decorator that leaves the class as it is.
+
+    Raises:
+        StorageError: if another class has this name, or if the class lacks one of the two methods.
+
+    Example:
+        >>> import equinox as eqx, jax.numpy as jnp
+        >>> from weft.inference.results.storage import result_type, write
+        >>> @result_type("a mean")
+        ... class Mean(eqx.Module):
+        ...     value: float
+        ...     def save(self, path):
+        ...         write(path, "a mean", {"value": self.value})
+        ...     @classmethod
+        ...     def from_saved(cls, saved, target=None):
+        ...         return cls(**saved.tree)
+    """
+
+    def register(cls: type[R]) -> type[R]:
+        for method in ("save", "from_saved"):
+            if not callable(getattr(cls, method, None)):
+                raise StorageError(
+                    f"result_type({kind!r}): {_full_name(cls)} has no method {method!r}{_nearest(method, dir(cls))}"
+                )
+        other = _types.get(kind)
+        if other is not None and _full_name(other) != _full_name(cls):  # a cell that runs again
+            raise StorageError(
+                f"result_type({kind!r}): {_full_name(other)} has this name already; "
+                f"give {_full_name(cls)} another"
+            )
+        _types[kind] = cls
+        return cls
+
+    return register
+
+
+def kind_of(cls: type[Any]) -> str:
+    """The name that a class registered under.
+
+    Raises:
+        StorageError: if it did not.
+    """
+    for kind, known in _types.items():
+        if known is cls:
+            return kind
+    raise StorageError(
+        f"{_full_name(cls)} is not registered, so that no file of it could be read: "
+        "decorate the class with result_type(kind)"
+    )
+
+
+def _full_name(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" (but {found[0]!r})" if found else ""
 
 
 def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
@@ -71,13 +149,15 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
             say): parameters of the same structure, shapes and dtypes, or another such `Fit`.
 
     Returns:
-        `Draws`, `Particles`, `SequentialParticles` or `Fit`, equal to what was saved. Arrays that
-        this JAX configuration cannot hold (64 bits without `jax.enable_x64`) come as NumPy arrays.
+        `Draws`, `Particles`, `SequentialParticles`, `Fit` or any other result that has registered
+        (`result_type`), equal to what was saved. Arrays that this JAX configuration cannot hold (64
+        bits without `jax.enable_x64`) come as NumPy arrays.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        StorageError: if it is not a Weft file, is damaged, comes from a later format, or does not
-            fit the target.
+        StorageError: if it is not a Weft file, is damaged, comes from a later format, or holds a
+            type that has not registered (the message names the module to import).
+        WeftError: if it was written for another target.
 
     Examples:
         >>> import tempfile, pathlib
@@ -90,26 +170,15 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
         >>> again.choices["mu"].shape
         (4, 10)
     """
-    from .draws import Draws, Particles
-
     saved = read(path, None if like is None else {"params": getattr(like, "params", like)})
-    if saved.kind == "draws":
-        return Draws.from_saved(saved, target)
-    if saved.kind == "particles":
-        return Particles.from_saved(saved, target)
-    if saved.kind == "sequential particles":
-        from weft.inference.particles.smc import SequentialParticles
-
-        return SequentialParticles.from_saved(saved, target)
-    if saved.kind == "lane particles":
-        from weft.inference.particles.panel_filters import LaneParticles
-
-        return LaneParticles.from_saved(saved, target)
-    if saved.kind == "fit":
-        from weft.inference.vi.fitted import Fit
-
-        return Fit.from_saved(saved, target)
-    raise StorageError(f"{saved.path} holds a result of unknown kind {saved.kind!r}")
+    if saved.kind in _types:
+        return _types[saved.kind].from_saved(saved, target)
+    module = saved.type.rpartition(".")[0]
+    cure = f"it was written by {saved.type}, so import {module} first" if module else ""
+    raise StorageError(
+        f"{saved.path} holds a result of unknown kind {saved.kind!r}{_nearest(saved.kind, _types)}: "
+        f"{cure or 'import the module that defines its type first'}"
+    )
 
 
 def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None = None) -> None:
@@ -117,15 +186,20 @@ def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None =
 
     Args:
         path: the file; its folder must exist.
-        kind: what it is, see `Saved`.
+        kind: the name that the type of the result registered under.
         tree: dicts (keys are strings), lists, tuples, arrays, random keys, numbers, strings, None;
             other pytrees by leaves.
         meta: anything that JSON can say.
 
     Raises:
-        StorageError: if the path is a folder or its folder is missing, under tracing, or for a leaf
-            of another type.
+        StorageError: if no type has registered under this name, if the path is a folder or its
+            folder is missing, under tracing, or for a leaf of another type.
     """
+    if kind not in _types:
+        raise StorageError(
+            f"write: no result is called {kind!r}{_nearest(kind, _types)}; "
+            "a class registers with result_type(kind)"
+        )
     final = Path(os.path.realpath(path))
     if final.is_dir():
         raise StorageError(
@@ -139,6 +213,7 @@ def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None =
     index = {
         "format": FORMAT,
         "kind": kind,
+        "type": _full_name(_types[kind]),
         "meta": dict(meta or {}),
         "tree": _encode(tree, (), arrays),
     }
@@ -192,7 +267,7 @@ def read(path: PathLike, like: Any = None) -> Saved:
                     f"{FORMAT}: upgrade weft"
                 )
             tree = _decode(index["tree"], archive, like, ())
-            return Saved(index["kind"], tree, index["meta"], where)
+            return Saved(index["kind"], tree, index["meta"], where, index.get("type", ""))
     except (zipfile.BadZipFile, json.JSONDecodeError, KeyError, TypeError, EOFError) as error:
         raise StorageError(f"{where!r} is damaged: {error}") from error
 

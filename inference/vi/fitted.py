@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.inference.results.diagnostics import khat_threshold
+from weft.inference.results.storage import Saved, result_type, write
+from weft.inference.weighted.importance import importance
 from weft.ppl import Program, Target
 from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
@@ -32,6 +34,7 @@ class Restarts(eqx.Module):
     best: Int[Array, ""]
 
 
+@result_type("fit")
 class Fit(eqx.Module):
     """The result of a fit.
 
@@ -150,8 +153,6 @@ class Fit(eqx.Module):
 
         The objective is code, and not in it.
         """
-        from weft.inference.results.storage import write
-
         tree = {
             "params": self.params,
             "bounds": self.bounds,
@@ -165,7 +166,7 @@ class Fit(eqx.Module):
         write(path, "fit", tree, {"minimize": self.minimize, "batch_size": self.batch_size})
 
     @classmethod
-    def from_saved(cls, saved: Any, target: Target | None = None) -> Fit:
+    def from_saved(cls, saved: Saved, target: Target | None = None) -> Fit:
         """The fit of a file; without its objective, hence without a guide. `state` comes as its leaves."""
         tree = dict(saved.tree)
         restarts = tree.pop("restarts", None)  # files of earlier versions have none
@@ -188,8 +189,6 @@ class Fit(eqx.Module):
             return ""
         if self.batch_size is not None:  # the target may be scaled for batches of this size
             return "Fitted on minibatches: not checked by weights. Try importance(fit.guide).run(key, target)."
-        from weft.inference.weighted.importance import importance
-
         target, guide = self._pair()
         try:
             particles = importance(guide, num_particles).run(self.key, target, progress=False)
