@@ -18,7 +18,9 @@ import numpyro.distributions as dist
 import pytest
 from jax import lax
 from scipy import stats
-from weft.inference import enumeration, importance, mcmc, metropolis, moves
+from weft.inference import enumeration, importance, mcmc
+from weft.inference.markov import kernel as moves
+from weft.inference.markov import metropolis
 from weft.inference.results.diagnostics import mcse
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError, WeftError
 

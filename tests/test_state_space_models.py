@@ -17,8 +17,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from scipy.special import logsumexp
-from weft.models import kalman
-from weft.models.state_space import HiddenMarkov, LinearGaussian
+from weft.models.state_space import HiddenMarkov, LinearGaussian, kalman
 from weft.ppl import ModelError, ObservationError
 
 from programs import quick_compilation
