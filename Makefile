@@ -14,7 +14,7 @@ DEV_LOCK := requirements/dev.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
-LINT_PATHS := weft ppl inference models tests examples benchmarks conftest.py
+LINT_PATHS := weft ppl inference models tests examples benchmarks docs/tools .ci conftest.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs notebooks wheel bench lanes lock clean
@@ -38,7 +38,8 @@ format: $(VENV)/.dev  ## let ruff reformat and mend what it can
 	$(BIN)/ruff format $(LINT_PATHS)
 
 docs: $(VENV)/.dev build/tree  ## the documentation, into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python .ci/check_reference.py
 
 notebooks: $(VENV)/.test  ## run every example headless and at a small size
 	@printf '%s\n' examples/*.py | WEFT_FAST=1 MPLBACKEND=Agg xargs -P 2 -I{} sh -c \

@@ -18,9 +18,9 @@ from .hamiltonian import HamiltonianSampler
 class nuts(HamiltonianSampler):
     """The No-U-Turn sampler, adapted as Stan does.
 
-    Every chain is warmed up on its own: the step size by dual averaging towards
-        `target_acceptance`, the inverse mass
-    matrix from the draws of windows that double in length. Warm-up stores no draws.
+    Every chain has its own warm-up. Dual averaging moves the step size until transitions are accepted with probability
+    `target_acceptance`. The inverse mass matrix is estimated from the draws of windows that double in length. Draws of
+    the warm-up are not stored.
 
     Attributes:
         num_warmup: iterations of warm-up.

@@ -125,10 +125,10 @@ class Draws(eqx.Module):
     ) -> Any:
         """Everything in ArviZ's form: `InferenceData` on ArviZ 0.2x, `xarray.DataTree` on 1.x.
 
-        Groups: posterior (choices and derived values; idle draws are NaN), sample_stats,
-            observed_data, log_likelihood,
-        and posterior_predictive, or predictions where the inputs are others. Named axes are dims;
-        the others are called ``theta_dim_0``. Nested addresses keep their dots.
+        The group `posterior` holds choices and derived values. Idle draws are NaN there. The other groups are
+        `sample_stats`, `observed_data`, `log_likelihood`, and `posterior_predictive`, which is called `predictions` if
+        the inputs differ from those of the target. Named axes are dims; other axes are called ``theta_dim_0``. Nested
+        addresses keep their dots.
 
         Args:
             predictions: what `predict` gave for these draws: a trace, or a nested dict of arrays
@@ -328,11 +328,10 @@ class Particles(eqx.Module):
     def summary(
         self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), all: bool = False
     ) -> Summary:
-        """Weighted means, spreads and quantiles, one row a scalar, and a verdict in words.
+        """A table with one row for each scalar, and a verdict in words.
 
-        Columns: mean, sd, the quantiles, and the standard error of the mean (mcse) of the
-            self-normalised estimator. The
-        verdict rests on the effective sample size and on k-hat.
+        The columns are the weighted mean, the standard deviation (sd), the quantiles, and the standard error of the
+        self-normalised estimate of the mean (mcse). The verdict rests on the effective sample size and on k-hat.
 
         Args:
             quantiles: probabilities.
