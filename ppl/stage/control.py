@@ -10,7 +10,7 @@ wrapped here: an equation without sites goes to JAX's own rule untouched.
 
 from __future__ import annotations
 
-import weakref
+import math
 from typing import Any
 
 import jax
@@ -22,33 +22,13 @@ from .compat import (
     ShapedArray,
     cond_p,
     fancy_primitive_batchers,
-    inner_jaxprs,
     open_jaxpr,
     scan_p,
     while_p,
 )
 from .errors import GradientError, ModelError
+from .jaxprs import Holds, Place, Wiring, equations, whole, wired
 from .sites import Lane, lane_shape, site_p, stack_lane
-
-# --- which jaxprs hold sites ------------------------------------------------------------------------------------------
-
-_holds: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
-def holds_sites(jaxpr: Any) -> bool:
-    """Whether a site stands anywhere in a jaxpr."""
-    jaxpr, _ = open_jaxpr(jaxpr)
-    known = _holds.get(jaxpr)
-    if known is None:
-        known = _holds[jaxpr] = any(eqn_holds_sites(eqn) for eqn in jaxpr.eqns)
-    return known
-
-
-def eqn_holds_sites(eqn: Any) -> bool:
-    return eqn.primitive in (site_p, scope_p, estimated_p) or any(
-        holds_sites(j) for j in inner_jaxprs(eqn)
-    )
-
 
 # --- a nested program -------------------------------------------------------------------------------------------------
 
@@ -78,6 +58,13 @@ def _outside(*_: Any, name: str | None, **__: Any) -> Any:
 mlir.register_lowering(scope_p, lambda ctx, *_, **params: _outside(**params))
 
 
+@wired("scope")
+def _(eqn: Any) -> Wiring | None:
+    """Results of an anonymous run are its trace, and not those of its jaxpr."""
+    named = eqn.params["name"] is not None
+    return Wiring("scope", (whole(eqn.params["jaxpr"], eqn),)) if named else None
+
+
 # --- a program of which some choices are summed out -------------------------------------------------------------------
 
 marginal_p = Primitive("marginal")
@@ -96,6 +83,11 @@ def _(*_: Any, jaxpr: Any, **__: Any) -> Any:
 
 
 mlir.register_lowering(marginal_p, lambda ctx, *_, **params: marginal_p.impl(**params))
+
+
+@wired("marginal")
+def _(eqn: Any) -> Wiring:
+    return Wiring("marginal", (whole(eqn.params["jaxpr"], eqn),))
 
 
 # --- choices whose density is estimated -------------------------------------------------------------------------------
@@ -161,6 +153,16 @@ def _batch_lanes(axis_data: Any, args: Any, dims: Any, *, jaxpr: Any, lanes: Any
 fancy_primitive_batchers[lanes_p] = _batch_lanes
 
 
+@wired("lanes")
+def _(eqn: Any) -> Wiring:
+    lanes, body = eqn.params["lanes"], whole(eqn.params["jaxpr"], eqn)
+    body = body._replace(
+        sliced=tuple(sum(lane.mapped[i] for lane in lanes) for i in body.reads),
+        stacked=(len(lanes),) * len(body.gives),
+    )
+    return Wiring("lanes", (body,), rounds=math.prod(lane.size for lane in lanes))
+
+
 def _keep_unmapped(primitive: Primitive) -> Any:
     """A batching rule that binds ``lanes_p`` around the un-vmapped equation."""
 
@@ -209,7 +211,8 @@ for _primitive in (scope_p, marginal_p, estimated_p):
 
 
 def _refuse_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-    names = ", ".join(repr(n) for n in site_names(params.get("jaxpr"))) or repr(params.get("name"))
+    held = site_names(params["jaxpr"]) if "jaxpr" in params else []
+    names = ", ".join(map(repr, held)) or repr(params.get("name"))
     raise GradientError(
         f"jax.grad, jvp or linearize goes through a part of a model that holds the sites {names}, which "
         f"have no value yet. "
@@ -221,17 +224,41 @@ for _primitive in (scope_p, marginal_p, estimated_p, lanes_p):
     ad.primitive_jvps[_primitive] = _refuse_jvp
 
 
+# --- folds ------------------------------------------------------------------------------------------------------------
+
+holds_sites = Holds(lambda eqn: eqn.primitive in (site_p, scope_p, estimated_p))
+"""Whether a site stands anywhere in a jaxpr; ``eqn_holds_sites`` asks the same of an equation."""
+
+eqn_holds_sites = holds_sites.at
+
+
+def scopes(place: Place) -> tuple[str, ...]:
+    """The names of the nested programs around a place."""
+    around = [eqn.params["name"] for eqn, _ in place.around if eqn.primitive is scope_p]
+    return tuple(name for name in around if name)
+
+
 def site_names(jaxpr: Any) -> list[str]:
     """Names of all sites in a jaxpr, nested ones dotted."""
-    equations = open_jaxpr(jaxpr)[0].eqns if jaxpr is not None else ()
-    return [name for eqn in equations for name in eqn_site_names(eqn)]
+    return _names(jaxpr)
 
 
 def eqn_site_names(eqn: Any) -> list[str]:
     """The same of one equation."""
+    return _names([eqn])
+
+
+def _names(code: Any) -> list[str]:
+    inside = equations(code, enter=lambda eqn: eqn.primitive is not estimated_p)
+    return [
+        ".".join((*scopes(place), *address)) for eqn, place in inside for address in addresses(eqn)
+    ]
+
+
+def addresses(eqn: Any) -> list[tuple[str, ...]]:
+    """The addresses, from where it stands, of the choices, factors and records that an equation makes."""
     if eqn.primitive is site_p:
-        return [eqn.params["spec"].name]
+        return [(eqn.params["spec"].name,)]
     if eqn.primitive is estimated_p:
-        return [".".join(address) for address, _ in eqn.params["sites"].value]
-    prefix = f"{eqn.params['name']}." if eqn.primitive is scope_p and eqn.params["name"] else ""
-    return [prefix + name for j in inner_jaxprs(eqn) for name in site_names(j)]
+        return [address for address, _ in eqn.params["sites"].value]
+    return []

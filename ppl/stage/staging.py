@@ -15,18 +15,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .compat import (
-    Literal,
     Tracer,
     consts_first,
     eval_jaxpr,
-    is_jaxpr,
     open_jaxpr,
     tracing_generation,
 )
+from .equality import is_filled, outline, same_code
 from .errors import ModelError
 
 # --- jaxprs by structure ----------------------------------------------------------------------------------------------
@@ -48,7 +46,7 @@ class Code:
 
     def __hash__(self) -> int:
         if self._hash is None:
-            self._hash = hash(_outline(self.jaxpr))
+            self._hash = hash(outline(self.jaxpr))
         return self._hash
 
     def __eq__(self, other: object) -> bool:
@@ -56,134 +54,11 @@ class Code:
             isinstance(other, Code)
             and hash(self) == hash(other)
             and self.out_tree == other.out_tree
-            and _same_jaxpr(self.jaxpr, other.jaxpr)
+            and same_code(self.jaxpr, other.jaxpr)
         )
 
     def __repr__(self) -> str:
         return f"Code({len(open_jaxpr(self.jaxpr)[0].eqns)} equations)"
-
-
-def _outline(jaxpr: Any) -> tuple[Any, ...]:
-    opened, _ = open_jaxpr(jaxpr)
-    return (
-        tuple((str(v.aval.shape), str(v.aval.dtype)) for v in opened.invars),
-        tuple((e.primitive.name, tuple(str(v.aval) for v in e.outvars)) for e in opened.eqns),
-    )
-
-
-def _same_jaxpr(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    a, a_consts = open_jaxpr(a)
-    b, b_consts = open_jaxpr(b)
-    if len(a.eqns) != len(b.eqns) or len(a_consts) != len(b_consts):
-        return False
-    if not all(x is y or _same(x, y) for x, y in zip(a_consts, b_consts, strict=True)):
-        return False
-    number: dict[Any, int] = {}
-    other: dict[Any, int] = {}
-
-    def define(xs: Any, ys: Any) -> bool:
-        if len(xs) != len(ys):
-            return False
-        for x, y in zip(xs, ys, strict=True):
-            if x.aval != y.aval:
-                return False
-            number[x], other[y] = len(number), len(other)
-        return True
-
-    def read(xs: Any, ys: Any) -> bool:
-        if len(xs) != len(ys):
-            return False
-        for x, y in zip(xs, ys, strict=True):
-            if isinstance(x, Literal) != isinstance(y, Literal):
-                return False
-            if isinstance(x, Literal):
-                if x.aval != y.aval or not _same(x.val, y.val):
-                    return False
-            elif number[x] != other[y]:
-                return False
-        return True
-
-    if not (define(a.constvars, b.constvars) and define(a.invars, b.invars)):
-        return False
-    for e, f in zip(a.eqns, b.eqns, strict=True):
-        if (
-            e.primitive is not f.primitive
-            or not read(e.invars, f.invars)
-            or not define(e.outvars, f.outvars)
-        ):
-            return False
-        if e.params.keys() != f.params.keys() or not all(
-            _same(v, f.params[k]) for k, v in e.params.items()
-        ):
-            return False
-    return read(a.outvars, b.outvars)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two parameters of equations are the same."""
-    if a is b:
-        return True
-    if is_jaxpr(a) and is_jaxpr(b):
-        return _same_jaxpr(a, b)
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, (np.ndarray, np.generic, jax.Array)):
-        x, y = np.asarray(a), np.asarray(b)
-        return x.dtype == y.dtype and np.array_equal(
-            x, y, equal_nan=jnp.issubdtype(x.dtype, jnp.inexact)
-        )
-    if isinstance(a, float):
-        return a == b or (a != a and b != b)
-    if callable(a) or type(a).__name__ == "WrappedFun":
-        return a == b or _code_of(a) == _code_of(b)
-    return bool(a == b)
-
-
-def _code_of(f: Any, seen: frozenset[int] = frozenset(), internal: bool = True) -> tuple[Any, ...]:
-    """What a callable among the parameters of an equation is made of.
-
-    Rules of custom derivatives are wrapped anew at each trace, around the same functions. JAX's own wrappers
-    (``internal``) close over traces, tags and caches, others each time; what a user's rule closes over counts.
-    """
-    if id(f) in seen or len(seen) > 40:
-        return ()
-    seen = seen | {id(f)}
-    if isinstance(f, types.FunctionType):
-        of_jax = str(f.__globals__.get("__name__")).split(".")[0] == "jax"
-        cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
-        return (f.__code__, *(_code_of(c, seen, of_jax) for c in cells))
-    if isinstance(f, types.MethodType):
-        return (f.__func__.__code__, _code_of(f.__self__, seen, internal))
-    if type(f).__name__ == "WrappedFun":
-        parts = (f.f, *(t[0] for t in f.transforms), *(t[1] for t in f.transforms))
-        return tuple(_code_of(x, seen, internal) for x in parts)
-    if isinstance(f, (tuple, list)):
-        return tuple(_code_of(x, seen, internal) for x in f)
-    if isinstance(f, (bool, int, float, str, bytes, type(None), type)):
-        return (f,)
-    if isinstance(f, (jax.Array, np.ndarray)):
-        return (id(f),)
-    if is_jaxpr(f):
-        return (_outline(f),)
-    if hasattr(f, "__wrapped__"):
-        return _code_of(f.__wrapped__, seen, internal)
-    if internal and (type(f).__hash__ is object.__hash__ or isinstance(f, dict)):
-        return (type(f),)
-    try:
-        return (type(f), hash(f))
-    except TypeError:
-        return (type(f), id(f))
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not cell
-    except ValueError:  # a variable that is not bound yet
-        return False
 
 
 # --- staging ----------------------------------------------------------------------------------------------------------
@@ -321,7 +196,7 @@ def captured(root: Any) -> Snapshot:
         seen.add(id(x))
         if isinstance(x, types.FunctionType):
             for cell in x.__closure__ or ():
-                if _filled(cell):
+                if is_filled(cell):
                     note(cell, "cell_contents", cell.cell_contents)
             # A library's wrapper takes the name of what it wraps: where it lives, its globals tell.
             if str(x.__globals__.get("__name__")).split(".")[0] in _LIBRARIES:

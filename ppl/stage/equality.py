@@ -1,0 +1,189 @@
+"""When two pieces of staged code are the same: the same equations in the same order, whatever their variables' names.
+
+Literals and parameters are compared bit by bit, so that 0.0 is not -0.0, and NaN is NaN. Rules of custom derivatives
+are wrapped in new objects at each trace: they are compared by the code of the functions inside and by what these
+hold (defaults, closures, attributes of callable objects).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .compat import Literal, is_jaxpr, is_typed_key, open_jaxpr
+
+
+def outline(jaxpr: Any) -> tuple[Any, ...]:
+    """What equal code has in common, to be hashed."""
+    opened, _ = open_jaxpr(jaxpr)
+    return (
+        tuple((str(v.aval.shape), str(v.aval.dtype)) for v in opened.invars),
+        tuple((e.primitive.name, tuple(str(v.aval) for v in e.outvars)) for e in opened.eqns),
+    )
+
+
+def same_code(a: Any, b: Any) -> bool:
+    """Whether two jaxprs have the same equations, constants and results."""
+    if a is b:
+        return True
+    a, a_consts = open_jaxpr(a)
+    b, b_consts = open_jaxpr(b)
+    if len(a.eqns) != len(b.eqns) or not _all_same(a_consts, b_consts):
+        return False
+    names: dict[Any, Any] = {}
+    return (
+        _define(a.constvars, b.constvars, names)
+        and _define(a.invars, b.invars, names)
+        and same_equations(a.eqns, b.eqns, names)
+        and _read(a.outvars, b.outvars, names)
+    )
+
+
+def same_equations(
+    a: Sequence[Any], b: Sequence[Any], names: dict[Any, Any], ignored: Sequence[str] = ()
+) -> bool:
+    """Whether two lists of equations are the same.
+
+    Args:
+        a: equations in order.
+        b: others.
+        names: which variable of the second corresponds to each of the first; the results' are added.
+        ignored: names of parameters that do not count.
+    """
+    return len(a) == len(b) and all(
+        e.primitive is f.primitive
+        and _read(e.invars, f.invars, names)
+        and e.params.keys() == f.params.keys()
+        and all(k in ignored or _same(v, f.params[k]) for k, v in e.params.items())
+        and _define(e.outvars, f.outvars, names)
+        for e, f in zip(a, b, strict=True)
+    )
+
+
+def _define(xs: Any, ys: Any, names: dict[Any, Any]) -> bool:
+    names.update(zip(xs, ys, strict=False))
+    return len(xs) == len(ys) and all(x.aval == y.aval for x, y in zip(xs, ys, strict=True))
+
+
+def _read(xs: Any, ys: Any, names: dict[Any, Any]) -> bool:
+    return len(xs) == len(ys) and all(
+        isinstance(y, Literal) and x.aval == y.aval and _same(x.val, y.val)
+        if isinstance(x, Literal)
+        else names.get(x) is y
+        for x, y in zip(xs, ys, strict=True)
+    )
+
+
+def _all_same(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
+    return len(xs) == len(ys) and all(map(_same, xs, ys))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two literals, constants or parameters are the same."""
+    if a is b:
+        return True
+    if is_jaxpr(a) and is_jaxpr(b):
+        return same_code(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return _all_same(a, b)
+    if isinstance(a, (np.ndarray, np.generic, jax.Array)):
+        return _bits(a) == _bits(b)
+    if isinstance(a, complex):
+        return _same(a.real, b.real) and _same(a.imag, b.imag)
+    if isinstance(a, float):
+        return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (a != a and b != b)
+    if callable(a) or type(a).__name__ == "WrappedFun":
+        return a == b or _same_function(a, b, set())
+    return bool(a == b)
+
+
+def _bits(x: Any) -> tuple[Any, ...]:
+    x = np.asarray(jax.random.key_data(x) if is_typed_key(x) else x)
+    return x.dtype, x.shape, x.tobytes()
+
+
+# --- functions among the parameters -----------------------------------------------------------------------------------
+
+
+def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = True) -> bool:
+    """Whether two callables, or what they hold, do the same.
+
+    JAX's own wrappers (``internal``) hold traces, tags and caches, others each time, of which only the types are
+    compared. What a user's function holds counts: numbers by value, arrays by identity, objects by their attributes.
+    """
+    if a is b or (id(a), id(b)) in seen:
+        return True
+    if type(a) is not type(b):
+        return False
+    seen.add((id(a), id(b)))
+
+    def same(xs: Sequence[Any], ys: Sequence[Any], internal: bool = internal) -> bool:
+        return len(xs) == len(ys) and all(
+            _same_function(x, y, seen, internal) for x, y in zip(xs, ys, strict=True)
+        )
+
+    if isinstance(a, types.FunctionType):
+        of_jax = _is_of_jax(a.__globals__.get("__name__"))
+        return a.__code__ == b.__code__ and same(_held(a), _held(b), of_jax)
+    if isinstance(a, types.MethodType):
+        return a.__func__ is b.__func__ and same([a.__self__], [b.__self__])
+    if isinstance(a, functools.partial):
+        return same([a.func, a.args, a.keywords], [b.func, b.args, b.keywords], False)
+    if type(a).__name__ == "WrappedFun":
+        return same([a.f, a.transforms], [b.f, b.transforms])
+    if isinstance(a, (tuple, list)):
+        return same(a, b)
+    if isinstance(a, (bool, int, float, complex, str, bytes, np.generic)):
+        return _same(a, b)
+    if isinstance(a, (jax.Array, np.ndarray)):
+        return False
+    if is_jaxpr(a):
+        return same_code(a, b)
+    if hasattr(a, "__wrapped__"):  # jit, or a custom derivative
+        return all(
+            same([getattr(a, n, None)], [getattr(b, n, None)])
+            for n in ("__wrapped__", "jvp", "fwd", "bwd")
+        )
+    if internal and (isinstance(a, _BOOKS) or type(a) is object):
+        return True
+    hashed = type(a).__hash__
+    own_hash = hashed is not None and hashed is not object.__hash__
+    if internal and _is_of_jax(type(a).__module__):
+        if hashed is None:  # a static argument
+            return same([getattr(a, "val", None)], [getattr(b, "val", None)], False)
+        return not own_hash or (a == b) is True
+    if isinstance(a, dict):
+        return list(a) == list(b) and same(list(a.values()), list(b.values()))
+    if own_hash and (a == b) is True:
+        return True
+    return hasattr(a, "__dict__") and same([vars(a)], [vars(b)], False)
+
+
+_BOOKS = (dict, set, weakref.ref)
+
+
+def _held(f: types.FunctionType) -> list[Any]:
+    """What a function has besides its code: defaults and the contents of its closure."""
+    cells = [c.cell_contents for c in f.__closure__ or () if is_filled(c)]
+    return [f.__defaults__, f.__kwdefaults__, *cells]
+
+
+def is_filled(cell: Any) -> bool:
+    """Whether a variable of a closure is bound yet."""
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _is_of_jax(module: Any) -> bool:
+    return str(module).split(".")[0] in ("jax", "jaxlib")
