@@ -23,8 +23,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.ppl import Model, Program, Target, marginalize
 from weft.ppl.analysis.dependence import readers
 from weft.ppl.exact.recovery import posterior
+from weft.ppl.programs.evaluation import (
+    run_generate,
+    run_inside,
+    run_log_densities,
+    run_log_density,
+)
 from weft.ppl.programs.handlers import Given, expand
-from weft.ppl.programs.programs import run_generate, run_inside, run_log_densities, run_log_density
 from weft.ppl.scans.panels import Series, series
 from weft.ppl.scans.splitting import Split, split
 from weft.ppl.stage.addresses import flatten, unflatten

@@ -15,8 +15,9 @@ from weft.ppl.stage.sites import bind_site
 from weft.ppl.stage.specs import SiteSpec, sample_spec
 from weft.ppl.stage.staging import used
 
+from .evaluation import run_inside
 from .models import check_name
-from .programs import Program, run_inside
+from .programs import Program
 from .traces import Trace
 
 

@@ -9,19 +9,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from weft.ppl.analysis.dependence import readers
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.compat import Tracer, as_key
 from weft.ppl.stage.errors import AddressError, DensityError
 from weft.ppl.stage.structure import SiteInfo
 
 from . import printing
+from .evaluation import by_axis, run_generate, run_log_densities
 from .handlers import Given, expand
 from .observations import entries
-from .programs import Program, by_axis, run_generate, run_log_densities
 from .traces import Trace
+from .unconstrained import Unconstrained, unconstrain
 
 if TYPE_CHECKING:
-    from .unconstrained import Unconstrained
+    from .programs import Program
 
 
 class Target(printing.Printed, eqx.Module):
@@ -150,8 +152,6 @@ class Target(printing.Printed, eqx.Module):
         Raises:
             DensityError: naming the site, for discrete latent choices and supports without a bijection.
         """
-        from .unconstrained import unconstrain
-
         return unconstrain(self)
 
     def complete(self, latents: Mapping[str, Any]) -> dict[str, Given]:
@@ -212,8 +212,6 @@ def _require_unread(program: Program, address: str, given: Given) -> None:
         and np.all(np.asarray(given.where))
     ):
         return
-    from weft.ppl.analysis.dependence import readers
-
     code, _ = program.code()
     found = readers(code.jaxpr, address)
     if found:

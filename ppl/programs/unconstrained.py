@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -18,8 +18,10 @@ from weft.ppl.stage.packing import pack
 
 from . import printing
 from .handlers import Free, Given, ToUnconstrained, Unconstrain, expand
-from .targets import Target
 from .traces import Trace, flat_records, sort_records
+
+if TYPE_CHECKING:
+    from .targets import Target
 
 Positions = dict[str, Any]
 
