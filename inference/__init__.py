@@ -17,6 +17,7 @@ from .particles.smc import SequentialParticles as SequentialParticles
 from .particles.smc import smc as smc
 from .particles.smc2 import smc2 as smc2
 from .particles.tempering import tempering as tempering
+from .resampling import Resampling as Resampling
 from .resampling import killing as killing
 from .resampling import multinomial as multinomial
 from .resampling import residual as residual

@@ -1,8 +1,9 @@
 """Resampling: from weights to ancestors, so that each particle has `n W_i` offspring on average.
 
-A scheme is a function `(key, log_weights, num_samples) -> ancestors`, an array of indices in
-ascending order. All cost O(N), `multinomial`, `residual` and `killing` O(N log N). They differ in
-the variance of the offspring counts `O_i` and in what is known of them:
+A scheme is a `Resampling`: a function `(key, log_weights, num_samples) -> ancestors`, which gives indices in ascending
+order, and what the rest of Weft must know of it. A particle of weight zero never has offspring, also where sums
+of weights are rounded. All schemes cost O(N), `multinomial`, `residual` and `killing` O(N log N). They differ in the
+variance of the offspring counts `O_i` and in what is known of them:
 
 | scheme | offspring counts | take it |
 | --- | --- | --- |
@@ -20,16 +21,71 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-Resampling = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " m"]]
-"""What a scheme is."""
+Draw = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " m"]]
+"""The function of a scheme: from a key, log weights that need not be normalised, and a number to so many ancestors."""
 
 
+class Resampling(eqx.Module):
+    """A resampling scheme: how ancestors are drawn, and what is known of the draws.
+
+    `smc` takes a plain function `(key, log_weights, num_samples) -> ancestors` too, and wraps it as
+    `Resampling(function)`. If its draws are independent, wrap it yourself and say so.
+
+    Attributes:
+        draw: the function.
+        independent: whether the ancestors are independent draws by the weights, as those of `multinomial` are. Two
+            lineages then meet by chance in every generation, which `log_evidence_variance` allows for.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from weft.inference import Resampling
+        >>> def by_table(key, log_weights, num_samples):
+        ...     return jnp.sort(jax.random.categorical(key, log_weights, shape=(num_samples,)))
+        >>> mine = Resampling(by_table, independent=True)
+        >>> mine(jax.random.key(0), jnp.array([0.0, -jnp.inf]), 3).tolist()
+        [0, 0, 0]
+    """
+
+    draw: Draw
+    independent: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self) -> None:
+        if not callable(self.draw):
+            raise TypeError(
+                "resampling: expected a scheme of weft.inference (systematic, multinomial, ...) or a function (key, "
+                f"log_weights, num_samples) -> ancestors, got {type(self.draw).__name__}"
+            )
+
+    @property
+    def __wrapped__(self) -> Draw:
+        return self.draw
+
+    def __call__(
+        self, key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
+    ) -> Int[Array, " m"]:
+        """The ancestors of `num_samples` particles."""
+        return self.draw(key, jax.lax.stop_gradient(log_weights), num_samples)
+
+
+def as_scheme(scheme: Resampling | Draw) -> Resampling:
+    """A plain function as a scheme of which nothing is known."""
+    return scheme if isinstance(scheme, Resampling) else Resampling(scheme)
+
+
+def _scheme(draw: Draw, independent: bool = False) -> Resampling:
+    """A decorator: the function's scheme, with its name and docstring."""
+    return eqx.module_update_wrapper(Resampling(draw, independent))
+
+
+@_scheme
 def systematic(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
@@ -42,40 +98,46 @@ def systematic(
         >>> systematic(jax.random.key(0), log_weights, 4).tolist()
         [0, 0, 1, 2]
     """
-    ends = _ends(log_weights, num_samples)
-    return ancestors(jnp.ceil(ends - jax.random.uniform(key, (), ends.dtype)), num_samples)
+    weights = jax.nn.softmax(log_weights)
+    ends = _cumulated(weights, num_samples)
+    counts = jnp.ceil(ends - jax.random.uniform(key, (), ends.dtype))
+    return ancestors(counts, weights, num_samples)
 
 
+@_scheme
 def stratified(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
     """Positions `(k + U_k) / m`, a uniform number in each stratum."""
-    ends = _ends(log_weights, num_samples)
+    weights = jax.nn.softmax(log_weights)
+    ends = _cumulated(weights, num_samples)
     stratum = jnp.clip(jnp.floor(ends).astype(int), 0, num_samples - 1)
     uniform = jax.random.uniform(key, (num_samples,), ends.dtype)
-    return ancestors(stratum + (uniform[stratum] < ends - stratum), num_samples)
+    return ancestors(stratum + (uniform[stratum] < ends - stratum), weights, num_samples)
 
 
+@functools.partial(_scheme, independent=True)
 def multinomial(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
     """Independent draws, in ascending order: the order statistics of uniform numbers come from exponential spacings."""
-    ends = _ends(log_weights, 1)
-    return ancestors(_below(key, ends, num_samples, num_samples), num_samples)
+    weights = jax.nn.softmax(log_weights)
+    counts = _below(key, _cumulated(weights), num_samples, num_samples)
+    return ancestors(counts, weights, num_samples)
 
 
+@_scheme
 def residual(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
     """The whole part of `m W_i` each; the rest by independent draws in proportion to the fractions."""
-    expected = num_samples * jax.nn.softmax(log_weights)
-    whole = jnp.floor(expected)
-    left = num_samples - jnp.sum(whole).astype(int)
-    fraction = jnp.cumsum(expected - whole)
-    drawn = _below(key, fraction / jnp.maximum(fraction[-1], 1e-30), left, num_samples)
-    return ancestors(jnp.cumsum(whole) + drawn, num_samples)
+    whole, fraction = _whole_and_fraction(log_weights, num_samples)
+    left = num_samples - jnp.sum(whole)
+    drawn = _below(key, _cumulated(fraction), left, num_samples)
+    return ancestors(jnp.cumsum(whole) + drawn, whole + fraction, num_samples)
 
 
+@_scheme
 def killing(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
@@ -98,11 +160,10 @@ def killing(
     return jnp.sort(jnp.where(dead, drawn, jnp.arange(num_samples)))
 
 
+@_scheme
 def ssp(key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int) -> Int[Array, " m"]:
     """The Srinivasan sampling process: fractions of two particles meet until one of them is a whole number."""
-    expected = num_samples * jax.nn.softmax(log_weights)
-    whole = jnp.floor(expected)
-    fraction = expected - whole
+    whole, fraction = _whole_and_fraction(log_weights, num_samples)
     uniforms = jax.random.uniform(key, fraction.shape, fraction.dtype)
 
     def meet(carry, item):
@@ -120,26 +181,53 @@ def ssp(key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int) ->
     n = fraction.shape[0]
     items = (jnp.arange(1, n), fraction[1:], uniforms[1:])
     (last, rest), (finished, values) = jax.lax.scan(meet, (0, fraction[0]), items)
-    extra = jnp.zeros(n).at[finished].set(values).at[last].set(jnp.round(rest))
-    return ancestors(jnp.cumsum(whole + extra), num_samples)
+    extra = jnp.zeros(n).at[finished].set(values).at[last].set(jnp.round(rest)).astype(int)
+    return ancestors(jnp.cumsum(whole + extra), whole + fraction, num_samples)
 
 
-def ancestors(ends: Float[Array, " n"] | Int[Array, " n"], num_samples: int) -> Int[Array, " m"]:
+def ancestors(
+    ends: Float[Array, " n"] | Int[Array, " n"], weights: Float[Array, " n"], num_samples: int
+) -> Int[Array, " m"]:
     """Indices from the cumulated numbers of offspring, without a search.
 
-    A particle is noted where its offspring begin, and a running maximum does the rest.
+    A particle is noted where its offspring begin, and a running maximum does the rest. Those of weight zero are not
+    noted: what rounding gives to one of them goes to the particle before it.
     """
-    ends = jnp.clip(ends.astype(int), 0, num_samples).at[-1].set(num_samples)
-    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+    starts = jnp.clip(jnp.roll(ends, 1).astype(int), 0, num_samples).at[0].set(0)
     # One without offspring begins where the next one does, and has the lower index.
-    noted = jnp.zeros(num_samples, int).at[starts].max(jnp.arange(ends.shape[0]), mode="drop")
+    index = jnp.where(weights > 0, jnp.arange(weights.shape[0]), 0)
+    noted = jnp.zeros(num_samples, int).at[starts].max(index, mode="drop")
     return jax.lax.cummax(noted)
 
 
-def _ends(log_weights: Float[Array, " n"], num_samples: int) -> Float[Array, " n"]:
-    """Cumulated weights times the number of samples."""
-    total = jnp.cumsum(jax.nn.softmax(log_weights))
-    return num_samples * total / total[-1]
+def _cumulated(weights: Float[Array, " n"], whole: int = 1) -> Float[Array, " n"]:
+    """Sums of the weights up to each, as shares of `whole`; zeros, if all are zero."""
+    total = jnp.cumsum(weights)
+    return whole * total / jnp.where(total[-1] > 0, total[-1], 1.0)
+
+
+def _whole_and_fraction(
+    log_weights: Float[Array, " n"], num_samples: int
+) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    """The parts of the expected numbers of offspring, `n W_i`.
+
+    Weights that call for a whole number give one a little below it, by the rounding of their logarithms, exponentials
+    and sum. So what is below by some tens of units in the last place is the whole number.
+    """
+    relative = jnp.exp(log_weights - jnp.max(log_weights))
+    expected = num_samples * relative / _pairwise_sum(relative)
+    rounding = 32 * jnp.finfo(expected.dtype).eps
+    whole = jnp.floor(expected * (1 + rounding))
+    fraction = expected - whole
+    return whole.astype(int), jnp.where(fraction > expected * rounding, fraction, 0.0)
+
+
+def _pairwise_sum(x: Float[Array, " n"]) -> Float[Array, ""]:
+    """The sum by halves, whose rounding grows with the logarithm of the number of terms."""
+    while (n := x.shape[0]) > 1:
+        half = (n + 1) // 2
+        x = x[:half] + jnp.pad(x[half:], (0, 2 * half - n))
+    return x[0]
 
 
 def _below(
@@ -148,4 +236,4 @@ def _below(
     """How many of `count` uniform numbers are below each of some ascending numbers in [0, 1]."""
     spacings = jnp.cumsum(jax.random.exponential(key, (most + 1,), ends.dtype))
     uniform = jnp.where(jnp.arange(most) < count, spacings[:-1] / spacings[count], 2.0)
-    return jnp.searchsorted(uniform, ends, side="right")
+    return jnp.searchsorted(uniform, ends)

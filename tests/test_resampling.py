@@ -89,6 +89,72 @@ def test_a_weight_of_zero_has_no_offspring() -> None:
         assert set(np.ravel(found).tolist()) <= {1, 3}, scheme
 
 
+WORST = 1 - 2.0**-24  # the largest uniform number below one, or nearly, in single precision
+
+
+@pytest.mark.parametrize("num", [997, 10_000])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_of_zero_in_single_precision(scheme: str, num: int) -> None:
+    """Where cumulated weights are rounded: dead particles at both ends and everywhere between."""
+    rng = np.random.default_rng(num)
+    dead = rng.uniform(size=num) < 0.6
+    dead[[0, 1, -2, -1]] = True
+    log_w = jnp.where(dead, -jnp.inf, jnp.asarray(rng.normal(size=num), jnp.float32))
+    for key in jax.random.split(jax.random.key(3), 20):
+        assert not dead[np.asarray(DRAW[scheme](key, log_w, num))].any()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("uniform", [0.0, WORST])
+def test_weights_of_zero_at_the_extremes(
+    scheme: str, uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every uniform number is the smallest there is, or the largest."""
+
+    def all_the_same(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
+        return jnp.full(shape, uniform, dtype)
+
+    def exponential(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
+        return -jnp.log1p(-all_the_same(key, shape, dtype)).at[-1].set(1.0)
+
+    monkeypatch.setattr(jax.random, "uniform", all_the_same)
+    monkeypatch.setattr(jax.random, "exponential", exponential)
+    log_w = jnp.full(700, -jnp.inf).at[jnp.arange(5, 690, 3)].set(0.0)
+    found = getattr(resampling, scheme)(jax.random.key(0), log_w, 700)
+    assert np.all(np.isfinite(np.asarray(log_w)[np.asarray(found)]))
+
+
+@pytest.mark.parametrize("scheme", ["residual", "ssp"])
+@pytest.mark.parametrize("num", [41, 130, 997, 20_000])
+def test_equal_weights_are_whole(scheme: str, num: int) -> None:
+    """N equal weights call for one each, whatever their size."""
+    for log_w in (0.0, -7.3):
+        found = DRAW[scheme](jax.random.key(num), jnp.full(num, log_w), num)
+        np.testing.assert_array_equal(found, np.arange(num))
+
+
+@pytest.mark.parametrize("num", [19, 87, 1500])
+def test_whole_parts_are_kept(num: int) -> None:
+    """Weights in proportion to whole numbers, whose logarithms are rounded."""
+    rng = np.random.default_rng(num)
+    counts = rng.multinomial(num, rng.dirichlet(np.full(num // 2, 0.3)))
+    log_w = jnp.log(jnp.asarray(counts, jnp.float32)) + 1.7
+    for scheme in ("residual", "ssp"):
+        for seed in range(5):
+            found = np.asarray(DRAW[scheme](jax.random.key(seed), log_w, num))
+            np.testing.assert_array_equal(np.bincount(found, minlength=len(counts)), counts)
+
+
+def test_what_a_scheme_says_of_itself() -> None:
+    assert [s for s in SCHEMES if getattr(resampling, s).independent] == ["multinomial"]
+    plain = resampling.as_scheme(lambda key, log_weights, num_samples: jnp.arange(num_samples))
+    assert not plain.independent
+    assert plain(jax.random.key(0), jnp.zeros(3), 3).tolist() == [0, 1, 2]
+    assert resampling.as_scheme(resampling.multinomial) is resampling.multinomial
+    with pytest.raises(TypeError, match=r"a scheme of weft.inference .* got str"):
+        resampling.as_scheme("multinomial")
+
+
 def test_killing_keeps_places() -> None:
     with pytest.raises(ValueError, match="5 cannot become 3"):
         resampling.killing(jax.random.key(0), jnp.zeros(5), 3)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from weft.inference.resampling import Resampling, multinomial, systematic
+from weft.inference.resampling import Resampling, as_scheme, systematic
 from weft.inference.results import storage
 from weft.inference.results.draws import Particles
 from weft.inference.run.algorithm import Algorithm, State
@@ -219,7 +219,7 @@ class smc(Algorithm):
 
     model: FeynmanKac | Callable[[Target], FeynmanKac]
     num_particles: int = 1000
-    resample: Resampling = systematic
+    resample: Resampling = eqx.field(converter=as_scheme, default=systematic)
     threshold: float = 0.5
     history: str = eqx.field(static=True, default="none")
     collect: Callable[[Particles], Any] | None = None
@@ -310,7 +310,7 @@ class smc(Algorithm):
             return self._extended(init, steps)
         particles, log_weights = jax.vmap(self._model.init)(_keys(key, n))
         particles = jax.tree.map(jnp.asarray, particles)
-        coalescence = Coalescence.begin(n, self._num_chains, self.resample is multinomial)
+        coalescence = Coalescence.begin(n, self._num_chains, self.resample.independent)
         zero = jnp.int32(0)
         info = jax.eval_shape(lambda: self._moved(key, zero, particles)[1])
         info = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), info)
