@@ -25,7 +25,7 @@ from .resampling import ssp as ssp
 from .resampling import stratified as stratified
 from .resampling import systematic as systematic
 from .results.draws import Draws as Draws
-from .results.draws import Particles as Particles
+from .results.particles import Particles as Particles
 from .results.recover import recover as recover
 from .results.storage import load as load
 from .run.algorithm import Algorithm as Algorithm

@@ -13,8 +13,8 @@ import numpyro.distributions as dist
 import pytest
 from weft.inference import Draws, Fit, Particles, load
 from weft.inference.results import storage
-from weft.inference.results.draws import Summary
 from weft.inference.results.storage import StorageError
+from weft.inference.results.summary import Summary
 from weft.ppl import deterministic, gen, noncentered, observed, sample
 from weft.ppl.stage.errors import AddressError, WeftError
 
@@ -118,7 +118,7 @@ def test_printing_fits_a_screen() -> None:
 
 
 def test_large_results_print_without_a_summary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.inference.results.draws._PRINTED", 100)
+    monkeypatch.setattr("weft.inference.results.result.PRINTED", 100)
     text = repr(Draws(choices=GOOD, stats=STATS))
     assert "theta: float" in text
     assert "call .summary()" in text

@@ -13,7 +13,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PRNGKeyArray
 from scipy import special
-from weft.inference.results.draws import Particles
+from weft.inference.results.particles import Particles
 from weft.inference.weighted.enumeration import enumeration
 from weft.inference.weighted.proposals import may_idle, trailing
 from weft.ppl import Model, Target, marginalize

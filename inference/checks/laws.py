@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.inference.markov.kernel import idling, log_density
 from weft.inference.results.diagnostics import khat, khat_threshold
-from weft.inference.results.draws import Draws, Particles
+from weft.inference.results.draws import Draws
+from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import Algorithm
 from weft.ppl import Target
 from weft.ppl.stage.addresses import flatten

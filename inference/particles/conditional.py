@@ -23,7 +23,7 @@ from weft.inference.markov.combinators import cycle
 from weft.inference.markov.kernel import Choices, Info, Kernel, entered
 from weft.inference.markov.mcmc import mcmc
 from weft.inference.resampling import multinomial
-from weft.inference.results.draws import Particles
+from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.addresses import flatten, unflatten

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.inference.results import storage
-from weft.inference.results.draws import Particles, shuffled
+from weft.inference.results.particles import Particles, shuffled
 from weft.inference.run.algorithm import Algorithm, State
 from weft.inference.run.runner import tracing
 from weft.ppl import Target

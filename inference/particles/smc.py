@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.inference.resampling import Resampling, as_scheme, systematic
 from weft.inference.results import storage
-from weft.inference.results.draws import Particles
+from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import Algorithm, State
 from weft.inference.run.runner import tracing
 from weft.ppl import Target, gen

@@ -28,14 +28,15 @@ _BATCH = 2**22  # numbers of it evaluated at once
 Coords = Mapping[str, Sequence[Any]]
 
 
-def draws_to_arviz(
+def to_arviz(
     draws: Any,
     predictions: Any = None,
     log_likelihood: bool | str | None = None,
     coords: Coords | None = None,
     batch_size: int | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """`Draws.to_arviz`."""
+    """`Draws.to_arviz`, with attributes for the posterior."""
     stats = {name: np.asarray(value) for name, value in flatten(draws.stats).items()}
     groups = _groups(draws, predictions, log_likelihood, batch_size)
     groups["sample_stats"] = {
@@ -44,32 +45,7 @@ def draws_to_arviz(
         else np.broadcast_to(value[:, None], (draws.num_chains, draws.num_draws))
         for name, value in stats.items()
     }
-    return _assemble(groups, draws.target, coords or {}, {}, log_likelihood)
-
-
-def particles_to_arviz(
-    particles: Any,
-    seed: int = 0,
-    num_samples: int | None = None,
-    predictions: Any = None,
-    log_likelihood: bool | str | None = None,
-    coords: Coords | None = None,
-    batch_size: int | None = None,
-) -> Any:
-    """`Particles.to_arviz`: resampled to equal weights, as one chain."""
-    from .draws import Draws
-
-    attributes = {"particle_ess": float(particles.ess()), "particle_khat": particles.khat()}
-    if particles.log_evidence is not None:
-        attributes["log_evidence"] = float(particles.log_evidence)
-    equal = particles.resample(jax.random.key(seed), num_samples)
-    one = jax.tree.map(lambda x: jnp.asarray(x)[None], (equal.choices, equal.derived))
-    active = jax.tree.map(lambda x: jnp.asarray(x)[None] if jnp.ndim(x) else x, equal.active)
-    draws = Draws(*one, active=active, target=particles.target)
-    if predictions is not None:
-        predictions = jax.tree.map(lambda x: jnp.asarray(x)[None], _recorded(predictions))
-    groups = _groups(draws, predictions, log_likelihood, batch_size)
-    return _assemble(groups, particles.target, coords or {}, attributes, log_likelihood)
+    return _assemble(groups, draws.target, coords or {}, attributes or {}, log_likelihood)
 
 
 def pointwise_log_likelihood(
@@ -234,16 +210,18 @@ def _idle_as_nan(value: Any, active: Any) -> np.ndarray:
     return value if active.all() else np.where(_lead_with(active, value.ndim), value, np.nan)
 
 
-class _Recorded(NamedTuple):
+class Recorded(NamedTuple):
+    """Choices and derived values of predictions."""
+
     choices: dict[str, Any]
     derived: dict[str, Any]
 
 
-def _recorded(predictions: Any) -> _Recorded:
+def recorded(predictions: Any) -> Recorded:
     """The choices and derived values of a trace, or a nested dict of values as it comes."""
     if isinstance(predictions, Mapping):
-        return _Recorded(dict(predictions), {})
-    return _Recorded(predictions.choices, predictions.derived)
+        return Recorded(dict(predictions), {})
+    return Recorded(predictions.choices, predictions.derived)
 
 
 def _predictions(draws: Any, predictions: Any) -> tuple[str, dict[str, np.ndarray]]:
@@ -252,8 +230,7 @@ def _predictions(draws: Any, predictions: Any) -> tuple[str, dict[str, np.ndarra
     Replicates of the observed data are posterior_predictive; where a site has another shape than
     its data, the inputs are others and the group is predictions.
     """
-    recorded = _recorded(predictions)
-    choices, derived = flatten(recorded.choices), flatten(recorded.derived)
+    choices, derived = map(flatten, recorded(predictions))
     data = {} if draws.target is None else flatten(draws.target.observed)
     old = flatten(draws.choices)
     values = {a: np.asarray(v) for a, v in choices.items() if a in data or a not in old}

@@ -18,7 +18,8 @@ from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import AddressError, ModelError, WeftError
 from weft.ppl.stage.structure import summed_out
 
-from .draws import Draws, Particles
+from .draws import Draws
+from .particles import Particles
 
 R = TypeVar("R", Draws, Particles)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
-from weft.inference.results.draws import Particles
+from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import Algorithm
 from weft.ppl import Target
 from weft.ppl.stage.addresses import unflatten

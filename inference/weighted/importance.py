@@ -12,7 +12,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PRNGKeyArray
-from weft.inference.results.draws import Particles
+from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import Algorithm
 from weft.ppl import Model, Program, Target, Trace, do, draw, gen, sample
 from weft.ppl.stage.errors import WeftError

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from weft.inference.results.draws import Particles
+from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import Algorithm, State
 from weft.inference.run.runner import tracing
 from weft.ppl import Target, Trace

@@ -1,0 +1,145 @@
+"""What draws and particles share: values by address, how they print, and their files.
+
+Both are pytrees of arrays, made in compiled code and passed through `jit` and `vmap` like any
+other. What describes them (tables, exports, files) runs on the host.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from weft.ppl.stage.addresses import flatten, unknown
+from weft.ppl.stage.compat import Tracer
+from weft.ppl.stage.errors import AddressError, WeftError
+
+from . import export, record, storage
+from .summary import Summary
+
+PRINTED = 5_000_000
+"""So many numbers are summarised when a result is printed: it takes some seconds."""
+
+
+class Result(eqx.Module):
+    """A result with choices: base of `Draws` and `Particles`.
+
+    Attributes:
+        choices: nested dict of the latent choices, arrays that lead with the axes of the result.
+        derived: the same for values recorded by `deterministic`.
+        active: the tree of `choices`, booleans of a shape that leads the choice's: False where a
+            choice does not count. What is absent counts always.
+        target: what was sampled; a `Record` of it, if the result was read from a file without it.
+    """
+
+    choices: eqx.AbstractVar[dict[str, Any]]
+    derived: eqx.AbstractVar[dict[str, Any]]
+    active: eqx.AbstractVar[dict[str, Any]]
+    target: eqx.AbstractVar[Any]
+
+    @abc.abstractmethod
+    def summary(self) -> Summary:
+        """A table, one row a scalar, and a verdict in words."""
+
+    @abc.abstractmethod
+    def _title(self) -> str:
+        """The first line of the table."""
+
+    @abc.abstractmethod
+    def _saved(self) -> dict[str, Any]:
+        """The fields that a file holds, besides the target."""
+
+    def _saved_settings(self) -> dict[str, Any]:
+        """The static fields that a file holds."""
+        return {}
+
+    def __getitem__(self, address: str) -> Any:
+        """Values of a choice or a derived value by dotted address, ``draws["team.skill"]``."""
+        values = self._values()
+        if address in values:
+            return values[address]
+        raise AddressError(unknown(address, values, " in this result"))
+
+    def _values(self) -> dict[str, Any]:
+        """Choices and derived values by dotted address."""
+        return {**flatten(self.derived), **flatten(self.choices)}
+
+    def save(self, path: storage.PathLike) -> None:
+        """Write everything but the model to one file; `weft.inference.load` reads it.
+
+        Args:
+            path: the file, written under another name first and renamed when complete. `numpy.load`
+                opens it too.
+
+        Raises:
+            StorageError: if it cannot be written there, or if the type has not registered with `load`.
+        """
+        observed = {} if self.target is None else export.plain_observed(self.target)
+        meta = {**self._saved_settings(), "target": record.to_meta(self.target)}
+        storage.write(
+            path, storage.kind_of(type(self)), {**self._saved(), "observed": observed}, meta
+        )
+
+    @classmethod
+    def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
+        """Rebuild from what `storage.read` gives.
+
+        Raises:
+            WeftError: if the file was written for another target.
+        """
+        tree, settings = dict(saved.tree), dict(saved.meta)
+        observed, meta = tree.pop("observed"), settings.pop("target")
+        if target is None:
+            target = record.from_meta(meta, observed)
+        else:
+            record.check_fits(target, meta, repr(saved.path))
+        return cls(**tree, **settings, target=target)
+
+    def __repr__(self) -> str:
+        return self._printed(str)
+
+    def _repr_html_(self) -> str:
+        return self._printed(Summary._repr_html_)
+
+    def _printed(self, form: Any) -> str:
+        """The summary, or what there is to say where it cannot be had or would take long."""
+        flat = self._values()
+        size = sum(int(np.prod(jnp.shape(v), dtype=float)) for v in flat.values())
+        reason = None
+        try:
+            if size <= PRINTED:
+                return form(self.summary())
+            reason = (
+                f"{size / 1e6:.0f} million numbers: call .summary() for the table and the verdict"
+            )
+        except WeftError as error:
+            reason = str(error)
+        leaves = [
+            f"  {a}: {jnp.result_type(v)}{list(jnp.shape(v))}" for a, v in list(flat.items())[:16]
+        ]
+        leaves += [f"  ... {len(flat) - 16} more"] if len(flat) > 16 else []
+        text = "\n".join([type(self).__name__, *leaves, reason])
+        return text if form is str else f"<pre>{text}</pre>"
+
+    def _require_host(self, what: str) -> None:
+        if traced((self.choices, self.derived, self.active)):
+            raise WeftError(
+                f"{what} is for results outside jit, vmap and grad: return the result and call it there"
+            )
+
+
+def on_host(tree: dict[str, Any]) -> dict[str, Any]:
+    """Addresses to arrays on the host, in one transfer; random keys stay where they are."""
+    flat = flatten(tree)
+    plain = {
+        a: v for a, v in flat.items() if not jnp.issubdtype(jnp.result_type(v), jax.dtypes.prng_key)
+    }
+    return {**flat, **jax.device_get(plain)}
+
+
+def traced(tree: Any) -> bool:
+    """Whether an array of a pytree is being traced."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
