@@ -511,6 +511,9 @@ UNARY: dict[str, Callable[[Any, int, int], Any]] = {
     )(x),
     "checkpoint": lambda x, k, j: jax.checkpoint(lambda v: v.sum(k))(x),
     "barrier": lambda x, k, j: lax.optimization_barrier((x, x[::-1]))[1],
+    "largest along": lambda x, k, j: lax.top_k(x, x.shape[k], axis=k)[0],
+    "reduced by a function": lambda x, k, j: lax.reduce(x, -jnp.inf, jnp.logaddexp, (k,)),
+    "rows reduced": lambda x, k, j: lax.reduce(x[..., None], 0.0, lambda a, b: a + b, (k,)),
 }
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {

@@ -27,7 +27,7 @@ from weft.inference.results.particles import Particles, shuffled
 from weft.inference.run.algorithm import Algorithm, State
 from weft.inference.run.runner import tracing
 from weft.ppl import Target
-from weft.ppl.exact.tables import reads
+from weft.ppl.analysis.affinity import reads
 from weft.ppl.stage.errors import DensityError, WeftError
 
 from .smc import FEW_ANCESTORS, Path, SequentialParticles, nothing, reshaped, smc

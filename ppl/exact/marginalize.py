@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from weft.ppl.analysis.affinity import is_polynomial
 from weft.ppl.analysis.sameness import computes
 from weft.ppl.programs.handlers import Evaluate, Free, Given, conditioned
 from weft.ppl.stage.addresses import covers, dotted, unknown
@@ -73,7 +74,6 @@ from .tables import (
     equation,
     is_affine,
     is_lifted,
-    is_polynomial,
     variables_of,
 )
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching, mlir
-from weft.ppl.exact.tables import Unaligned, align
+from weft.ppl.analysis.independence import Unaligned, align
 from weft.ppl.stage.compat import (
     Literal,
     Primitive,

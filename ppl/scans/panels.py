@@ -15,12 +15,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from weft.ppl.analysis.independence import BATCHED, ELEMENTWISE, Unaligned, align
 from weft.ppl.exact.marginalize import bind_marginal
-from weft.ppl.exact.tables import BATCHED, ELEMENTWISE, INLINED, Unaligned, align
 from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_p, where_in_source
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p
 from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.jaxprs import is_call
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
 
@@ -253,7 +254,7 @@ def _evaluate(
                 outs = _run(body.eqns, dict(zip(body.invars, own, strict=True)), body.outvars)
         else:
             out = align(eqn, at)
-            if eqn.primitive.name in INLINED:
+            if is_call(eqn):
                 body, consts = open_jaxpr(inner_jaxprs(eqn)[0])
                 inside = dict(zip([*body.constvars, *body.invars], [*consts, *ins], strict=True))
                 known = dict(zip(body.invars, at, strict=True))

@@ -315,6 +315,15 @@ def flow(
     return _flow(jaxpr, ins, transfer, join, axes, Place(deciding=join([])))
 
 
+def through(
+    eqn: Any, ins: list[Any], transfer: Transfer, join: Join, axes: Axes | None = None
+) -> list[Any]:
+    """The same of one equation that is wired: the abstract values of its results."""
+    w = wiring(eqn)
+    assert w is not None, f"{eqn.primitive.name} has no jaxpr to go through"
+    return _through(eqn, w, ins, transfer, join, axes, Place(deciding=join([])))
+
+
 def _flow(
     jaxpr: Any,
     ins: Sequence[Any],

@@ -1,0 +1,150 @@
+"""Which functions of some operands equations compute: affine ones, polynomials, powers.
+
+What cannot be proved is unknown. An integer of a real number is none of these, and no equation is trusted whose
+derivative does not tell all (``floor``), or is not that of its value (custom derivatives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from weft.ppl.stage.compat import Literal, bind
+from weft.ppl.stage.jaxprs import Place, flow, states_derivative, wiring
+
+# --- powers of one choice ---------------------------------------------------------------------------------------------
+
+UNKNOWN: Any = object()
+"""Of an operand that is some other function of the choice."""
+_KEEPS = frozenset(["broadcast_in_dim", "reshape", "squeeze", "copy", "copy_p"])
+
+
+def _keeps(eqn: Any) -> bool:
+    """Whether an equation gives the numbers it reads, in another shape or precision."""
+    name = eqn.primitive.name
+    return name in _KEEPS or (name == "convert_element_type" and _is_real(eqn.outvars[0]))
+
+
+def _is_real(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
+
+
+def power_of(eqn: Any, powers: list[Any]) -> Any:
+    """The power of a choice that the result is a multiple of, and whether it is the choice itself."""
+    name = eqn.primitive.name
+    if any(p is UNKNOWN for p in powers):
+        return UNKNOWN
+    first, *rest = powers
+    if _keeps(eqn):
+        return first if first is not None else UNKNOWN
+    exponent = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2, "integer_pow": eqn.params.get("y")}.get(
+        name
+    )
+    if name == "pow" and isinstance(eqn.invars[1], Literal):
+        exponent = float(eqn.invars[1].val)
+    if exponent is not None:
+        return first[0] * exponent, False
+    if name in ("mul", "div"):
+        a, b = (0 if p is None else p[0] for p in (first, rest[0]))
+        return (a + b if name == "mul" else a - b), False
+    if name in ("transpose", "gather", "slice", "dynamic_slice") and first and not any(rest):
+        return first[0], False
+    return UNKNOWN
+
+
+def multiple_of(eqn: Any, powers: list[Any]) -> Any:
+    """The same for a positive definite matrix, in the last two axes: a multiple of it by a number."""
+    name, shapes = eqn.primitive.name, [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+    first, rest = powers[0], powers[1:]
+    if _keeps(eqn) and first is not UNKNOWN:
+        kept = shapes[0][-2:] == shapes[-1][-2:]
+        if name == "broadcast_in_dim":
+            n = len(shapes[-1])
+            kept = kept and tuple(eqn.params["broadcast_dimensions"][-2:]) == (n - 2, n - 1)
+        return first if kept else UNKNOWN
+    if name in ("mul", "div") and sum(p is not None for p in powers) == 1 and UNKNOWN not in powers:
+        other = shapes[1 if first is not None else 0]
+        if other[-2:] in ((), (1, 1)) and not (name == "div" and rest[0] is not None):
+            return 1, False
+    return UNKNOWN
+
+
+# --- polynomials ------------------------------------------------------------------------------------------------------
+
+
+def is_linear(eqn: Any, read: list[int]) -> bool:
+    """Whether an equation is affine in some operands together: whether its derivative does not read them."""
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    if not all(map(_is_real, [*(eqn.invars[i] for i in read), *eqn.outvars])):
+        return False
+    return is_polynomial(lambda *xs: bind(eqn, xs), avals, read, 1)
+
+
+def is_polynomial(f: Callable[..., Any], avals: list[Any], read: list[int], degree: int) -> bool:
+    """Whether ``f`` is a polynomial of at most this degree in the operands ``read`` together.
+
+    That is so if it is made of smooth equations and its derivative of that order does not read them.
+    """
+
+    def along(g: Callable[..., Any], direction: Any) -> Callable[..., Any]:
+        return lambda *xs: jax.jvp(g, xs, direction)[1]
+
+    def derivative(xs: Any, directions: Any) -> Any:
+        def g(*some: Any) -> Any:
+            full = list(xs)
+            for i, x in zip(read, some, strict=True):
+                full[i] = x
+            return f(*full)
+
+        for direction in directions:
+            g = along(g, tuple(direction))
+        return g(*(xs[i] for i in read))
+
+    flags = [i in read for i in range(len(avals))]
+    names: set[str] = set()
+    reads(jax.make_jaxpr(f)(*avals), flags, names)
+    if not names <= SMOOTH:
+        return False
+    directions = [[avals[i] for i in read]] * degree
+    closed = jax.make_jaxpr(derivative)(avals, directions)
+    return not any(reads(closed, [*flags, *[False] * (len(read) * degree)]))
+
+
+_SMOOTH = """
+add add_any broadcast_in_dim cholesky concatenate conv_general_dilated convert_element_type copy copy_p cos cumsum div
+dot_general dynamic_slice dynamic_update_slice exp expand_dims finite_cotangent gather imag integer_pow log log1p
+logistic mul neg pad real reduce_precision reduce_sum reshape rev scatter-add scatter_add select_n sin slice split
+sqrt square squeeze stack sub tanh tile transpose triangular_solve unstack
+"""
+SMOOTH = frozenset(_SMOOTH.split())
+"""Equations that are analytic where they are defined; of others (floor, say) a derivative does not tell all."""
+
+
+def reads(jaxpr: Any, flags: Sequence[bool], names: set[str] | None = None) -> list[bool]:
+    """Which results of a jaxpr depend on the operands that are flagged.
+
+    The primitives through which they do are added to ``names``. Those that are seen through (calls, loops of known
+    length, branches chosen by what is not flagged) are not.
+    """
+
+    def transfer(eqn: Any, ins: list[bool], place: Place) -> list[bool] | None:
+        if not any(ins):
+            return [False] * len(eqn.outvars)
+        w = wiring(eqn)
+        chosen = w is not None and w.chooses is not None and ins[w.chooses]
+        if w is not None and w.rounds is not None and not chosen and not states_derivative(eqn):
+            return None
+        if names is not None:
+            names.add(_name(eqn))
+        return [True] * len(eqn.outvars)
+
+    return flow(jaxpr, flags, transfer, any)
+
+
+def _name(eqn: Any) -> str:
+    """The name of an equation's primitive; of a cast to integers, one that says so."""
+    name = eqn.primitive.name
+    cast = name == "convert_element_type" and not _is_real(eqn.outvars[0])
+    return "cast to integers" if cast else name
