@@ -6,6 +6,7 @@ import re
 import types
 from pathlib import Path
 
+import pages
 import pytest
 import weft.models.state_space
 
@@ -37,13 +38,26 @@ PUBLIC = (
         "docs/variational.md",
     ],
 )
-def test_code_on_page_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
-    )
+def test_code_on_page_prints_what_the_page_shows(page: str) -> None:
+    blocks = pages.run(page)
     assert blocks, f"{page} shows no code"
-    exec(compile("\n".join(blocks), page, "exec"), {"__name__": "page"})
-    assert capsys.readouterr().out.strip(), f"the code of {page} prints nothing"
+    assert any(block.printed for block in blocks), f"the code of {page} prints nothing"
+    for line, sampled, shown, printed in blocks:
+        assert pages.agree(shown, printed, sampled), (
+            f"{page}:{line}: the code prints\n{printed}\nand the page shows\n{shown}\n"
+            f"`python tests/pages.py {page}` writes it anew"
+        )
+
+
+def test_outputs_that_differ_are_told_apart() -> None:
+    assert pages.agree("mean 2.13, n 7", "mean  2.14, n 7")
+    assert not pages.agree("mean 2.13", "mean 2.15")
+    assert not pages.agree("n 7", "n 8")
+    assert not pages.agree("mean 2.13", "mode 2.13")
+    assert not pages.agree("", "2.13")
+    assert not pages.agree("[1. 2.]", "[1. 2. 3.]")
+    assert pages.agree("mean 2.13", "mean 2.5", sampled=True)
+    assert not pages.agree("mean 2.13", "mean 3.5", sampled=True)
 
 
 @pytest.mark.parametrize(
