@@ -1,4 +1,4 @@
-"""Ready-made distributions, processes and networks, built on the language and its inference."""
+"""Ready-made distributions and processes, built on the language and its inference."""
 
 from . import distributions as distributions
 from . import state_space as state_space

@@ -1,6 +1,6 @@
-"""Distributions for sites: NumPyro's, under one import with Weft's own.
+"""Distributions for sites: those of NumPyro, and Weft's own, under one import.
 
-A site takes any pytree with `sample(key)` and `log_prob(value)`; nothing has to stand here to be used.
+A site takes any pytree with `sample(key)` and `log_prob(value)`. A distribution need not be listed here to be used.
 
 Examples:
     >>> import jax

@@ -1,18 +1,24 @@
 r"""Programs whose density is estimated: ``marginal`` and ``normalize``.
 
-Such a program does two things (Lew et al. 2023, "Probabilistic programming with stochastic probabilities"): it draws
-its choices $x$ together with $d$, where $\mathbb{E}[1/d \mid x] = 1/p(x)$; and it scores given choices by $d'$, where
-$\mathbb{E}[d'] = p(x)$. Both are programs themselves, whose choices have no address: run inside an expectation they
-have its key, and their choices their gradient strategies. Weights and bounds stay what they are with estimates in
-place of densities (Andrieu and Roberts 2009): a draw's density stands in a denominator, a given value's in a numerator.
+Such a program does two things. It draws its choices $x$ together with an estimate $d$ of their density, where
+$\mathbb{E}[1/d \mid x] = 1/p(x)$. And it scores given choices by an estimate $d'$, where $\mathbb{E}[d'] = p(x)$. In
+weights and bounds, the density of a draw stands in a denominator and that of a given value in a numerator. So weights
+stay unbiased, and bounds stay bounds, with estimates in place of densities.
 
-What integrates is an inference algorithm, any object with two methods that are called while a program is staged and may
-make choices:
+Both parts are programs themselves. Their choices have no address. Inside an expectation they use its key, and their
+choices have gradient strategies like all others.
 
-- ``draw_posterior(target) -> (choices, log_density, log_evidence)``: a draw by the algorithm's law, $\log g$ of it
-  under the target, and $\log \hat Z$ with $\mathbb{E}[\hat Z] = Z$;
-- ``conditional_evidence(target, choices, log_density) -> log_evidence``: $\log \hat Z$ of a run in which the given
-  choices, whose $\log g$ is known, were drawn.
+An inference algorithm does the integration. It is any object with two methods. They are called while a program is
+staged, and may make choices:
+
+- ``draw_posterior(target) -> (choices, log_density, log_evidence)`` gives a draw by the algorithm's law, the log
+  density $\log g$ of that draw under the target, and $\log \hat Z$ with $\mathbb{E}[\hat Z] = Z$.
+- ``conditional_evidence(target, choices, log_density) -> log_evidence`` gives $\log \hat Z$ of a run in which the
+  given choices were drawn. Their $\log g$ is known.
+
+References:
+    Lew et al. (2023), "Probabilistic programming with stochastic probabilities".
+    Andrieu and Roberts (2009), "The pseudo-marginal approach for efficient Monte Carlo computations".
 """
 
 from __future__ import annotations
@@ -42,32 +48,32 @@ from weft.ppl.stage.structure import SiteInfo
 
 @runtime_checkable
 class Sampler(Protocol):
-    """An algorithm that can be run inside a program."""
+    """An algorithm that can run inside a program."""
 
     def draw_posterior(self, target: Target) -> tuple[dict[str, Any], jax.Array, jax.Array]:
-        """Choices, their log density under the target, and the log of an unbiased estimate of its evidence."""
+        """A draw of the choices, its log density under the target, and the log of an unbiased evidence estimate."""
         ...
 
     def conditional_evidence(
         self, target: Target, choices: dict[str, Any], log_density: jax.Array
     ) -> jax.Array:
-        """The log evidence that a run estimates in which the given choices are drawn."""
+        """The log evidence that is estimated by a run in which the given choices are drawn."""
         ...
 
 
 def marginal(program: Program, keep: Address | Iterable[Address], by: Sampler) -> Program:
-    r"""The law of some of a program's choices, the others integrated out by an algorithm.
+    r"""The law of some choices of a program, with the others integrated out by an algorithm.
 
-    With $u$ the other choices, and $\hat Z(x)$ the algorithm's estimate of $p(x) = \int p(x, u)\, du$ for the target
-    ``program.given(x)``: draws are the program's own, with $d = \hat Z$ of a run in which their $u$ was drawn; given
-    choices are scored by $d' = \hat Z$. By importance sampling with a proposal $q$ and $M$ particles,
-    $\hat Z = \frac{1}{M} \sum_j p(x, u_j) / q(u_j)$.
+    Write $x$ for the choices that stay, $u$ for the others, and $\hat Z(x)$ for the algorithm's estimate of
+    $p(x) = \int p(x, u)\, du$, the evidence of the target ``program.given(x)``. A draw is a draw of the program. Its
+    $d$ is $\hat Z$ of a run in which its $u$ was drawn. Given choices are scored by $d' = \hat Z$. For importance
+    sampling with a proposal $q$ and $M$ particles, $\hat Z = \frac{1}{M} \sum_j p(x, u_j) / q(u_j)$.
 
     Args:
         program: a program without factors or conditions.
-        keep: addresses of the choices that stay; wildcards as elsewhere.
-        by: the algorithm, say ``importance(num_particles=5)``, which proposes from the program itself, or
-            ``importance(lambda target: reverse(target.observed["x"]), 5)``, whose proposal sees the choices that stay.
+        keep: addresses of the choices that stay; wildcards are allowed.
+        by: the algorithm. ``importance(num_particles=5)`` proposes from the program itself. The proposal of
+            ``importance(lambda target: reverse(target.observed["x"]), 5)`` sees the choices that stay.
 
     Returns:
         A program over the choices that stay, at their addresses, with the program's return value.
@@ -121,15 +127,16 @@ def marginal(program: Program, keep: Address | Iterable[Address], by: Sampler) -
 
 
 def normalize(target: Target, by: Sampler) -> Program:
-    r"""A posterior, as an inference algorithm samples it: a program over the latent choices of a target.
+    r"""A posterior, as an inference algorithm samples it. It is a program over the latent choices of a target.
 
-    Its law is that of the algorithm's output, which tends to the posterior with the algorithm's effort. With $g$ the
-    target's density and $\hat Z$ the algorithm's estimate of its evidence: draws have $d = g(x) / \hat Z$, $\hat Z$ of
-    the run that gave them; given choices $d' = g(x) / \hat Z$, $\hat Z$ of a run in which they were drawn.
+    The law of the program is that of the algorithm's output. It tends to the posterior as the algorithm's effort grows.
+    Write $g$ for the target's density, and $\hat Z$ for the algorithm's estimate of the evidence. A draw has $d = g(x)
+    / \hat Z$, with $\hat Z$ of the run that gave it. Given choices have $d' = g(x) / \hat Z$, with $\hat Z$ of a run in
+    which they were drawn.
 
     Args:
         target: an unnormalised density.
-        by: the algorithm; ``importance(proposal, num_particles=N)`` is sampling importance resampling (Rubin 1987).
+        by: the algorithm. ``importance(proposal, num_particles=N)`` is sampling importance resampling (Rubin 1987).
 
     Returns:
         A program over the target's latent choices, at their addresses, with the program's return value.
@@ -212,7 +219,7 @@ class _Normalized(eqx.Module):
 
 
 def returned_value(program: Program, choices: Mapping[str, Any]) -> Any:
-    """What a program returns when all of its choices are set."""
+    """The return value of a program all of whose choices are set."""
     code, args = program.code()
     given = unflatten({a: Given(x) for a, x in choices.items()})
     outs, _, _ = interpret(code.jaxpr, args, _Values(), None, given)
@@ -220,7 +227,7 @@ def returned_value(program: Program, choices: Mapping[str, Any]) -> Any:
 
 
 class _Values(Handler):
-    """Takes the values that are given, and weighs nothing."""
+    """Takes the values that are given, and adds nothing to the density."""
 
     records = False
 
@@ -246,8 +253,8 @@ def choose(
     Args:
         name: for messages.
         sites: the choices, by address.
-        simulate: ``args`` to the choices by address and log d.
-        score: ``args`` and the choices by address to log d'.
+        simulate: from ``args`` to the choices by address, and log d.
+        score: from ``args`` and the choices by address to log d'.
         *args: pytrees.
 
     Returns:

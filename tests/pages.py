@@ -42,7 +42,8 @@ def run(page: str) -> list[Block]:
         line = text[: found.start()].count("\n") + 2
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            exec(compile("\n" * (line - 1) + found["code"], page, "exec"), names)
+            source = "\n" * (line - 1) + found["code"]
+            exec(compile(source, page, "exec", dont_inherit=True), names)
         printed = "".join(f"{x.rstrip()}\n" for x in output.getvalue().strip("\n").splitlines())
         blocks.append(Block(line, bool(found["sampled"]), found["shown"] or "", printed))
     return blocks

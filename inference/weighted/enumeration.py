@@ -20,19 +20,18 @@ from .proposals import live
 
 
 class enumeration(Algorithm):
-    """Score every joint value of the latent choices.
+    """Exact inference by scoring every joint value of the latent choices.
 
-    With `S` the product of the supports of all latent elements, the weights are `p(x, y)` for each
-    `x` in `S`, and
+    Let `S` be the product of the supports of all latent elements. The weights are `p(x, y)` for each `x` in `S`, and
 
-        log_evidence = logsumexp(log_weights) = log sum_x p(x, y),
+        log_evidence = logsumexp(log_weights) = log sum_x p(x, y)
 
-    exactly. A choice that is idle (in a branch not taken) would be counted once for each of its
-    values; its terms are divided by their number.
+    is exact. A choice that is idle (in a branch not taken) would be counted once for each of its values. So its terms
+    are divided by the number of its values.
 
     Attributes:
-        max_terms: refuse more joint values than this.
-        batch_size: how many are scored at once.
+        max_terms: more joint values than this are refused.
+        batch_size: the number of values that are scored at once.
 
     Raises:
         DensityError: if a latent choice has no finite support.
@@ -118,7 +117,7 @@ class enumeration(Algorithm):
         return math.prod(len(values) ** size for _, values, size in _supports(target))
 
     def _term(self, index: Array, target: Target) -> tuple[Any, Array]:
-        """The joint value of an index, the first latent choice varying slowest, and its log weight."""
+        """The joint value at an index, and its log weight. The first latent choice varies slowest."""
         choices: dict[str, Array] = {}
         stride = self._terms(target)
         for address, values, size in _supports(target):
@@ -138,7 +137,7 @@ class enumeration(Algorithm):
 
 
 def _supports(target: Target) -> list[tuple[str, np.ndarray, int]]:
-    """Address, values of one element and number of elements to enumerate of every latent choice."""
+    """For every latent choice its address, the values of one element, and the number of elements to enumerate."""
     found = []
     for address in target.latents:
         site = target.sites[address]
@@ -149,7 +148,7 @@ def _supports(target: Target) -> list[tuple[str, np.ndarray, int]]:
 
 
 def _place(target: Target, address: str, values: Array) -> Array:
-    """The whole value of a choice from its enumerated elements."""
+    """The whole value of a choice, made from its enumerated elements."""
     site = target.sites[address]
     values = values.astype(site.dtype)
     if address in target.missing:

@@ -1,4 +1,4 @@
-"""Importance sampling: independent draws of a proposal, weighted towards the target."""
+"""Importance sampling: independent draws of a proposal, weighted to stand for the target."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ from .proposals import check_proposal, log_ratio, may_idle
 class importance(Algorithm):
     """Importance sampling.
 
-    Particles `x_i ~ q` are drawn independently from the proposal and weighted by `w_i = p(x_i) /
-    q(x_i)`, where `p` is the target's unnormalised density. The mean of the weights is an unbiased
-    estimate of the evidence, whose logarithm is
+    Particles `x_i ~ q` are drawn independently from the proposal. Their weights are `w_i = p(x_i) / q(x_i)`, where `p`
+    is the unnormalised density of the target. The mean of the weights is an unbiased estimate of the evidence. Its
+    logarithm is
 
         log_evidence = logsumexp(log_weights) - log(num_particles).
 
     Attributes:
-        proposal: `None` for the prior; a program that draws exactly the target's latent choices; or
-            a function from the target to such a program.
-        num_particles: how many.
-        batch_size: how many are drawn at once, at most; bounds the memory of what is computed on
-            the way. The result does not depend on it.
-        grad: gradient strategy (`weft.gradients`) of the choice among the particles, inside `normalize` in an
-            expectation; `None` for the score function.
+        proposal: a program that draws exactly the target's latent choices; or a function from the target to such a
+            program; or `None` for the prior.
+        num_particles: the number of particles.
+        batch_size: the most particles that are drawn at once. It bounds memory. The result does not depend on it.
+        grad: the gradient strategy (`weft.gradients`) of the choice among the particles. It is used where `normalize`
+            stands in an expectation. `None` is the score function.
 
     Raises:
         DensityError: if the proposal is not normalised, or a weight is infinite or not a number.
@@ -81,7 +80,7 @@ class importance(Algorithm):
         return dataclasses.replace(self, proposal=self._program(target).staged())
 
     def _program(self, target: Target) -> Program:
-        """The proposal for a target; from the prior it is the target's program without its data."""
+        """The proposal for a target. For the prior it is the target's program without its data."""
         program: Any = self.proposal
         if program is None:
             code, args = target.program.code()
@@ -97,8 +96,7 @@ class importance(Algorithm):
         return WeightedState.empty(key, self.num_particles, particle)
 
     def step(self, key: PRNGKeyArray, state: WeightedState, target: Target) -> WeightedState:
-        # Keys go by particle, so that batches change nothing; the last batch may overlap the one
-        # before it.
+        # Each particle has its own key, so batches change nothing. The last batch may overlap the one before it.
         batch = min(self.batch_size, self.num_particles)
         first = jnp.minimum(state.iteration * batch, self.num_particles - batch)
         keys = jax.vmap(lambda i: jax.random.fold_in(state.key, i))(first + jnp.arange(batch))
@@ -115,14 +113,14 @@ class importance(Algorithm):
         draw_key, rest_key = jax.random.split(key)
         proposal: Any = self.proposal  # staged by `prepare`
         drawn = proposal.simulate(draw_key)
-        # Nothing is left to draw: this is for the derived values.
+        # Nothing is left to draw: this only computes the derived values.
         trace, _ = target.generate(rest_key, drawn.choices)
         return record(target, trace), log_ratio(target, proposal, drawn, key=rest_key)
 
     # --- inside a program: sampling importance resampling ---
 
     def draw_posterior(self, target: Target) -> tuple[dict[str, Any], Array, Array]:
-        """One of the particles, chosen by its weight, as a part of a program.
+        """One of the particles, chosen by its weight. It is a part of the program that is being staged.
 
         Returns:
             `(choices, log_density, log_evidence)`: the particle, its density under the target, and the log of
@@ -145,7 +143,7 @@ class importance(Algorithm):
     def conditional_evidence(
         self, target: Target, choices: dict[str, Any], log_density: Array
     ) -> Array:
-        """The log of the mean weight when one of the particles is known: conditional importance sampling."""
+        """Conditional importance sampling: the log of the mean weight when one of the particles is given."""
         proposal = self._program(target)
         if may_idle(target):
             log_w = log_ratio(target, proposal, None, choices)
@@ -162,7 +160,7 @@ class importance(Algorithm):
 
 
 def weigh(target: Target, proposal: Program, trace: Trace) -> tuple[Array, Array]:
-    """Log density under the target, and log weight, of a draw of the proposal."""
+    """The log density under the target, and the log weight, of a draw of the proposal."""
     log_g = target.log_density(trace.choices)
     if may_idle(target):
         return log_g, log_ratio(target, proposal, trace)

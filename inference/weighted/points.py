@@ -1,4 +1,4 @@
-"""What importance sampling and enumeration share: a table of weighted points, filled batch by batch."""
+"""A table of weighted points that is filled batch by batch, for importance sampling and enumeration."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class WeightedState(State):
     """A table of weighted points that is being filled.
 
     Attributes:
-        iteration: batches done.
-        key: the key that those of the points are folded from.
+        iteration: the number of batches done.
+        key: the key from which the keys of the points are folded.
         points: buffers `(num_points, ...)` of choices, derived values and activity, by address.
-        log_weights: `(num_points,)`.
+        log_weights: of shape `(num_points,)`.
     """
 
     iteration: Int[Array, ""]
@@ -37,14 +37,14 @@ class WeightedState(State):
 
     @staticmethod
     def empty(key: PRNGKeyArray, num_points: int, example: tuple[Record, Any]) -> WeightedState:
-        """Buffers for so many points like the example."""
+        """Empty buffers for `num_points` points, each like the example."""
         points, log_weights = jax.tree.map(
             lambda s: jnp.zeros((num_points, *s.shape), s.dtype), example
         )
         return WeightedState(jnp.int32(0), key, points, log_weights)
 
     def write(self, first: Array, batch: tuple[Record, Array]) -> WeightedState:
-        """The state with a batch of points from index `first` on."""
+        """The state after a batch of points was written at index `first`."""
 
         def put(buffer: Array, values: Array) -> Array:
             values = values.astype(buffer.dtype)
@@ -55,7 +55,7 @@ class WeightedState(State):
 
 
 def record(target: Target, trace: Trace) -> Record:
-    """What is stored of a point: latent choices, derived values, and activity where a choice may be idle."""
+    """The stored parts of a point: latent choices, derived values, and the activity of choices that may be idle."""
     choices, active = flatten(trace.choices), flatten(trace.active)
     sites = target.sites
     idle = [a for a in target.latents if sites[a].conditional or sites[a].masked]
@@ -71,8 +71,7 @@ def particles(
 ) -> Particles:
     """The result: points with their log weights, and the log evidence.
 
-    For draws of a proposal the evidence is the mean of the weights; for an enumeration it is their
-    sum, `exact`.
+    The evidence is the mean of the weights for draws of a proposal. It is their sum for an enumeration, `exact`.
     """
     points, log_weights = state.points, state.log_weights
     if not tracing(state):

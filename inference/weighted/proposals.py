@@ -1,4 +1,4 @@
-"""A program against a target: may it propose for it, and the log ratio of their densities."""
+"""Proposals: whether a program may propose for a target, and the log ratio of their densities."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ def check_proposal(
         program: the proposal or guide.
         target: the target.
         what: what to call the program in messages.
-        covers: whether the program must be able to draw all that the target allows, as weights
-            want it; else it must draw nothing that the target does not allow, as bounds want it.
+        covers: if true, the program must be able to draw all that the target allows, as weights need. If false, it
+            must draw nothing that the target does not allow, as bounds need.
 
     Raises:
-        DensityError: if the program is not normalised, or if the supports of a choice are known and
-            do not go together.
-        AddressError: if it does not draw exactly the target's latent choices.
+        DensityError: if the program is not normalised, or if the supports of a choice are known and do not match.
+        AddressError: if the program does not draw exactly the target's latent choices.
         WeftError: if a choice has another shape.
     """
     if not isinstance(program, Program):
@@ -41,9 +40,9 @@ def check_proposal(
     if program.unnormalised:
         names = ", ".join(repr(a) for a in program.unnormalised_sites)
         raise DensityError(
-            f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is known "
-            f"up to a constant only. A {what} must be a plain program; "
-            "normalize(target, by=...) turns an unnormalised one into one"
+            f"the {what} {program.name!r} is not normalised (it holds {names}), so its density is known up to a "
+            f"constant only. A {what} must be a plain program; normalize(target, by=...) turns an unnormalised one "
+            "into one"
         )
     missing = [a for a in target.latents if a not in drawn]
     spare = [a for a in drawn if a not in target.latents]
@@ -71,7 +70,7 @@ def check_proposal(
 def _check_support(
     address: str, drawn: SiteInfo, wanted: SiteInfo, program: str, covers: bool
 ) -> None:
-    """Refuse a choice that may fall where it counts for nothing, or misses what counts."""
+    """Refuse a choice whose support in the program and in the target do not match (see `check_proposal`)."""
     pair = f"{program} draws {address!r} from {_law(drawn)}, the target has it from {_law(wanted)}"
     if drawn.is_discrete != wanted.is_discrete:
         raise DensityError(
@@ -97,7 +96,7 @@ def _law(site: SiteInfo) -> str:
 
 
 def may_idle(target: Target) -> bool:
-    """Whether elements of a latent choice may not be latent: idle (in a branch not taken, masked) or given in part."""
+    """Whether some elements of latent choices may not count: idle (branch not taken, mask) or observed in part."""
     return any(
         target.sites[a].conditional or target.sites[a].masked or a in target.data
         for a in target.latents
@@ -105,7 +104,7 @@ def may_idle(target: Target) -> bool:
 
 
 def live(target: Target, active: Any, address: str, ndim: int) -> Array:
-    """Which elements of a latent choice are latent and count, as booleans to be broadcast over `ndim` axes."""
+    """Which elements of a latent choice are latent and count: booleans that broadcast over `ndim` axes."""
     flag = trailing(jnp.asarray(flatten(active)[address]), ndim)
     if address in target.data:
         flag = flag & trailing(~target.data[address].where, ndim)
@@ -115,16 +114,15 @@ def live(target: Target, active: Any, address: str, ndim: int) -> Array:
 def log_ratio(
     target: Target, program: Program, trace: Any, choices: Any = None, key: Any = None
 ) -> Float[Array, ""]:
-    """`log p(x) - log q(x)` of a draw of the program, where `p` is the target's density and `q` the
-    program's.
+    """`log p(x) - log q(x)` of a draw of the program.
 
-    With `choices` both densities are computed anew, at these in place of the trace's. `key` is for a target whose
-    density is estimated.
+    Here `p` is the density of the target and `q` that of the program. With `choices` both are computed there, and not
+    at the choices of the trace. `key` is for a target whose density is estimated.
 
-    Where a choice is idle in the target its value means nothing, and `p` says nothing of it. The
-    program's own conditional density then stands on both sides and cancels: the ratio has `q` of
-    the active choices only. It stays unbiased, since a conditional density integrates to one. The
-    same holds for the elements that are given of a site observed in part.
+    If a choice is idle in the target, its value means nothing and `p` has no term for it. Then the program's own
+    conditional density stands on both sides and cancels: the ratio has `q` of the active choices only. It stays
+    unbiased, since a conditional density integrates to one. The same holds for the observed elements of a site that is
+    observed in part.
     """
     if not may_idle(target):
         if choices is None:
@@ -145,7 +143,7 @@ def log_ratio(
 
 
 def trailing(flag: Array, ndim: int) -> Array:
-    """A flag with axes added behind, so that it applies to arrays of `ndim` axes that lead with its own."""
+    """A flag with trailing axes added, so that it broadcasts over arrays of `ndim` axes whose first are its own."""
     return flag.reshape(flag.shape + (1,) * (ndim - flag.ndim))
 
 

@@ -1,4 +1,4 @@
-"""Supports of two laws side by side, as far as they are known before any value is."""
+"""Whether one support contains another, as far as supports are known before any value is."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from numpyro.distributions import biject_to, constraints
 
 NUM_WITNESSES = 64
-"""Points of a support that are tried in another one, where neither is an interval."""
+"""The number of points of one support that are tried in another, where not both are intervals."""
 
 
 def is_within(inner: Any, outer: Any, event_shape: tuple[int, ...]) -> bool:
     """Whether one support lies in another, up to a set of measure zero.
 
-    Intervals (of reals, of integers; element by element) are compared by their ends. Other supports
-    are taken for equal if they are of one kind; of different kinds, points of the inner one are
-    tried in the outer one. What cannot be told counts as within: an answer `False` is a proof.
+    Intervals of reals or integers are compared by their ends, element by element. Other supports of the same kind are
+    taken to be equal. For supports of different kinds, points of the inner one are tried in the outer one. If nothing
+    can be told the answer is `True`. So `False` is a proof.
 
     Args:
         inner: a NumPyro constraint, or `None` if it is not known.
@@ -54,7 +54,7 @@ def is_within(inner: Any, outer: Any, event_shape: tuple[int, ...]) -> bool:
 
 
 def _ends(constraint: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """The ends of an interval; None for what is none."""
+    """The ends of an interval; None if the support is no interval."""
     base = constraint
     while hasattr(base, "base_constraint"):
         base = base.base_constraint

@@ -1,9 +1,10 @@
-"""Whole series as distributions: linear-Gaussian models and hidden Markov models, their states integrated out.
+"""Whole series as distributions: linear-Gaussian models and hidden Markov models, with their states integrated out.
 
-The value of such a distribution is the series of observations. `log_prob` sums over all paths of the states by the
-exact recursion, so a site `sample("y", LinearGaussian(...))` leaves only the parameters to infer; `filter`, `smoother`,
-`viterbi`, `sample_states` and `forecast` give the states back, or go on. With `parallel=True` every recursion over time
-is an associative scan: more work, in logarithmic depth, for accelerators. Many series are a `jax.vmap`.
+The value of such a distribution is the series of observations. `log_prob` sums over all paths of the states, by the
+exact recursion. So a site `sample("y", LinearGaussian(...))` leaves only the parameters to infer. `filter`, `smoother`,
+`viterbi` and `sample_states` give the states back, and `forecast` continues the series. With `parallel=True` every
+recursion over time is an associative scan: more work in logarithmic depth, for accelerators. For many series use
+`jax.vmap`.
 
 Examples:
     The noise of a random walk, from a series of which one observation is missing.

@@ -1,4 +1,4 @@
-"""What distributions over whole series share: checks of their lengths, and axes before those of a series."""
+"""Helpers of distributions over whole series: checks of lengths, and axes that lead those of a series."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def axis_size(x: Array, axis: int) -> int:
 
 
 def check_where(d: Distribution, where: Array, m: int | None) -> int:
-    """Check a mask of observations, of rows or, given their size `m`, of entries; its number of steps."""
+    """Check a mask of rows (or of entries, if `m` is their number in a row), and give its number of steps."""
     fits = where.ndim == 1 or (m is not None and where.ndim == 2 and where.shape[1] == m)
     if where.dtype != bool or not fits:
         raise ModelError(
@@ -53,7 +53,7 @@ def count_steps(d: Distribution, lengths: dict[str, int], num_steps: int | None)
 
 
 def as_series(d: Distribution, y: ArrayLike, *, exactly: bool = False) -> Array:
-    """Data of the distribution's shape; further axes may lead unless `exactly`."""
+    """Data in the distribution's shape. Unless `exactly`, further axes may lead."""
     y = jnp.asarray(y)
     rank = len(d.event_shape)
     if y.shape[max(y.ndim - rank, 0) :] != d.event_shape or (exactly and y.ndim > rank):
@@ -65,7 +65,7 @@ def as_series(d: Distribution, y: ArrayLike, *, exactly: bool = False) -> Array:
 
 
 def over_leading(f: Callable[[Array], Array], y: Array, rank: int) -> Array:
-    """`f` of each element of the axes that come before the last `rank`."""
+    """Apply `f` to each element along the axes that come before the last `rank` ones."""
     lead = y.shape[: y.ndim - rank]
     if not lead:
         return f(y)
@@ -74,7 +74,7 @@ def over_leading(f: Callable[[Array], Array], y: Array, rank: int) -> Array:
 
 
 def over_shape(draw: Callable[[Array], Any], key: Array, shape: tuple[int, ...]) -> Any:
-    """Independent draws, in the leading axes of each array that `draw(key)` gives."""
+    """Independent draws. `shape` leads the shape of each array that `draw(key)` gives."""
     if not shape:
         return draw(key)
     draws = jax.vmap(draw)(jax.random.split(key, math.prod(shape)))

@@ -1,15 +1,16 @@
-"""Filtering, smoothing, decoding and sampling of one hidden Markov chain, sequential and parallel in time.
+"""Filtering, smoothing, decoding and sampling of one hidden Markov chain, sequentially or in parallel over time.
 
-A chain is its log potentials,
+A chain is given by its log potentials,
 
     log p(z, y) = log_initial[z_0] + sum_t log_transition_t[z_t, z_{t+1}] + sum_t log_likelihoods[t, z_t],
 
-any of which may be -inf. Everything is computed in logarithms, normalised at each time. Three ideas carry the file:
+any of which may be -inf. Everything is computed in logarithms and normalised at each time. The file rests on three
+ideas:
 
-- the filter with sums replaced by maxima is Viterbi's recursion;
-- given the filter, z_t is a function of z_{t+1} alone: the best predecessor for Viterbi's path, the best one after
-  Gumbel noise for a draw of the posterior; a path follows these maps backwards;
-- both recursions are associative, products of K x K matrices in the one case, compositions of maps in the other. In
+- The filter with sums replaced by maxima is Viterbi's recursion.
+- Given the filter, z_t is a function of z_{t+1} alone. For Viterbi's path it is the best predecessor. For a draw of the
+  posterior it is the best predecessor after Gumbel noise was added. A path follows these maps backwards.
+- Both recursions are associative: the first is a product of K x K matrices, the second a composition of maps. In
   parallel they are associative scans, at K times the work.
 
 References:
@@ -34,7 +35,7 @@ from . import timewise
 
 
 class Chain(NamedTuple):
-    """The log potentials of a chain; with `inside`, false for the transitions after the end of a shorter series."""
+    """The log potentials of a chain. `inside` is false for the transitions after the end of a shorter series."""
 
     log_initial: Float[Array, " k"]
     log_transition: Float[Array, "*s k k"]
@@ -43,20 +44,20 @@ class Chain(NamedTuple):
 
     @property
     def transitions(self) -> Float[Array, "#s k k"]:
-        """The transitions with a time axis, of size one where they are all the same."""
+        """The transitions with a time axis, which has size one if they are all the same."""
         constant = self.log_transition.ndim == 2
         return self.log_transition[None] if constant else self.log_transition
 
     @property
     def steps(self) -> tuple[Any, Any]:
-        """What enters the transition to each time but the first, and its axes."""
+        """The inputs of the transition to each time but the first, and their axes."""
         axis = 0 if self.log_transition.ndim > 2 else None
         inputs = (self.log_transition, self.log_likelihoods[1:], self.inside)
         return inputs, (axis, 0, None if self.inside is None else 0)
 
 
 class FilteredStates(NamedTuple):
-    """What `HiddenMarkov.filter` gives.
+    """The result of `HiddenMarkov.filter`.
 
     Attributes:
         probs: P(z_t = k | y_{0:t}), shape (T, K).
@@ -68,7 +69,7 @@ class FilteredStates(NamedTuple):
 
 
 class SmoothedStates(NamedTuple):
-    """What `HiddenMarkov.smoother` gives.
+    """The result of `HiddenMarkov.smoother`.
 
     Attributes:
         probs: P(z_t = k | y), shape (T, K).
@@ -80,11 +81,11 @@ class SmoothedStates(NamedTuple):
 
 
 class ViterbiPath(NamedTuple):
-    """What `HiddenMarkov.viterbi` gives.
+    """The result of `HiddenMarkov.viterbi`.
 
     Attributes:
         states: the most probable states, shape (T,).
-        log_density: log p(states, y), which no other path exceeds.
+        log_density: log p(states, y). No other path has a higher one.
     """
 
     states: Int[Array, " t"]
@@ -102,7 +103,7 @@ def safe_log(p: Array) -> Array:
 
 
 def logsumexp(x: Array, axis: int) -> Array:
-    """Log of the sum of exponentials; where all are -inf it is -inf with a derivative of zero."""
+    """Log of the sum of exponentials. Where all terms are -inf it is -inf, with a derivative of zero."""
     top = lax.stop_gradient(jnp.max(x, axis, keepdims=True))
     top = _or_zero(top)
     total = jnp.exp(x - top).sum(axis)
@@ -110,12 +111,12 @@ def logsumexp(x: Array, axis: int) -> Array:
 
 
 def _or_zero(x: Array) -> Array:
-    """What may be subtracted from its like: -inf - 0 is well defined."""
+    """Zero in place of -inf, so that the result may be subtracted: -inf - 0 is well defined."""
     return jnp.where(x == -jnp.inf, 0, x)
 
 
 def normalised(law: Array) -> Array:
-    """A law in logarithms, made to sum to one unless it is zero everywhere."""
+    """A law in logarithms, scaled to sum to one unless it is zero everywhere."""
     return law - _or_zero(logsumexp(law, -1))[..., None]
 
 
@@ -128,8 +129,8 @@ def forward(
 ) -> tuple[Float[Array, "t k"], Float[Array, " t"]]:
     """The filter log p(z_t | y_{0:t}) and log p(y_t | y_{0:t-1}).
 
-    With `total=jnp.max` it is Viterbi's: the best log density of a path that ends in each state, less that of the
-    best of all, of which the increments are returned.
+    With `total=jnp.max` it is Viterbi's recursion. Then the first result is the best log density of a path that ends in
+    each state, less that of the best path of all. The second holds the increments of the latter.
     """
 
     def normalise(joint: Array) -> tuple[Array, Array]:
@@ -180,9 +181,9 @@ def backward(chain: Chain, *, parallel: bool = False) -> Float[Array, "t k"]:
 def _products(
     chain: Chain, total: Callable[..., Array], *, reverse: bool = False
 ) -> Float[Array, "s k k"]:
-    """From the first state to each other (reversed: from each to the last): all between summed out, up to a constant.
+    """The products from the first state to each other state, up to a constant; with `reverse`, from each to the last.
 
-    The terms of a product, K^3 for each time, are computed anew for the derivative rather than kept.
+    A product has K^3 terms at each time. For the derivative they are computed again rather than kept.
     """
     matrices = chain.transitions + chain.log_likelihoods[1:, None, :]
     if chain.inside is not None:
@@ -199,7 +200,7 @@ def _products(
 
 
 def _scaled(x: Array, rank: int) -> Array:
-    """Shifted so that the greatest is 0, which keeps logarithms small enough for single precision."""
+    """Shifted so that the greatest entry is 0. That keeps logarithms small enough for single precision."""
     return x - _or_zero(lax.stop_gradient(x.max(tuple(range(-rank, 0)), keepdims=True)))
 
 
@@ -218,7 +219,7 @@ def smoother(chain: Chain, *, parallel: bool = False) -> SmoothedStates:
 
 @functools.partial(jax.jit, static_argnames="parallel")
 def viterbi(chain: Chain, *, parallel: bool = False) -> ViterbiPath:
-    """The path of greatest density. Of equal ones, one that is really a path."""
+    """The path of greatest density. If several are equally good, the result is one of them, never a mixture."""
     law, increments = forward(chain, total=jnp.max, parallel=parallel)
     path = _follow_back(chain, law, jnp.zeros_like(law), parallel)
     return ViterbiPath(path, increments.sum())
@@ -228,7 +229,7 @@ def viterbi(chain: Chain, *, parallel: bool = False) -> ViterbiPath:
 def sample_posterior(
     key: PRNGKeyArray, chain: Chain, *, parallel: bool = False
 ) -> Int[Array, " t"]:
-    """A draw of the states given the observations: filter forwards, draw backwards."""
+    """A draw of the states given the observations: filter forwards, then draw backwards."""
     law, _ = forward(chain, parallel=parallel)
     return _follow_back(chain, law, jax.random.gumbel(key, law.shape, law.dtype), parallel)
 
@@ -244,7 +245,7 @@ def sample_prior(key: PRNGKeyArray, chain: Chain, *, parallel: bool = False) -> 
 
 
 def _follow_back(chain: Chain, law: Array, noise: Array, parallel: bool) -> Int[Array, " t"]:
-    """The last state, then the predecessor of each; one noise serves all states, of which only one is visited."""
+    """The last state, then the predecessor of each. All states share one noise, since only one of them is visited."""
     last = jnp.argmax(law[-1] + noise[-1])
     before = (law + noise)[:-1, :, None]
     maps = _stay_outside(chain, jnp.argmax(before + chain.transitions, 1))
@@ -261,7 +262,7 @@ def _stay_outside(chain: Chain, maps: Int[Array, "s k"]) -> Int[Array, "s k"]:
 def _follow(
     maps: Int[Array, "s k"], start: Int[Array, ""], *, reverse: bool, parallel: bool
 ) -> Int[Array, " t"]:
-    """The states that the maps lead to from the first (reversed: from the last) one."""
+    """The states to which the maps lead from the first state (from the last, if `reverse`)."""
     if parallel:
         then = lambda f, g: jnp.take_along_axis(g, f, -1)  # noqa: E731
         rest = lax.associative_scan(then, maps, reverse=reverse)[:, start]

@@ -26,38 +26,43 @@ from .forward_backward import Chain, FilteredStates, SmoothedStates, ViterbiPath
 
 
 class HiddenMarkov(Distribution):
-    """A series of observations of a hidden Markov model, the states summed out.
+    """A series of observations of a hidden Markov model, with the states summed out.
 
         z_0 ~ initial,    z_t ~ transition[z_{t-1}],    y_t ~ emission given z_t,
 
-    There are K states and times t = 0, ..., T - 1; the first state emits the first observation. The value is y, of
-    shape (T, *event), and the density that of the observations alone.
+    There are K states, and times are t = 0, ..., T - 1. The first state emits the first observation. The value is y, of
+    shape (T, *event). The density is that of the observations alone.
 
-    `log_prob` is the forward recursion, `smoother` forward-backward, `viterbi` Viterbi's (Rabiner, A tutorial on
-    hidden Markov models, Proceedings of the IEEE 77, 1989, equations 19-21, 24-27 and 37, 32-35); in parallel as by
-    Hassan, Särkkä and García-Fernández, Temporal parallelization of inference in hidden Markov models, IEEE
-    Transactions on Signal Processing 69, 2021. All is done in logarithms: probabilities of zero and likelihoods of
-    -inf are exact, and their derivatives zero, never NaN.
+    `log_prob` is the forward recursion, `smoother` is forward-backward, and `viterbi` is Viterbi's recursion. All of
+    them compute in logarithms. So probabilities of zero and likelihoods of -inf are exact, and their derivatives are
+    zero, never NaN.
 
-    Without an emission the values are the log likelihoods themselves, evidence of shape (T, K) that is computed
-    elsewhere: `log_prob(evidence)` is the log of the sum over paths, `log sum_z p(z) exp(sum_t evidence[t, z_t])`, for
-    `weft.factor`. Labels enter so: with zeros for the states that are possible at a time and -inf for the others,
-    `HiddenMarkov(initial, transition, num_steps=T)` takes `d.log_likelihoods(y) + labels`.
+    Without an emission the value is the log likelihoods themselves, of shape (T, K), computed elsewhere. Then
+    `log_prob(evidence)` is the log of the sum over paths, `log sum_z p(z) exp(sum_t evidence[t, z_t])`, to be used in
+    `weft.factor`. Labels enter in this way: let `labels` be zero for the states that are possible at a time and -inf
+    for the others. Then `HiddenMarkov(initial, transition, num_steps=T)` takes `d.log_likelihoods(y) + labels`.
 
     Args:
         initial: probabilities of the first state, shape (K,).
         transition: transition[i, j] = P(z_t = j | z_{t-1} = i), (K, K), or (T - 1, K, K) with one for each transition.
-        emission: a distribution of batch shape (K,), or (T, K) if it varies in time; None as above.
+        emission: a distribution of batch shape (K,), or (T, K) if it varies in time. None if the value is log
+            likelihoods.
         num_steps: T; needed where nothing else has a time axis.
-        where: which observations there are, booleans of shape (T,). What y holds elsewhere is ignored.
-        length: the number of steps of a shorter series, padded to T; may differ under `jax.vmap`. What is after the
-            end counts for nothing, and states there repeat the last one.
+        where: a mask of the observations that exist, of shape (T,). What y holds elsewhere is ignored.
+        length: the number of steps of a shorter series that is padded to T; it may differ under `jax.vmap`. What
+            stands after the end counts for nothing, and states there repeat the last one.
         parallel: whether recursions over time are associative scans: O(log T) deep, K times the work.
         validate_args: whether concrete probabilities are checked; NumPyro's default is that they are.
 
     Raises:
         ModelError: for shapes that do not fit one another, and for probabilities that do not sum to one.
         ObservationError: by the methods, for a series of another shape.
+
+    References:
+        Rabiner, A tutorial on hidden Markov models, Proceedings of the IEEE 77, 1989: equations 19-21 for the forward
+        recursion, 24-27 and 37 for the smoother, 32-35 for Viterbi's.
+        Hassan, Särkkä and García-Fernández, Temporal parallelization of inference in hidden Markov models, IEEE
+        Transactions on Signal Processing 69, 2021, for `parallel`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -124,7 +129,7 @@ class HiddenMarkov(Distribution):
         super().__init__((), (steps, *event_shape), validate_args=validate_args)
 
     def validate_args(self, strict: bool = True) -> None:
-        """Check that concrete probabilities are none below zero and sum to one."""
+        """Check that concrete probabilities are not below zero and sum to one."""
         for name in ("initial", "transition"):
             p = getattr(self, name)
             if isinstance(p, Tracer) or not p.size:
@@ -139,7 +144,7 @@ class HiddenMarkov(Distribution):
 
     @property
     def support(self) -> Any:
-        """That of the emission, at each time."""
+        """The support of the emission, at each time."""
         if self.emission is None:
             return constraints.real_matrix
         support = self.emission.support
@@ -156,7 +161,7 @@ class HiddenMarkov(Distribution):
     ) -> tuple[Int[Array, "*s t"], Array]:
         """States and observations, shapes (*sample_shape, T) and (*sample_shape, T, *event).
 
-        Observations are drawn for all K states at each time, of which one is kept.
+        At each time, observations are drawn for all K states, and one of them is kept.
         """
         emission = self.emission
         if emission is None:
@@ -176,15 +181,15 @@ class HiddenMarkov(Distribution):
         return over_shape(draw, key, sample_shape)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Float[Array, "*s"]:
-        """Log density of the observations; those missing are summed out."""
+        """Log density of the observations. Missing ones are summed out."""
         density = lambda y: self.filter(y).log_increments.sum()  # noqa: E731
         return over_leading(density, as_series(self, value), len(self.event_shape))
 
     def log_likelihoods(self, y: ArrayLike) -> Float[Array, "t k"]:
-        """Log p(y_t | z_t = k), shape (T, K); zero where there is no observation.
+        """Log p(y_t | z_t = k), of shape (T, K). It is zero where there is no observation.
 
         Args:
-            y: one series, shape (T, *event); without an emission the log likelihoods themselves.
+            y: one series, shape (T, *event). Without an emission, the log likelihoods themselves.
         """
         self._check_made_here()
         y = as_series(self, y, exactly=True)
@@ -204,7 +209,7 @@ class HiddenMarkov(Distribution):
         return jnp.where(seen[:, None], self._emitted(jnp.where(there, y[:, None], instead)), 0)
 
     def filter(self, y: ArrayLike) -> FilteredStates:
-        """Probabilities of the states given the observations so far; the log density by increments.
+        """Probabilities of the states given the observations so far, and the log density as a sum of increments.
 
         Args:
             y: one series, shape (T, *event).
@@ -213,7 +218,7 @@ class HiddenMarkov(Distribution):
         return FilteredStates(jnp.exp(law), increments)
 
     def smoother(self, y: ArrayLike) -> SmoothedStates:
-        """Probabilities of the states given all observations, and the expected numbers of transitions.
+        """Probabilities of the states given all observations, and the expected number of each transition.
 
         Args:
             y: one series, shape (T, *event).
@@ -221,7 +226,7 @@ class HiddenMarkov(Distribution):
         return forward_backward.smoother(self._chain_of(y), parallel=self.parallel)
 
     def viterbi(self, y: ArrayLike) -> ViterbiPath:
-        """The most probable path of the states, and its log density together with y.
+        """The most probable path of the states, and the log density of that path and y together.
 
         Args:
             y: one series, shape (T, *event).
@@ -231,7 +236,7 @@ class HiddenMarkov(Distribution):
     def sample_states(self, key: PRNGKeyArray, y: ArrayLike) -> Int[Array, " t"]:
         """A draw of all states given all observations, shape (T,).
 
-        For many draws `jax.vmap` this over keys; what does not depend on the key is computed once.
+        For many draws use `jax.vmap` over keys: what does not depend on the key is computed once.
 
         Args:
             key: a random key.
@@ -241,14 +246,14 @@ class HiddenMarkov(Distribution):
         return forward_backward.sample_posterior(key, chain, parallel=self.parallel)
 
     def forecast(self, y: ArrayLike, num_steps: int) -> HiddenMarkov:
-        """The law of the next `num_steps` observations given the first ones: again a `HiddenMarkov`.
+        """The law of the next `num_steps` observations, given the first ones. It is a `HiddenMarkov` again.
 
-        Its `state_marginals()` are the forecast of the states, `mean` and `variance` that of the observations.
+        Its `state_marginals()` are the forecast of the states. `mean` and `variance` are that of the observations.
 
         Args:
             y: the observations so far, shape (S, *event) with S at most T.
-            num_steps: how many to forecast. Where the transition varies in time, at most T - S; an emission that
-                varies is refused.
+            num_steps: how many to forecast. If the transition varies in time, at most T - S. An emission that varies
+                in time is refused.
         """
         y = jnp.asarray(y)
         steps, event_shape = self.event_shape[0], self.event_shape[1:]
@@ -300,7 +305,7 @@ class HiddenMarkov(Distribution):
         return jnp.asarray(self.emission.log_prob(y))
 
     def _average(self, by_state: Array) -> Array:
-        """The mean over the states of what depends on them, at each time."""
+        """The mean, over the states at each time, of a quantity that is given for each state."""
         shape = (self.event_shape[0], len(self.initial), *self.event_shape[1:])
         by_state = jnp.broadcast_to(by_state, shape)
         return jnp.einsum("tk,tk...->t...", self.state_marginals(), by_state)

@@ -1,14 +1,14 @@
-"""Filtering, smoothing and sampling of one linear-Gaussian series, sequential and parallel in time.
+"""Filtering, smoothing and sampling of one linear-Gaussian series, sequentially or in parallel over time.
 
     x_0 ~ N(m0, P0),    x_t = A x_{t-1} + b + N(0, Q),    y_t = C x_t + d + N(0, R)
 
-The filter gives the laws p(x_t | y_{0:t}). Backwards from the last of them the states given all observations are
-again a linear-Gaussian chain, p(x_t | x_{t+1}, y_{0:t}) = N(E x_{t+1} + g, L): its marginals are the smoother, a path
-of it is a draw of the states. Sequentially each is a `lax.scan`. In parallel each is an associative scan, of
-conditionals p(x_t | x_s) that compose.
+The filter gives the laws p(x_t | y_{0:t}). Given all observations the states are a linear-Gaussian chain again. It
+runs backwards from the last state, with p(x_t | x_{t+1}, y_{0:t}) = N(E x_{t+1} + g, L). The marginals of this chain
+are the smoother, and a path of it is a draw of the states. Sequentially, each recursion is a `lax.scan`. In parallel,
+each is an associative scan over the conditionals p(x_t | x_s), which compose.
 
-Covariances are updated in Joseph's form, F P F' + K R K', which is symmetric and positive semidefinite whatever
-rounding did to the gain; with the usual P - K S K' single precision fails on vague priors.
+Covariances are updated in Joseph's form, F P F' + K R K'. It is symmetric and positive semidefinite whatever rounding
+did to the gain. The usual form P - K S K' fails in single precision on vague priors.
 
 References:
     Särkkä, Bayesian Filtering and Smoothing, 2013: the filter is theorem 4.2, the smoother theorem 8.2.
@@ -42,7 +42,7 @@ class Gaussian(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """x_t = A x_{t-1} + b + N(0, Q): each constant, or with a leading axis of T - 1 transitions."""
+    """x_t = A x_{t-1} + b + N(0, Q). Each is constant, or has a leading axis of T - 1 transitions."""
 
     A: Float[Array, "*t n n"]
     b: Float[Array, "*t n"]
@@ -50,7 +50,7 @@ class Transition(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """y_t = C x_t + d + N(0, R): each constant, or with a leading axis of T times."""
+    """y_t = C x_t + d + N(0, R). Each is constant, or has a leading axis of T times."""
 
     C: Float[Array, "*t m n"]
     d: Float[Array, "*t m"]
@@ -58,7 +58,7 @@ class Observation(NamedTuple):
 
 
 class FilteredGaussian(NamedTuple):
-    """What `LinearGaussian.filter` gives: laws of the states given the observations so far.
+    """The result of `LinearGaussian.filter`: laws of the states given the observations so far.
 
     Attributes:
         means: E[x_t | y_{0:t}], shape (T, n).
@@ -76,7 +76,7 @@ class FilteredGaussian(NamedTuple):
 
 
 class SmoothedGaussian(NamedTuple):
-    """What `LinearGaussian.smoother` gives: laws of the states given all observations.
+    """The result of `LinearGaussian.smoother`: laws of the states given all observations.
 
     Attributes:
         means: E[x_t | y], shape (T, n).
@@ -111,7 +111,7 @@ def predict(law: Gaussian, transition: Transition) -> Gaussian:
 
 
 def update(law: Gaussian, observed: tuple[Observation, Array, Array | None]) -> FilteredGaussian:
-    """Bayes' rule for one observation, of which `where`, if given, says which entries there are."""
+    """Bayes' rule for one observation. If `where` is given, it says which entries of the observation exist."""
     (C, d, R), y, where = _without_missing(observed)
     mean, P = law
     residual = y - C @ mean - d
@@ -124,7 +124,7 @@ def update(law: Gaussian, observed: tuple[Observation, Array, Array | None]) -> 
 
 
 def _without_missing(observed: tuple[Observation, Array, Array | None]) -> Any:
-    """A missing entry becomes the observation of a zero as N(0, 1) noise, which says nothing of the state."""
+    """A missing entry becomes an observed zero that is N(0, 1) noise, which says nothing of the state."""
     (C, d, R), y, where = observed
     if where is None:
         return observed
@@ -142,7 +142,7 @@ def _joseph(P: Array, gain: Array, C: Array, R: Array) -> Array:
 def _positive_definite(S: Array) -> tuple[Callable[[Array], Array], Array]:
     """The inverse of S, as a function, and the logarithm of its determinant.
 
-    For one number at a time without LAPACK, whose calls would cost more than all the rest of a sequential filter.
+    For a single number LAPACK is avoided: its calls would cost more than all the rest of a sequential filter.
     """
     if S.shape == (1, 1):
         return lambda B: B / S, jnp.log(S[0, 0])
@@ -169,8 +169,8 @@ def kalman_filter(
 ) -> FilteredGaussian:
     """The laws p(x_t | y_{0:t}) and p(x_t | y_{0:t-1}), and log p(y_t | y_{0:t-1}).
 
-    In parallel, the associative scan gives the laws, and one step of the filter from each to the next, all at once,
-    gives the rest; the step also takes off most of what rounding did to the laws.
+    In parallel, the associative scan gives the laws. Then one step of the filter from each law to the next, all steps
+    at once, gives the rest. That step also removes most of what rounding did to the laws.
     """
     observed = (observation, y, where)
     observed_axes = (time_axes(observation), 0, None if where is None else 0)
@@ -190,7 +190,7 @@ def kalman_filter(
         laws = Gaussian(scanned.b[:-1], scanned.C[:-1])
         _, rest = jax.vmap(step, in_axes=(0, axes), axis_size=length)(laws, inputs)
     else:
-        # The derivative keeps the laws and computes each step anew: a tenth of the memory, and on CPUs no slower.
+        # The derivative keeps the laws and recomputes each step: a tenth of the memory, and no slower on CPUs.
         step = jax.checkpoint(step, prevent_cse=False)
         _, rest = timewise.scan(step, law, inputs, axes, length=length)
     return timewise.join(start, rest)
@@ -227,7 +227,7 @@ def _element(transition: Transition, observed: tuple[Observation, Array, Array |
 
 
 def _combine(i: _Element, j: _Element) -> _Element:
-    """From s over the end of i to the end of j: one linear system with the matrix I + C_i J_j."""
+    """The element from the start of i to the end of j. It takes one linear system, with the matrix I + C_i J_j."""
     n = i.b.size
     right = jnp.concatenate([i.A, i.C, (i.b + i.C @ j.eta)[:, None]], axis=1)
     solved = jnp.linalg.solve(jnp.eye(n, dtype=i.b.dtype) + i.C @ j.J, right)
@@ -248,7 +248,7 @@ def _combine(i: _Element, j: _Element) -> _Element:
 def marginals(
     first: Gaussian, transition: Transition, *, length: int, reverse: bool = False, parallel: bool
 ) -> Gaussian:
-    """The laws of all states of the chain that starts (with `reverse`: ends) with `first`."""
+    """The laws of all states of the chain that starts with `first` (ends with it, if `reverse`)."""
     axes = time_axes(transition)
     if parallel:
         composed = _compose(transition, length, reverse)
@@ -274,7 +274,7 @@ def sample_path(
     reverse: bool = False,
     parallel: bool,
 ) -> Float[Array, "t n"]:
-    """A draw of the same chain: with the noise drawn, it is a deterministic affine recursion.
+    """A draw of the same chain. Once the noise is drawn, it is a deterministic affine recursion.
 
     `sizes` are as for `semidefinite_factor`, for each Q.
     """

@@ -27,23 +27,23 @@ from .kalman import FilteredGaussian, Gaussian, Observation, SmoothedGaussian, T
 
 
 class LinearGaussian(Distribution):
-    """A series of observations of a linear-Gaussian state-space model, the states integrated out.
+    """A series of observations of a linear-Gaussian state-space model, with the states integrated out.
 
         x_0 ~ N(m0, P0),    x_t = A x_{t-1} + b + N(0, Q),    y_t = C x_t + d + N(0, R),
 
-    States have n dimensions and observations m, at times t = 0, ..., T - 1; the first state emits the first
-    observation. The value is y, of shape (T, m), and the density that of the observations alone.
+    States have n dimensions, observations have m, and times are t = 0, ..., T - 1. The first state emits the first
+    observation. The value is y, of shape (T, m). The density is that of the observations alone.
 
-    `log_prob` is the Kalman filter, `smoother` Rauch, Tung and Striebel's (Särkkä, Bayesian Filtering and Smoothing,
-    2013, theorems 4.2 and 8.2), `sample_states` forward filtering and backward sampling (Frühwirth-Schnatter, 1994);
-    in parallel as by Särkkä and García-Fernández, Temporal parallelization of Bayesian smoothers, IEEE Transactions
-    on Automatic Control 66, 2021, section IV.
+    `log_prob` is the Kalman filter. `smoother` is the one of Rauch, Tung and Striebel. `sample_states` filters forwards
+    and samples backwards.
 
-    The covariances may be singular (the lags of an autoregression, a start that is known), as long as the observations
-    have a density: C P C' + R must be positive definite for the predicted covariances P, and for `parallel` also with
-    Q in their place. In single precision a vague prior costs the smoother its first states: on a local linear trend
-    they were off by .003 of their standard deviations for prior variances of 1e3 times the noise's, by .05 for 1e4, and
-    lost for 1e6, where the filter was off by .006. Vaguer priors want double precision.
+    Covariances may be singular: the lags of an autoregression, or a first state that is known. But the observations
+    must have a density. So C P C' + R must be positive definite for the predicted covariances P, and with `parallel`
+    also for Q in their place.
+
+    In single precision a vague prior costs the smoother its first states. On a local linear trend they were off by .003
+    of their standard deviations for prior variances of 1e3 times the noise's, and by .05 for 1e4. For 1e6 they were
+    lost, and the filter was off by .006. Use double precision for vaguer priors.
 
     Args:
         m0: mean of the first state, shape (n,).
@@ -55,14 +55,20 @@ class LinearGaussian(Distribution):
         b: offset of the transition, (n,) or (T - 1, n); zero if not given.
         d: offset of the observation, (m,) or (T, m); zero if not given.
         num_steps: T; needed where nothing else has a time axis.
-        where: which observations there are, booleans of shape (T,) for whole rows or (T, m) for single entries. What
-            y holds elsewhere (NaN, say) is ignored; draws have values everywhere.
+        where: a mask of the observations that exist, of shape (T,) for whole rows or (T, m) for single entries. What
+            y holds elsewhere (NaN, say) is ignored. Draws have values everywhere.
         parallel: whether recursions over time are associative scans: O(log T) deep, several times the work.
         validate_args: whether concrete covariances are checked; NumPyro's default is that they are.
 
     Raises:
         ModelError: for shapes that do not fit one another, and for a covariance that is none.
         ObservationError: by the methods, for a series of another shape.
+
+    References:
+        Särkkä, Bayesian Filtering and Smoothing, 2013, theorem 4.2 for the filter and 8.2 for the smoother.
+        Frühwirth-Schnatter, Data augmentation and dynamic linear models, 1994, for draws of the states.
+        Särkkä and García-Fernández, Temporal parallelization of Bayesian smoothers, IEEE Transactions on Automatic
+        Control 66, 2021, section IV, for `parallel`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -172,12 +178,12 @@ class LinearGaussian(Distribution):
         return over_shape(draw, key, sample_shape)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Float[Array, "*s"]:
-        """Log density of the observations; those missing are integrated out."""
+        """Log density of the observations. Missing ones are integrated out."""
         density = lambda y: self.filter(y).log_increments.sum()  # noqa: E731
         return over_leading(density, as_series(self, value), 2)
 
     def filter(self, y: ArrayLike) -> FilteredGaussian:
-        """The laws of the states given the observations so far; the log density by increments.
+        """The laws of the states given the observations so far, and the log density as a sum of increments.
 
         Args:
             y: one series, shape (T, m).
@@ -188,7 +194,7 @@ class LinearGaussian(Distribution):
         return kalman.kalman_filter(*model, y, self._entries(), parallel=self.parallel)
 
     def smoother(self, y: ArrayLike) -> SmoothedGaussian:
-        """The laws of the states given all observations: means, covariances, covariances of neighbours.
+        """The laws of the states given all observations: means, covariances, and covariances of neighbouring states.
 
         Args:
             y: one series, shape (T, m).
@@ -200,7 +206,7 @@ class LinearGaussian(Distribution):
     def sample_states(self, key: PRNGKeyArray, y: ArrayLike) -> Float[Array, "t n"]:
         """A draw of all states given all observations, shape (T, n).
 
-        For many draws `jax.vmap` this over keys; what does not depend on the key is computed once.
+        For many draws use `jax.vmap` over keys: what does not depend on the key is computed once.
 
         Args:
             key: a random key.
@@ -221,14 +227,14 @@ class LinearGaussian(Distribution):
         )
 
     def forecast(self, y: ArrayLike, num_steps: int) -> LinearGaussian:
-        """The law of the next `num_steps` observations given the first ones: again a `LinearGaussian`.
+        """The law of the next `num_steps` observations, given the first ones. It is a `LinearGaussian` again.
 
-        Its `mean` and `variance` are the forecast, `state_marginals()` that of the states, `sample` draws futures, and
-        `log_prob` scores what came.
+        Its `mean` and `variance` are the forecast of the observations, and `state_marginals()` that of the states.
+        `sample` draws futures. `log_prob` scores what came.
 
         Args:
             y: the observations so far, shape (S, m) with S at most T.
-            num_steps: how many to forecast. Where parameters vary in time, at most T - S.
+            num_steps: how many to forecast. If parameters vary in time, at most T - S.
         """
         y = jnp.asarray(y)
         steps, m = self.event_shape
@@ -302,7 +308,7 @@ class LinearGaussian(Distribution):
 
 
 def _check_shapes(parameters: Mapping[str, Array], n: int, m: int) -> dict[str, int]:
-    """Against the dimensions of m0 and C. Gives T by the name of each parameter that varies in time."""
+    """Check shapes against the dimensions of m0 and C. Gives T for the name of each parameter that varies in time."""
     shapes = {"m0": (n,), "P0": (n, n), "A": (n, n), "Q": (n, n), "b": (n,)}
     shapes |= {"C": (m, n), "R": (m, m), "d": (m,)}
     lengths = {}

@@ -1,7 +1,7 @@
-"""Steps of a recursion over inputs of which some are the same at every time.
+"""Recursions over time whose inputs may be constant or vary.
 
-Inputs come with a tree of axes like `jax.vmap`'s `in_axes`: 0 where a leaf has a leading time axis, None where it is
-constant. So the same step runs under `jax.vmap` and, here, under `lax.scan`, and a constant matrix is never repeated.
+Inputs come with a tree of axes, like the `in_axes` of `jax.vmap`: 0 for a leaf with a leading time axis, None for a
+constant one. So the same step runs under `jax.vmap` and, here, under `lax.scan`. A constant matrix is never repeated.
 """
 
 from __future__ import annotations
@@ -44,6 +44,6 @@ def at(inputs: Any, axes: Any, index: int | slice) -> Any:
 
 
 def join(start: Any, rest: Any, *, reverse: bool = False) -> Any:
-    """A series from its first element and the others; with `reverse` the element comes last."""
+    """A series made of its first element and the others. With `reverse` that element comes last."""
     order = (lambda a, b: [b, a]) if reverse else (lambda a, b: [a, b])
     return jax.tree.map(lambda a, b: jnp.concatenate(order(a[None], b)), start, rest)

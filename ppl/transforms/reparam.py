@@ -1,7 +1,11 @@
-r"""Reparametrisation: the same law with other choices. ``noncentered`` and ``reparametrize``.
+r"""Reparametrisation, ``noncentered`` and ``reparametrize``: the same law with other choices.
 
-A site $x \sim d$ becomes a base choice at ``x_base`` and a computed value recorded under ``x`` in ``trace.derived``;
-the law of everything else is unchanged (Papaspiliopoulos, Roberts and Sköld 2007; Gorinova, Moore and Hoffman 2020).
+A site $x \sim d$ becomes two: a base choice at ``x_base``, and a value that is computed from it and recorded under
+``x`` in ``trace.derived``. The law of everything else is unchanged.
+
+References:
+    Papaspiliopoulos, Roberts and Sköld (2007), "A general framework for the parametrization of hierarchical models".
+    Gorinova, Moore and Hoffman (2020), "Automatic reparameterisation of probabilistic programs".
 """
 
 from __future__ import annotations
@@ -27,11 +31,11 @@ from .transforms import _covered, name_of
 F = TypeVar("F", bound=Callable[..., Any])
 
 BASE = "_base"
-"""What is added to the name of a site for the choice that it is computed from."""
+"""The ending of the name of a base choice: ``x_base`` is the base choice of ``x``."""
 
 
 class Reparam(eqx.Module):
-    """How a distribution is written as a function of a base distribution: ``base(d)`` and ``value(d, base value)``."""
+    """A way to write a distribution as a function of a base distribution: ``base(d)`` and ``value(d, base value)``."""
 
     def base(self, d: Any) -> Any:
         """The base distribution of ``d``."""
@@ -43,10 +47,13 @@ class Reparam(eqx.Module):
 
 
 class LocScale(Reparam):
-    r"""A location-scale family on the real line, centred by ``centered`` in [0, 1] (0 is non-centred).
+    r"""A location-scale family on the real line, partly centred.
 
-    With $\lambda$ = ``centered``: base $\sim F(\lambda\mu, \sigma^\lambda)$ and $x = \mu +
-    \sigma^{1-\lambda}(\text{base} - \lambda\mu)$.
+    Write $\lambda$ for ``centered``. The base choice is $b \sim F(\lambda\mu, \sigma^\lambda)$, and the value is
+    $x = \mu + \sigma^{1-\lambda}(b - \lambda\mu)$.
+
+    Attributes:
+        centered: from 0 (non-centred) to 1 (as it was).
     """
 
     centered: float = 0.0
@@ -67,7 +74,7 @@ class LocScale(Reparam):
 
 
 class Affine(Reparam):
-    r"""Multivariate normal as $x = \mu + L\,\varepsilon$, $\varepsilon \sim N(0, I)$."""
+    r"""A multivariate normal written as $x = \mu + L\,\varepsilon$, with $\varepsilon \sim N(0, I)$."""
 
     def base(self, d: Any) -> Any:
         if not isinstance(d, dist.MultivariateNormal):
@@ -79,7 +86,11 @@ class Affine(Reparam):
 
 
 class Transform(Reparam):
-    """A transformed distribution as its transforms of its base, and that by ``inner`` if one is given."""
+    """A transformed distribution, written as its transforms applied to a choice of its base distribution.
+
+    Attributes:
+        inner: how the base distribution is written in turn; None leaves it as it is.
+    """
 
     inner: Reparam | None = None
 
@@ -105,7 +116,7 @@ def _is_loc_scale(d: Any) -> bool:
 
 
 def _strip(d: Any) -> tuple[Any, int]:
-    """The distribution under ``to_event`` and ``expand``, and how many axes were made event axes."""
+    """The distribution under ``to_event`` and ``expand``, and the number of axes that were made event axes."""
     ndim = 0
     while isinstance(d, (dist.Independent, dist.ExpandedDistribution)):
         if isinstance(d, dist.Independent):
@@ -180,15 +191,15 @@ class _Reparametrised(Transformed):
 
 
 def reparametrize(model: F, strategies: Mapping[str, Reparam | None]) -> F:
-    """Rewrite sites by the given strategies; the original values stand in ``trace.derived`` under the old addresses.
+    """Rewrite sites by the given strategies. The original values are in ``trace.derived``, under the old addresses.
 
     Args:
         model: a model or a function with sites.
-        strategies: address (wildcards allowed) to a strategy such as ``LocScale(centered=0.3)``, or None for the
-            default one.
+        strategies: a dict from addresses to strategies. An address may hold wildcards. A strategy is, say,
+            ``LocScale(centered=0.3)``, or None for the default.
 
     Raises:
-        ModelError: where a distribution has no such form.
+        ModelError: if a distribution has no such form.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -213,9 +224,8 @@ def reparametrize(model: F, strategies: Mapping[str, Reparam | None]) -> F:
 def noncentered(model: F, *addresses: str) -> F:
     r"""The non-centred form of sites: $x = \mu + \sigma\,\varepsilon$, with $\varepsilon$ at ``x_base``.
 
-    The value of ``x`` itself is recorded in ``derived``.
-
-    It cures the funnel of hierarchical models with little data a group; with much data the centred form mixes better.
+    The value of ``x`` itself is recorded in ``derived``. The non-centred form cures the funnel of hierarchical models
+    with few data in each group. With many data the centred form mixes better.
 
     Examples:
         >>> import jax, numpyro.distributions as dist

@@ -1,7 +1,7 @@
-"""Rewriting a function with sites: the interpreter run over it with a handler that stages each site anew.
+"""Rewriting a function with sites: the interpreter runs over it with a handler that stages each site again.
 
 Every transform of a model (condition, scale, reparametrize, ...) is such a handler. The rewritten function has the same
-arguments and the same return value, and can be sampled, nested and transformed again.
+arguments and the same return value. It can be sampled, nested, and transformed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from weft.ppl.stage.structure import site_table
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite(Handler):
-    """Stages what it meets; subclasses override ``payload`` or ``site``."""
+    """A handler that stages each site that it meets. Subclasses override ``payload`` or ``site``."""
 
     records = False
 
@@ -36,7 +36,7 @@ class Rewrite(Handler):
         return self.emit(site, given), None, {}
 
     def emit(self, site: Site, given: Any = None) -> jax.Array:
-        """Stage the site with its payload changed by ``payload``; lane by lane, as it stood."""
+        """Stage the site with its payload changed by ``payload``, for each element of its batch axes as before."""
 
         def one(payload: dict[str, Any], given: Any) -> Any:
             changed = self.payload(site, dict(payload), given)
@@ -45,7 +45,7 @@ class Rewrite(Handler):
         return site.over_lanes(one, given)
 
     def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
-        """The payload of one lane, changed."""
+        """The changed payload, for one element of the batch axes."""
         return payload
 
     def spec(self, site: Site, spec: SiteSpec) -> SiteSpec:
@@ -84,7 +84,7 @@ def out_of_reach(address: str) -> ModelError:
 
 
 def rebind_scope(name: str, f: Callable[..., list[Any]], args: list[Any]) -> list[Any]:
-    """Stage ``f`` as a nested program; what it closes over become operands."""
+    """Stage ``f`` as a nested program. Arrays that ``f`` closes over become operands."""
     jaxpr, consts = consts_first(jax.make_jaxpr(lambda *a: f(*a))(*args))
     outs = tuple(ShapedArray(v.aval.shape, v.aval.dtype) for v in jaxpr.outvars)
     operands = [*consts, *args] or [jnp.zeros(())]
@@ -105,7 +105,7 @@ def rewrite(
         function: any function with sites.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        handler: from the table of its sites to the handler and the entries that it is given by address.
+        handler: a function from the table of sites to a handler and to what it is given, by address.
     """
     code, operands = stage_call(function, args, kwargs)
     chosen, given = handler(site_table(code.jaxpr))
@@ -116,7 +116,7 @@ def rewrite(
 def stage_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Code, list[Any]]:
-    """Stage a call, with the arguments that are arrays or floats traced; ``(code, its flat arguments)``."""
+    """Stage a call with its arrays and floats traced. Gives ``(code, its flat arguments)``."""
     arrays, skeleton = pack((args, kwargs))
 
     def call(*arrays: Any) -> Any:
@@ -128,7 +128,7 @@ def stage_call(
 
 
 class Transformed(eqx.Module):
-    """A function with sites and a transform of them. Subclasses give the handler."""
+    """A function with sites, and a transform of these sites. Subclasses give the handler."""
 
     inner: Callable[..., Any]
 
@@ -148,7 +148,7 @@ class Transformed(eqx.Module):
 
 
 def transform(target: Any, make: Callable[[Callable[..., Any]], Transformed]) -> Any:
-    """Apply a transform to a model or to a function with sites; the same kind comes back."""
+    """Apply a transform to a model or to a function with sites. The result is of the same kind."""
     if isinstance(target, Model):
         return Model(make(target.function), target.name)
     if not callable(target):

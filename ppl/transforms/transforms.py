@@ -140,7 +140,11 @@ class _Do(Transformed):
 
 
 def do(model: F, choices: Mapping[str, Any]) -> F:
-    """Intervene: the sites become constants without a density (Pearl's do).
+    """Intervene (Pearl's do): the sites become constants, without a density.
+
+    Args:
+        model: a model or a function with sites.
+        choices: nested dict of values.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -156,7 +160,9 @@ def do(model: F, choices: Mapping[str, Any]) -> F:
 
 
 def replay(model: F, trace: Trace | Mapping[str, Any]) -> F:
-    """Run a model with the choices that another trace has at the same addresses, as ``do`` does; others are free.
+    """Run a model with the choices of another trace.
+
+    Choices at the same addresses are fixed, as by ``do``. Other choices are free.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -201,11 +207,11 @@ class _Block(Transformed):
 
 
 def block(model: F, *addresses: Address) -> F:
-    """Hide choices: they are still made, but not recorded, and the program has no density at hand any more.
+    """Hide choices. They are still made, but not recorded. The program then has no known density.
 
     Args:
         model: a model or a function with sites.
-        addresses: which ones, wildcards allowed; all of them if none is named.
+        addresses: the choices to hide; wildcards are allowed. All choices if none is named.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -263,7 +269,7 @@ def scope(model: F, name: str) -> F:
 
 @dataclasses.dataclass(frozen=True)
 class _Multiply(Rewrite):
-    """Multiplies a site's scale by the factors whose key names one of its axes, or covers its address."""
+    """Multiplies the scale of a site by every factor whose key names one of the site's axes or covers its address."""
 
     factors: tuple[tuple[str, Any], ...] = ()
 
@@ -311,12 +317,12 @@ class _Scale(Transformed):
 
 
 def scale(model: F, factors: Any) -> F:
-    r"""Multiply log densities of sites: $c \log p$, for minibatches and tempering.
+    r"""Multiply the log densities of sites, $c \log p$, for minibatches and tempering.
 
     Args:
         model: a model or a function with sites.
-        factors: a number for every site; or a dict from names of axes (``{"row": N / B}`` scales every site under that
-            axis, once) or addresses to numbers.
+        factors: a number for every site; or a dict from names of axes, or addresses, to numbers. ``{"row": N / B}``
+            scales every site under that axis, once.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -373,11 +379,14 @@ class _Masked(Transformed):
 
 
 def mask(model: F, where: Any) -> F:
-    """Count sites only where a mask is true; elsewhere their choices are idle (``trace.active``) and weigh nothing.
+    """Count sites only where a mask is true.
+
+    Elsewhere their choices are idle: ``trace.active`` is false there, and they add nothing to the density.
 
     Args:
         model: a model or a function with sites.
-        where: booleans for every site, or a dict from addresses to booleans of (leading axes of) the site's shape.
+        where: booleans for every site; or a dict from addresses to booleans of the site's shape, or of leading axes
+            of it.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -424,8 +433,8 @@ def with_gradients(model: F, strategies: Mapping[str, Any]) -> F:
 
     Args:
         model: a model or a function with sites.
-        strategies: address to strategy (``weft.gradients``), None for the default; addresses may hold wildcards, and
-            later entries win.
+        strategies: a dict from addresses to strategies (``weft.gradients``), or to None for the default. Addresses
+            may hold wildcards. Later entries win.
 
     Raises:
         AddressError: for an address without a site.
