@@ -27,8 +27,9 @@ from weft.inference.markov.gradient_kernels import Kernel
 from weft.inference.results.particles import Particles
 from weft.inference.weighted.proposals import check_proposal
 from weft.ppl import Program, Target
-from weft.ppl.stage.compat import Tracer, inner_jaxprs, open_jaxpr
+from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.jaxprs import equations
 from weft.ppl.stage.sites import Site, site_p
 from weft.ppl.stage.structure import summed_out
 
@@ -491,8 +492,6 @@ def _check_program(program: Program) -> None:
 
 def _fixed_in_part(jaxpr: Any) -> Iterator[str]:
     """Names of the sites of which a transform fixed some elements and left others."""
-    for eqn in open_jaxpr(jaxpr)[0].eqns:
+    for eqn, _ in equations(jaxpr):
         if eqn.primitive is site_p and "observed" in Site(eqn.params, [], (), ()).parts:
             yield eqn.params["spec"].name
-        for inner in inner_jaxprs(eqn):
-            yield from _fixed_in_part(inner)

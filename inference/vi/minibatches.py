@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
-from weft.ppl.stage.compat import inner_jaxprs, open_jaxpr
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.jaxprs import Holds
 from weft.ppl.stage.packing import Skeleton, pack
 from weft.ppl.stage.sites import site_p
 
@@ -129,13 +129,12 @@ def warn_unscaled(objective: Any, params: Any, batches: Minibatches) -> None:
         )
 
 
-def _scales(jaxpr: Any) -> bool:
-    """Whether a site of a program is scaled."""
-    for eqn in open_jaxpr(jaxpr)[0].eqns:
-        if eqn.primitive is site_p:
-            skeleton = eqn.params["skeleton"]
-            if skeleton.unpack([0.0] * skeleton.num_arrays).get("scale") is not None:
-                return True
-        elif eqn.params.get("scaled") or any(map(_scales, inner_jaxprs(eqn))):
-            return True
-    return False
+def _is_scaled(eqn: Any) -> bool:
+    if eqn.primitive is not site_p:
+        return bool(eqn.params.get("scaled"))
+    skeleton = eqn.params["skeleton"]
+    return skeleton.unpack([0.0] * skeleton.num_arrays).get("scale") is not None
+
+
+_scales = Holds(_is_scaled)
+"""Whether a site of a program is scaled."""

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from weft.ppl.stage.compat import (
-    Literal,
-    cond_p,
-    inner_jaxprs,
-    open_jaxpr,
-    scan_p,
-    scan_sizes,
-    while_p,
-)
-from weft.ppl.stage.control import eqn_holds_sites, estimated_p, scope_p
+from weft.ppl.stage.compat import open_jaxpr
+from weft.ppl.stage.control import addresses, eqn_holds_sites, scopes
+from weft.ppl.stage.jaxprs import Place, flow, wiring
 from weft.ppl.stage.sites import site_p
 
-Taint = frozenset[str]
+Names = frozenset[str]
+"""Addresses of choices: the abstract value of whatever depends on them."""
 
 
-def site_inputs(jaxpr: Any) -> dict[str, Taint]:
+def site_inputs(jaxpr: Any) -> dict[str, Names]:
     """For each site (choices and factors) the addresses of the choices that its parameters depend on.
 
     A site in a branch depends on what the predicate does; a deterministic record does not count.
     """
-    found: dict[str, Taint] = {}
-    _walk(jaxpr, None, frozenset(), (), found, {})
-    return found
+    return _Follower(jaxpr).found
 
 
-def predicates(jaxpr: Any) -> Taint:
+def predicates(jaxpr: Any) -> Names:
     """Addresses of the choices that a branch index of sited control flow depends on."""
-    collected: dict[str, Taint] = {}
-    _walk(jaxpr, None, frozenset(), (), {}, collected)
-    return frozenset().union(*collected.values()) if collected else frozenset()
+    return _Follower(jaxpr).predicates
 
 
-def returned(jaxpr: Any) -> Taint:
+def returned(jaxpr: Any) -> Names:
     """Addresses of the choices that what a program returns is computed from."""
-    return frozenset().union(*_walk(jaxpr, None, frozenset(), (), {}, {}))
+    return _union(_Follower(jaxpr).results)
 
 
 def readers(jaxpr: Any, address: str) -> list[str]:
@@ -46,72 +37,39 @@ def readers(jaxpr: Any, address: str) -> list[str]:
     return [a for a, read in site_inputs(jaxpr).items() if address in read]
 
 
-def _walk(
-    jaxpr: Any,
-    inputs: list[Taint] | None,
-    control: Taint,
-    prefix: tuple[str, ...],
-    found: dict[str, Taint],
-    predicates: dict[str, Taint],
-) -> list[Taint]:
-    opened, _ = open_jaxpr(jaxpr)
-    taint: dict[Any, Taint] = {}
-    for i, v in enumerate(opened.invars):
-        taint[v] = inputs[i] if inputs is not None else frozenset()
-
-    def read(v: Any) -> Taint:
-        return frozenset() if isinstance(v, Literal) else taint.get(v, frozenset())
-
-    for eqn in opened.eqns:
-        ins = [read(v) for v in eqn.invars]
-        together = frozenset().union(*ins)
-        outs = [together] * len(eqn.outvars)
-        if eqn.primitive is site_p:
-            spec = eqn.params["spec"]
-            address = ".".join((*prefix, spec.name))
-            if spec.kind != "deterministic":
-                found[address] = found.get(address, frozenset()) | together | control
-            if spec.kind == "sample":
-                outs = [frozenset({address}) | control]
-        elif eqn.primitive is estimated_p:
-            names = [".".join((*prefix, *address)) for address, _ in eqn.params["sites"].value]
-            found.update({a: found.get(a, frozenset()) | together | control for a in names})
-            outs = [frozenset({a}) | control for a in names]
-        elif eqn_holds_sites(eqn):
-            outs = _inner(eqn, ins, control, prefix, found, predicates)
-        for v, t in zip(eqn.outvars, outs, strict=True):
-            taint[v] = t
-    return [read(v) for v in opened.outvars]
+def _union(sets: Iterable[Names]) -> Names:
+    return frozenset().union(*sets)
 
 
-def _inner(
-    eqn: Any, ins: list[Taint], control: Taint, prefix: Any, found: Any, predicates: Any
-) -> list[Taint]:
-    params, primitive = eqn.params, eqn.primitive
-    if primitive is scope_p and params["name"] is not None:
-        return _walk(params["jaxpr"], ins, control, (*prefix, params["name"]), found, predicates)
-    if primitive is cond_p:
-        if ins[0]:
-            predicates[str(id(eqn))] = predicates.get(str(id(eqn)), frozenset()) | ins[0]
-        outs = [
-            _walk(b, ins[1:], control | ins[0], prefix, found, predicates)
-            for b in params["branches"]
-        ]
-        return [frozenset().union(ins[0], *o) for o in zip(*outs, strict=True)]
-    if primitive is scan_p:
-        consts, carry = scan_sizes(params)
-        state = list(ins)
-        while True:  # what the carry depends on grows until it does not
-            outs = _walk(params["jaxpr"], state, control, prefix, found, predicates)
-            grown = [
-                a | b for a, b in zip(state[consts : consts + carry], outs[:carry], strict=True)
-            ]
-            if grown == state[consts : consts + carry]:
-                return outs
-            state[consts : consts + carry] = grown
-    if primitive is while_p:
-        return [frozenset().union(*ins)] * len(eqn.outvars)
-    inner = inner_jaxprs(eqn)
-    if len(inner) == 1 and len(open_jaxpr(inner[0])[0].invars) == len(ins):
-        return _walk(inner[0], ins, control, prefix, found, predicates)
-    return [frozenset().union(*ins)] * len(eqn.outvars)
+class _Follower:
+    """The choices of a program, followed through its equations.
+
+    Attributes:
+        found: for each site the choices that it reads.
+        predicates: the choices that decide which branch with sites is taken.
+        results: for each result, the choices that it depends on.
+    """
+
+    def __init__(self, jaxpr: Any) -> None:
+        self.found: dict[str, Names] = {}
+        self.predicates: Names = frozenset()
+        ins = [frozenset()] * len(open_jaxpr(jaxpr)[0].invars)
+        self.results = flow(jaxpr, ins, self.transfer, _union)
+
+    def transfer(self, eqn: Any, ins: list[Names], place: Place) -> list[Names] | None:
+        if not eqn_holds_sites(eqn):
+            return [_union(ins)] * len(eqn.outvars)
+        w = wiring(eqn)
+        if w is not None and w.rounds is not None:
+            if w.chooses is not None:
+                self.predicates |= ins[w.chooses]
+            return None
+        kind = eqn.params["spec"].kind if eqn.primitive is site_p else "sample"
+        here = () if kind == "deterministic" else addresses(eqn)
+        names = [".".join((*scopes(place), *address)) for address in here]
+        for name in names:
+            self.found[name] = self.found.get(name, frozenset()) | _union(ins) | place.deciding
+        if kind == "sample" and names:
+            return [frozenset({name}) | place.deciding for name in names]
+        # Choices of a while loop and of an anonymous run are recorded nowhere.
+        return [_union(ins)] * len(eqn.outvars)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from weft.ppl.programs.handlers import Evaluate
 from weft.ppl.programs.models import Model
-from weft.ppl.stage.compat import as_key, consts_first, inner_jaxprs, needed, open_jaxpr
+from weft.ppl.stage.compat import as_key, consts_first, needed
 from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.interpreter import interpret
+from weft.ppl.stage.jaxprs import Holds
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.structure import is_pathwise
 from weft.ppl.transforms.rewriting import stage_call
@@ -59,14 +60,8 @@ class Expectation(eqx.Module):
         return jax.tree.unflatten(code.out_tree, [jnp.mean(o, 0) for o in outs])
 
 
-def _marked(jaxpr: Any) -> bool:
-    """Whether a program makes a choice that is not simply reparametrised."""
-    return any(
-        not is_pathwise(eqn.params)
-        if eqn.primitive is site_p
-        else any(map(_marked, inner_jaxprs(eqn)))
-        for eqn in open_jaxpr(jaxpr)[0].eqns
-    )
+_marked = Holds(lambda eqn: eqn.primitive is site_p and not is_pathwise(eqn.params))
+"""Whether a program makes a choice that is not simply reparametrised."""
 
 
 def expect(f: Callable[..., Any], num_samples: int = 1, max_terms: int = 4096) -> Expectation:

@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from weft.ppl.programs.handlers import Evaluate
-from weft.ppl.stage.compat import inner_jaxprs, open_jaxpr, scan_p, while_p
-from weft.ppl.stage.control import eqn_holds_sites, estimated_p, lanes_p, scope_p
+from weft.ppl.stage.control import estimated_p, scopes
 from weft.ppl.stage.interpreter import Context, Handler
+from weft.ppl.stage.jaxprs import equations
 from weft.ppl.stage.sites import Site, site_p
 from weft.ppl.stage.structure import derive_keys, key_plan
 
@@ -92,7 +93,7 @@ class Probe:
         plan = key_plan(jaxpr)
         own = derive_keys(plan, key)
         if self.salt is None:
-            for choice in _choices(jaxpr, (), 1, False):
+            for choice in _choices(jaxpr):
                 self.choices.setdefault(choice.address, choice)
             return own
         other = derive_keys(plan, jax.random.fold_in(key, self.salt))
@@ -165,32 +166,18 @@ def _still(context: Context) -> Context:
 # --- the choices of a program -----------------------------------------------------------------------------------------
 
 
-def _choices(jaxpr: Any, prefix: tuple[str, ...], copies: int, in_loop: bool) -> Iterator[Choice]:
-    for eqn in open_jaxpr(jaxpr)[0].eqns:
-        if not eqn_holds_sites(eqn):
-            continue
-        params = eqn.params
+def _choices(jaxpr: Any) -> Iterator[Choice]:
+    for eqn, place in equations(jaxpr, enter=lambda e: e.primitive is not estimated_p):
+        prefix, copies = scopes(place), math.prod(n for n in place.rounds if n is not None)
+        in_loop = not {"loop", "while"}.isdisjoint(place.kinds)
         if eqn.primitive is site_p:
-            found = _choice(params, prefix, copies, in_loop)
+            found = _choice(eqn.params, prefix, copies, in_loop)
             if found is not None:
                 yield found
-            continue
-        if eqn.primitive is estimated_p:
-            for address, info in params["sites"].value:
+        elif eqn.primitive is estimated_p:
+            for address, info in eqn.params["sites"].value:
                 name = ".".join((*prefix, *address))
                 yield Choice(name, "estimated", None, True, (), copies * info.size, None, in_loop)
-            continue
-        inside, times = prefix, copies
-        if eqn.primitive is scope_p and params["name"] is not None:
-            inside = (*prefix, params["name"])
-        elif eqn.primitive is scan_p:
-            times *= params["length"]
-        elif eqn.primitive is lanes_p:
-            for lane in params["lanes"]:
-                times *= lane.size
-        looped = in_loop or eqn.primitive in (scan_p, while_p)
-        for inner in inner_jaxprs(eqn):
-            yield from _choices(inner, inside, times, looped)
 
 
 def _choice(

@@ -44,6 +44,7 @@ from weft.ppl.stage.compat import (
     where_in_source,
 )
 from weft.ppl.stage.errors import GradientError
+from weft.ppl.stage.jaxprs import Holds, equations
 
 stop = jax.lax.stop_gradient
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -100,16 +101,13 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 ad.primitive_jvps[mark_p] = _jvp
 
 
-def kinds(jaxpr: Any) -> list[tuple[str, str]]:
-    """Address and kind of every mark in a jaxpr."""
-    return [pair for eqn in open_jaxpr(jaxpr)[0].eqns for pair in kinds_of(eqn)]
+holds_marks = Holds(lambda eqn: eqn.primitive is mark_p)
 
 
-def kinds_of(eqn: Any) -> list[tuple[str, str]]:
-    """The same of one equation."""
-    if eqn.primitive is mark_p:
-        return [(eqn.params["name"], eqn.params["kind"])]
-    return [pair for inner in inner_jaxprs(eqn) for pair in kinds(inner)]
+def kinds(code: Any) -> list[tuple[str, str]]:
+    """Address and kind of every mark in a jaxpr, or in a list of equations."""
+    marks = (eqn.params for eqn, _ in equations(code) if eqn.primitive is mark_p)
+    return [(params["name"], params["kind"]) for params in marks]
 
 
 TAILED = ("enum", "mvd")
@@ -268,7 +266,7 @@ class Evaluator:
                 known = {**env, **dict(zip(eqn.outvars, outs, strict=True))}
                 return self.go(jaxpr, i + 1, known, then, terms)
 
-            marks = kinds_of(eqn)
+            marks = kinds([eqn]) if holds_marks.at(eqn) else []
             if self.pure:
                 marks = [pair for pair in marks if pair[1] == "reweight"]
             tailed = [name for name, kind in marks if kind in TAILED]
@@ -400,7 +398,7 @@ class Evaluator:
             settings = {k: params[k] for k in ("policy", "prevent_cse") if k in params}
             outs, totals = jax.checkpoint(lambda *a: body(inner, a), **settings)(*values)
         else:
-            names = ", ".join(dict.fromkeys(repr(name) for name, _ in kinds_of(eqn)))
+            names = ", ".join(dict.fromkeys(repr(name) for name, _ in kinds([eqn])))
             raise GradientError(
                 f"the choices {names} stand in {_a(eqn)}, where no strategy but reparam is possible"
             )

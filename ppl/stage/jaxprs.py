@@ -12,6 +12,7 @@ plain operation, whatever jaxprs are among its parameters: its results depend on
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -223,14 +224,10 @@ class Place(NamedTuple):
         return tuple(None if w is None else w.kind for w in found)
 
     @property
-    def rounds(self) -> int | None:
-        """How often it is evaluated, loops within loops; None, if nobody knows."""
-        product: int | None = 1
-        for eqn, _ in self.around:
-            w = wiring(eqn)
-            times = 1 if w is None else w.rounds
-            product = None if product is None or times is None else product * times
-        return product
+    def rounds(self) -> tuple[int | None, ...]:
+        """How often each of the equations around evaluates what it holds; None, where nobody knows."""
+        found = [wiring(eqn) for eqn, _ in self.around]
+        return tuple(1 if w is None else w.rounds for w in found)
 
 
 def equations(
@@ -261,25 +258,36 @@ def inside(eqn: Any) -> Sequence[Any]:
     return inner_jaxprs(eqn) if w is None else [body.jaxpr for body in w.bodies]
 
 
+def remembered(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of an open jaxpr, computed once for each."""
+    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(f)
+    def look_up(jaxpr: Any) -> Any:
+        jaxpr, _ = open_jaxpr(jaxpr)
+        found = known.get(jaxpr)
+        if found is None:
+            found = known[jaxpr] = f(jaxpr)
+        return found
+
+    return look_up
+
+
 class Holds:
-    """Whether an equation of some kind stands anywhere in a jaxpr; what was found is remembered.
+    """Whether an equation of some kind stands anywhere in a jaxpr.
 
     Called with a jaxpr. ``at`` asks the same of one equation, which counts itself.
     """
 
     def __init__(self, meant: Callable[[Any], bool]) -> None:
         self.meant = meant
-        self.known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self.inside = remembered(lambda jaxpr: any(map(self.at, jaxpr.eqns)))
 
     def __call__(self, jaxpr: Any) -> bool:
-        jaxpr, _ = open_jaxpr(jaxpr)
-        found = self.known.get(jaxpr)
-        if found is None:
-            found = self.known[jaxpr] = any(map(self.at, jaxpr.eqns))
-        return found
+        return self.inside(jaxpr)
 
     def at(self, eqn: Any) -> bool:
-        return self.meant(eqn) or any(map(self, inner_jaxprs(eqn)))
+        return self.meant(eqn) or any(map(self.inside, inner_jaxprs(eqn)))
 
 
 # --- forward analyses -------------------------------------------------------------------------------------------------

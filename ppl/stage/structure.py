@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from .compat import CALLS, cond_p, inner_jaxprs, name_hash, open_jaxpr, scan_p, while_p
+from .compat import inner_jaxprs, name_hash, open_jaxpr
 from .control import (
     eqn_holds_sites,
+    eqn_site_names,
     estimated_p,
     holds_sites,
     lanes_p,
     marginal_p,
     scope_p,
-    site_names,
 )
 from .errors import ModelError
+from .jaxprs import Wiring, inside, remembered, states_derivative, wiring
 from .sites import site_p
 from .specs import SiteSpec
 
@@ -198,23 +198,32 @@ def _equation(eqn: Any, place: _Place) -> Scope:
     if primitive is lanes_p:
         axes = [Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"])]
         return _scope(params["jaxpr"], place.under(*axes))
-    if primitive is scan_p:
-        return _scope(params["jaxpr"], place.under(Axis(params["length"], None, "scan")))
-    if primitive is cond_p:
-        return _branches(params["branches"], dataclasses.replace(place, conditional=True))
-    if primitive is while_p:
-        if holds_sites(params["cond_jaxpr"]):
+    w = None if states_derivative(eqn) else wiring(eqn)
+    if w is None:
+        raise ModelError(
+            f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, "
+            f"scan, cond, switch, "
+            "jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
+        )
+    return _wired(eqn, w, place)
+
+
+def _wired(eqn: Any, w: Wiring, place: _Place) -> Scope:
+    """The sites of a call, a loop or a branch."""
+    if w.kind == "loop":
+        place = place.under(Axis(w.rounds or 0, None, "scan"))
+    elif w.kind == "branches":
+        place = dataclasses.replace(place, conditional=True)
+    elif w.kind == "while":
+        place = dataclasses.replace(place, in_while=True)
+    merged: Scope = {}
+    for body in w.bodies:
+        if None in body.gives and holds_sites(body.jaxpr):
             raise ModelError(
                 f"{_listed(eqn)} in the predicate of a while_loop: draw before the loop or in its body"
             )
-        return _scope(params["body_jaxpr"], dataclasses.replace(place, in_while=True))
-    if primitive.name in CALLS:
-        return _scope(inner_jaxprs(eqn)[0], place)
-    raise ModelError(
-        f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, "
-        f"scan, cond, switch, "
-        "jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
-    )
+        _merge(merged, _scope(body.jaxpr, place))
+    return merged
 
 
 def _without(scope: Scope, address: tuple[str, ...]) -> Scope:
@@ -228,15 +237,8 @@ def _without(scope: Scope, address: tuple[str, ...]) -> Scope:
 
 
 def _listed(eqn: Any) -> str:
-    names = [n for j in inner_jaxprs(eqn) for n in site_names(j)]
+    names = eqn_site_names(eqn)
     return ("site " if len(names) == 1 else "sites ") + ", ".join(repr(n) for n in names)
-
-
-def _branches(branches: Any, place: _Place) -> Scope:
-    merged: Scope = {}
-    for branch in branches:
-        _merge(merged, _scope(branch, place))
-    return merged
 
 
 def _merge(into: Scope, scope: Scope) -> None:
@@ -354,18 +356,10 @@ class KeyNode:
     site: bool = False
 
 
-_plans: weakref.WeakKeyDictionary[Any, dict[str, KeyNode]] = weakref.WeakKeyDictionary()
-_anonymous: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-
+@remembered
 def key_plan(jaxpr: Any) -> dict[str, KeyNode]:
     """The plan of one scope's keys."""
-    jaxpr, _ = open_jaxpr(jaxpr)
-    plan = _plans.get(jaxpr)
-    if plan is None:
-        plan = _plans[jaxpr] = {}
-        _plan(jaxpr, (), 0, plan)
-    return plan
+    return scope_plan(jaxpr)
 
 
 def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, KeyNode]) -> None:
@@ -382,22 +376,26 @@ def _plan(jaxpr: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, Ke
         elif eqn.primitive is estimated_p:
             for address, _ in eqn.params["sites"].value:
                 plan[address[0]] = KeyNode(loops)
-        elif (
-            eqn.primitive is while_p
-        ):  # iterations are not known: the body derives its keys as it goes
-            for name in scope_names(params["body_jaxpr"], anonymous):
-                plan[name] = KeyNode(loops)
         else:
-            inside = loops
-            if eqn.primitive is scan_p:
-                inside = (*loops, params["length"])
-            elif eqn.primitive is lanes_p:
-                inside = (*loops, *(lane.size for lane in reversed(params["lanes"])))
-            offset = anonymous
-            for j in inner_jaxprs(eqn):
-                _plan(j, inside, offset, plan)
-                offset += count_anonymous(j)
+            _plan_inside(eqn, loops, anonymous, plan)
         anonymous += eqn_anonymous(eqn)
+
+
+def _plan_inside(
+    eqn: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, KeyNode]
+) -> None:
+    w = wiring(eqn)
+    if w is not None and w.rounds is None:  # the body derives the keys of its rounds as it goes
+        for body in w.bodies:
+            plan.update(dict.fromkeys(scope_names(body.jaxpr, anonymous), KeyNode(loops)))
+        return
+    if eqn.primitive is lanes_p:
+        loops = (*loops, *(lane.size for lane in reversed(eqn.params["lanes"])))
+    elif w is not None and w.kind == "loop":
+        loops = (*loops, w.rounds or 0)
+    for jaxpr in inside(eqn):
+        _plan(jaxpr, loops, anonymous, plan)
+        anonymous += count_anonymous(jaxpr)
 
 
 def _merge_plans(a: dict[str, KeyNode], b: dict[str, KeyNode]) -> dict[str, KeyNode]:
@@ -422,12 +420,9 @@ def eqn_anonymous(eqn: Any) -> int:
     return sum(count_anonymous(j) for j in inner_jaxprs(eqn))
 
 
+@remembered
 def count_anonymous(jaxpr: Any) -> int:
-    jaxpr, _ = open_jaxpr(jaxpr)
-    count = _anonymous.get(jaxpr)
-    if count is None:
-        count = _anonymous[jaxpr] = sum(eqn_anonymous(e) for e in jaxpr.eqns if eqn_holds_sites(e))
-    return count
+    return sum(eqn_anonymous(e) for e in jaxpr.eqns if eqn_holds_sites(e))
 
 
 def scope_plan(jaxpr: Any, anonymous: int = 0) -> dict[str, KeyNode]:
