@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl import Target
-from weft.ppl.exact.conjugacy import base_of
+from weft.ppl.exact.families import base_of
 from weft.ppl.programs.handlers import Evaluate, Free
 from weft.ppl.programs.traces import flat_records
 from weft.ppl.stage.addresses import unflatten

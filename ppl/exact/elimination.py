@@ -24,140 +24,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from weft.ppl.stage.compat import Tracer
-from weft.ppl.stage.errors import ModelError
 
-from .conjugacy import integrate
-from .semirings import Reduce
-from .tables import Entangled, Lifted, Limit, Plate, Variable, num_terms
-
-# --- factors ----------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Factor:
-    """A table of log density: one axis for each variable, then one for each plate.
-
-    With ``scale``, the log of the sum over its variables counts that many times. ``sites`` are those it comes from.
-    """
-
-    table: jax.Array
-    variables: tuple[Variable, ...]
-    plates: tuple[Plate, ...] = ()
-    scale: Any = None
-    sites: tuple[str, ...] = ()
-
-    def lifted(self) -> Lifted:
-        """The factor as a lifted value whose own axes are the plates."""
-        own = [p.root() for p in self.plates]
-        axes = {v: tuple(own.index(p.root()) for p in v.plates) for v in self.variables}
-        n = len(self.variables)
-        order = sorted(range(n), key=lambda i: self.variables[i].number)
-        return Lifted(jnp.transpose(self.table, [*order, *range(n, self.table.ndim)]), axes)
-
-    def total(self) -> jax.Array:
-        """Its log density, when all variables are summed out."""
-        log_density = jnp.sum(self.table)
-        return log_density if self.scale is None else log_density * self.scale
-
-
-PROBE = "~probe"
-"""The site of a factor that is zero, and there for its derivative only."""
-
-
-def labels_of(term: Lifted) -> list[Plate | None]:
-    """For every axis of a value the plate that runs along it; plates that share one are merged."""
-    labels: list[Plate | None] = [None] * len(term.shape)
-    for variable, places in term.axes.items():
-        for place, plate in zip(places, variable.plates, strict=True):
-            known = labels[place]
-            if known is not None:
-                known.merge(plate)
-            labels[place] = plate
-    return labels
-
-
-def factor_of(term: Lifted, name: str, scale: Any = None) -> Factor:
-    """A density term as a factor: axes that no variable has copies along are summed.
-
-    Raises:
-        Entangled: if one axis of copies meets itself, so that every copy meets every other.
-    """
-    labels = labels_of(term)
-    n = len(term.axes)
-    table = jnp.sum(term.array, tuple(n + i for i, p in enumerate(labels) if p is None))
-    plates = tuple(p for p in labels if p is not None)
-    factor = Factor(table, tuple(term.axes), plates, scale, (name,))
-    _check_apart(factor, f"at site {name!r}")
-    return factor
-
-
-def _check_apart(factor: Factor, where: str) -> None:
-    if len(_roots(factor.plates)) < len(factor.plates):
-        names = " and ".join(repr(v.address) for v in factor.variables)
-        raise Entangled(
-            f"{where} every copy of {names} meets every other; marginalize(..., joint=True) sums over all their joint "
-            "values"
-        )
-
-
-def _roots(plates: Iterable[Plate]) -> set[Plate]:
-    return {p.root() for p in plates}
-
-
-def multiply(factors: Sequence[Factor]) -> Factor:
-    """The product of factors, over all their variables and plates."""
-    variables = sorted({v for f in factors for v in f.variables}, key=lambda v: v.number)
-    plates = list(dict.fromkeys(p.root() for f in factors for p in f.plates))
-    product: Any = None
-    for f in factors:
-        _check_apart(f, "in the end")
-        own = [p.root() for p in f.plates]
-        order = [f.variables.index(v) for v in variables if v in f.variables]
-        order += [len(f.variables) + own.index(p) for p in plates if p in own]
-        shape = [v.num_values if v in f.variables else 1 for v in variables]
-        shape += [p.size if p in own else 1 for p in plates]
-        table = jnp.transpose(f.table, order).reshape(shape)
-        product = table if product is None else product + table
-    full = (*(v.num_values for v in variables), *(p.size for p in plates))
-    sites = tuple(dict.fromkeys(s for f in factors for s in f.sites))
-    table = jnp.broadcast_to(product, full)
-    return Factor(table, tuple(variables), tuple(plates), _scale(factors), sites)
-
-
-def _scale(factors: Sequence[Factor]) -> Any:
-    if not all(_same(f.scale, factors[0].scale) for f in factors):
-        names = sorted({v.address for f in factors for v in f.variables})
-        raise ModelError(
-            f"the sites that meet in the sum over {', '.join(map(repr, names))} are scaled differently: scale all of "
-            "them, the choice that is summed out among them, or none"
-        )
-    return factors[0].scale
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two scales are known to be the same number."""
-    if a is None or b is None or isinstance(a, Tracer) or isinstance(b, Tracer):
-        return a is b
-    return bool(np.array_equal(a, b))
-
-
-def _narrow(factor: Factor) -> Factor:
-    """Multiply up the plates along which no variable has copies."""
-    needed = {p for v in factor.variables for p in _roots(v.plates)}
-    n = len(factor.variables)
-    gone = tuple(n + i for i, p in enumerate(factor.plates) if p.root() not in needed)
-    if not gone:
-        return factor
-    kept = tuple(p.root() for p in factor.plates if p.root() in needed)
-    return dataclasses.replace(factor, table=jnp.sum(factor.table, gone), plates=kept)
+from .factors import PROBE, Factor, multiply, narrow, roots_of
+from .integrals import integrate
+from .semirings import Semiring
+from .tables import Entangled, Limit, Variable, num_terms
 
 
 def sum_out(
     factors: Sequence[Factor],
     variables: Iterable[Variable],
-    reduce: Reduce,
+    semiring: Semiring,
     limit: Limit,
     keys: Mapping[Variable, Any],
     log_scales: Mapping[Variable, Any] | None = None,
@@ -168,7 +45,7 @@ def sum_out(
     Raises:
         Entangled: if copies of two variables meet in all pairs, or a table would be too large.
     """
-    factors = [_narrow(f) if f.variables else f for f in factors]
+    factors = [narrow(f) if f.variables else f for f in factors]
     left = {v for v in variables if any(v in f.variables for f in factors)}
     while left:
         costs = {v: cost for v in left if (cost := _cost(v, factors)) is not None}
@@ -187,22 +64,22 @@ def sum_out(
         rest = tuple(v for v in product.variables if v is not variable)
         axis = product.variables.index(variable)
         if variable.family is None:
-            table = reduce(product.table, axis, keys.get(variable))
+            table = semiring(product.table, axis, keys.get(variable))
         else:
             log_scale = (log_scales or {}).get(variable, 0.0)
-            table = _integrate(product, axis, reduce, log_scale, keys.get(variable))
+            table = _integrate(product, axis, semiring, log_scale, keys.get(variable))
         summed = dataclasses.replace(product, table=table, variables=rest)
-        factors.append(_narrow(summed) if rest else summed)
+        factors.append(narrow(summed) if rest else summed)
     return factors
 
 
 def _cost(variable: Variable, factors: list[Factor]) -> int | None:
     """Entries of the table that summing a variable takes; None if others have to go first."""
     mine = [f for f in factors if variable in f.variables]
-    own = _roots(variable.plates)
+    own = roots_of(variable.plates)
     for f in mine:
-        deeper = _roots(f.plates) - own
-        if any(deeper & _roots(v.plates) for v in f.variables if v is not variable):
+        deeper = roots_of(f.plates) - own
+        if any(deeper & roots_of(v.plates) for v in f.variables if v is not variable):
             return None
     if not _closed(variable, mine):
         return None
@@ -219,7 +96,9 @@ def _closed(variable: Variable, mine: list[Factor]) -> bool:
     return all(scales <= set(f.variables) for f in mine if f.sites != (PROBE,))
 
 
-def _integrate(product: Factor, axis: int, reduce: Reduce, log_scale: Any, key: Any) -> jax.Array:
+def _integrate(
+    product: Factor, axis: int, semiring: Semiring, log_scale: Any, key: Any
+) -> jax.Array:
     variable = product.variables[axis]
     own = [p.root() for p in variable.plates]
     shape = [p.size if p.root() in own else 1 for p in product.plates]
@@ -227,7 +106,7 @@ def _integrate(product: Factor, axis: int, reduce: Reduce, log_scale: Any, key: 
     log_scale = jnp.transpose(jnp.asarray(log_scale), order).reshape(shape) if own else log_scale
     table = jnp.moveaxis(product.table, axis, -1)
     num_rest = len(product.variables) - 1
-    return integrate(reduce, variable.family, table, num_rest, log_scale, key)
+    return integrate(semiring, variable.family, table, num_rest, log_scale, key)
 
 
 def _stuck(left: Iterable[Variable]) -> Entangled:

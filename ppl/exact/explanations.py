@@ -14,7 +14,8 @@ from weft.ppl.programs.targets import Target
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.interpreter import interpret
 
-from .marginalize import Plan, Posterior, Rule
+from .density import Posterior
+from .plan import Elimination, Plan
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -29,7 +30,7 @@ class Explanation(Printed):
     """
 
     name: str
-    rules: dict[str, Rule]
+    rules: dict[str, Elimination]
     terms: dict[str, int]
     largest: int
 
@@ -48,22 +49,22 @@ class Explanation(Printed):
         return head + table(["choice", "distribution", "table", "rule", "terms"], rows, width=64)
 
 
-def _values(rule: Rule) -> str:
-    return f"{rule.num_values:,} {'values' if rule.family is None else 'points'}"
+def _values(how: Elimination) -> str:
+    return f"{how.num_values:,} {'values' if how.family is None else 'points'}"
 
 
-def _how(rule: Rule) -> str:
+def _how(how: Elimination) -> str:
     words = []
-    if rule.family is not None:
+    if how.family is not None:
         words.append("closed form")
-    if rule.joint > 1:
-        words.append(f"{rule.joint} copies jointly")
-    if rule.copies:
-        words.append(f"copy by copy, {' x '.join(map(str, rule.copies))}")
-    if rule.chain is not None:
-        order, steps, tree = rule.chain
-        how = f"chain of order {order}" if order else "step by step"
-        words.append(f"{how}, {steps:,} steps{' in a tree' if tree else ''}")
+    if how.joint > 1:
+        words.append(f"{how.joint} copies jointly")
+    if how.copies:
+        words.append(f"copy by copy, {' x '.join(map(str, how.copies))}")
+    if how.chain is not None:
+        order, steps, tree = how.chain
+        chain = f"chain of order {order}" if order else "step by step"
+        words.append(f"{chain}, {steps:,} steps{' in a tree' if tree else ''}")
     return "; ".join(words) or "one sum"
 
 

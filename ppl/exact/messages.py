@@ -33,9 +33,12 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.structure import site_table
 
-from .conjugacy import Gaussian
-from .elimination import Factor, multiply
-from .marginalize import Level, Lost, Options, Plan, Score
+from .density import untangled
+from .factors import Factor, multiply
+from .gaussian import Gaussian
+from .plan import Options, Plan
+from .region import Lost, Region
+from .scores import Score
 from .tables import Entangled, Lifted, Limit, Variable, is_affine, is_lifted, variables_of
 
 HANDED = "handed on"
@@ -120,7 +123,7 @@ def _covariance(rows: jax.Array) -> jax.Array:
 class Walked:
     """Code with choices summed out, walked once with all others given."""
 
-    level: Level
+    region: Region
     outs: list[Any]
 
     def depends(self, i: int) -> bool:
@@ -138,9 +141,9 @@ class Walked:
             if isinstance(x, Lost):
                 raise ModelError(x.why)
         values = [x if is_lifted(x) else jnp.asarray(x) for x in values]
-        level, chosen = self.level, variables_of(values)
-        level.finish({v for f in level.factors for v in f.variables} - set(chosen))
-        alpha = multiply([f for f in level.factors if f.variables])
+        region, chosen = self.region, variables_of(values)
+        region.finish({v for f in region.factors for v in f.variables} - set(chosen))
+        alpha = multiply([f for f in region.factors if f.variables])
         names = " and ".join(dict.fromkeys(repr(v.address) for v in chosen if v.address != HANDED))
         if alpha.scale is not None:
             raise ModelError(f"filtering: {names} is scaled, and so has no law to be handed on")
@@ -250,21 +253,21 @@ def walked(
         options: how.
     """
     targets = frozenset((*addresses, (HANDED,)))
-    together: frozenset[str] = frozenset()
-    while True:
+
+    def attempt(together: frozenset[str]) -> Walked:
         plan = Plan(targets, options, Limit(options.max_terms), together=together)
-        level = Level(plan)
-        try:
-            outs, _ = level.walk(jaxpr, list(args), Context(Score(), {}, given))
-        except Entangled as e:  # as in `marginals.score`
-            if not e.addresses or e.addresses <= together:
-                raise
-            together |= e.addresses
-            continue
+        region = Region(plan, Score())
+        outs, _ = region.walk(jaxpr, list(args), Context(region, {}, given))
         apart = {v.address for v in variables_of(outs) if v.plates and v.family is not None}
-        if apart <= together:
-            return Walked(level, outs)
-        together |= apart
+        if not apart <= together:
+            meet = Entangled(
+                f"the copies of {' and '.join(map(repr, apart))} are handed on together"
+            )
+            meet.addresses = frozenset(apart)
+            raise meet
+        return Walked(region, outs)
+
+    return untangled(attempt)
 
 
 def blank(jaxpr: Any, addresses: tuple[tuple[str, ...], ...]) -> dict[str, Any]:

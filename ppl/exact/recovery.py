@@ -22,8 +22,9 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import interpret
 from weft.ppl.stage.structure import SiteInfo, summed_out
 
-from .conjugacy import Family
-from .marginalize import Posterior, Weights, Whole
+from .choices import Weights
+from .density import Posterior, Whole
+from .families import Family
 from .semirings import best, drawn, log_sum
 
 SUMS = {"sample": drawn, "marginals": log_sum, "filtered": log_sum, "viterbi": best}

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Reduce = Callable[[jax.Array, int, Any], jax.Array]
-"""From a table, an axis and a key to the table without the axis."""
+Semiring = Callable[[jax.Array, int, Any], jax.Array]
+"""A sum: from a table, an axis and a key to the table without the axis."""
 
 
 def log_sum(table: jax.Array, axis: int, key: Any = None) -> jax.Array:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax.custom_derivatives import SymbolicZero
-from weft.ppl.exact.conjugacy import base_of
+from weft.ppl.exact.families import base_of
 from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.implicit import follow
 from weft.ppl.stage.sites import Site, lane_shape

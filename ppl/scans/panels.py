@@ -16,7 +16,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from weft.ppl.analysis.independence import BATCHED, ELEMENTWISE, Unaligned, align
-from weft.ppl.exact.marginalize import bind_marginal
 from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_p, where_in_source
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p
@@ -24,6 +23,7 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.jaxprs import is_call
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
+from weft.ppl.transforms.rewriting import bind_marginal
 
 from .splitting import holds_scan, inlined
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from weft.ppl.exact.marginalize import Options, bind_marginal
 from weft.ppl.exact.messages import HANDED, Form, blank, walked
+from weft.ppl.exact.plan import Options
 from weft.ppl.programs.handlers import Given
 from weft.ppl.programs.programs import Program
 from weft.ppl.stage.addresses import flatten, unflatten
@@ -32,6 +32,7 @@ from weft.ppl.stage.compat import (
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p, marginal_p, scope_p
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.staging import Code, stage
+from weft.ppl.transforms.rewriting import bind_marginal
 
 
 class Split(eqx.Module):

@@ -1,7 +1,8 @@
 """The interpreter: walks a staged program and lets a handler decide what happens at each site.
 
 One function serves simulate, score, condition and every transform. A handler says what a site gives: a value, what to
-record of it, and terms to be summed. The rules of control flow are written once, here:
+record of it, and terms to be summed. It is asked first, at every equation, and may take an equation over. What it
+declines goes by the rules of control flow, which are written once, here:
 
 - a call (jit, checkpoint) is walked in place, or as a checkpoint of the walk;
 - a ``scan`` carries what it carried, records come out stacked, the terms of all steps are summed after it;
@@ -48,6 +49,9 @@ from .structure import (
 Records = dict[str, Any]
 """Name to what was recorded there (``{"value": ..., "active": ...}``), or to the records of a nested program."""
 
+Result = tuple[list[Any], Records, dict[str, Any]]
+"""Outputs, records and summed terms."""
+
 
 class Handler:
     """What to do at a site. Subclasses override ``site``; the rest has defaults that suit an evaluation."""
@@ -57,6 +61,10 @@ class Handler:
 
     every_branch = False
     """Whether the idle branches of a ``cond`` are walked as well, by the handler that ``idle(skip)`` gives."""
+
+    def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
+        """Take an equation over: its outputs, records and terms. None declines, and the rules below serve."""
+        return None
 
     def site(
         self, site: Site, key: Any, given: Any
@@ -72,9 +80,7 @@ class Handler:
         """The handler of idle branches; ``skip`` are the addresses that the branch taken has."""
         raise NotImplementedError
 
-    def scope(
-        self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, Any]]:
+    def scope(self, eqn: Any, args: list[Any], context: Context) -> Result:
         """A nested program."""
         return walk(eqn.params["jaxpr"], args, context.enter(eqn.params["name"]))
 
@@ -82,25 +88,59 @@ class Handler:
         """An anonymous run of a program (``draw``): its outputs are its trace."""
         raise NotImplementedError
 
-    def estimated(
-        self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, Any]]:
+    def estimated(self, eqn: Any, args: list[Any], context: Context) -> Result:
         """Choices whose density is estimated."""
         raise DensityError(
             f"the density of {eqn.params['name']!r} is an estimate, drawn anew at each evaluation, and here an exact "
             "one is needed: sum its choices out exactly (marginalize), or take an algorithm that weighs (importance)"
         )
 
-    def loop(
-        self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, Any]]:
+    def loop(self, eqn: Any, args: list[Any], context: Context) -> Result:
         """A ``while_loop`` that holds sites."""
         return walk_while(eqn, args, context)
 
 
+@dataclasses.dataclass
+class Frame:
+    """How far the walk through one jaxpr has come.
+
+    Attributes:
+        jaxpr: the open jaxpr.
+        values: of its variables, as far as they are known.
+        at: the number of the equation that is evaluated.
+        outer: the frame of the equation that holds the jaxpr, where that is walked in place.
+    """
+
+    jaxpr: Any
+    values: dict[Any, Any]
+    at: int = 0
+    outer: Frame | None = None
+
+    def before(self) -> list[Any]:
+        """The equations that were evaluated."""
+        return self.jaxpr.eqns[: self.at]
+
+    def later(self) -> list[Any]:
+        """The values that are read after this equation."""
+        reads = [v for e in self.jaxpr.eqns[self.at + 1 :] for v in e.invars]
+        reads = [v for v in (*reads, *self.jaxpr.outvars) if not isinstance(v, Literal)]
+        values = [self.values[v] for v in dict.fromkeys(reads) if v in self.values]
+        return values if self.outer is None else [*values, *self.outer.later()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the walk carries down: the handler, and the keys and given entries of the scope it stands in, by name."""
+    """What the walk carries down.
+
+    Attributes:
+        handler: what to do at a site.
+        keys: the keys of the scope that the walk stands in, by name.
+        given: the given entries of that scope, by name.
+        prefix: the address of that scope.
+        axes: names of the loops and lanes around, outermost first.
+        anonymous: how many anonymous runs came before.
+        frame: how far the walk has come.
+    """
 
     handler: Handler
     keys: dict[str, Any]
@@ -108,6 +148,7 @@ class Context:
     prefix: tuple[str, ...] = ()
     axes: tuple[str | None, ...] = ()
     anonymous: int = 0
+    frame: Frame | None = None
 
     def enter(self, name: str) -> Context:
         return dataclasses.replace(
@@ -143,7 +184,7 @@ def interpret(
     handler: Handler,
     key: Any = None,
     given: dict[str, Any] | None = None,
-) -> tuple[list[Any], Records, dict[str, Any]]:
+) -> Result:
     """Run a staged program under a handler.
 
     Args:
@@ -169,30 +210,35 @@ def interpret(
     return walk(jaxpr, args, Context(handler, key or {}, given or {}))
 
 
-def walk(jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
-    """Evaluate the equations of a jaxpr in order; equations that hold no site are evaluated as they are."""
+def walk(jaxpr: Any, args: Any, context: Context) -> Result:
+    """Evaluate the equations of a jaxpr in order, each as the handler says, or by its rule, or as it is."""
     opened, consts = open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
     env.update(zip(opened.invars, args, strict=True))
+    frame = Frame(opened, env, outer=context.frame)
+    context = dataclasses.replace(context, frame=frame)
     records: Records = {}
     terms = context.handler.terms()
-    for eqn in opened.eqns:
+    for frame.at, eqn in enumerate(opened.eqns):
         ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        outs, found, more = step(eqn, ins, context)
         if eqn_holds_sites(eqn):
-            outs, found, more = step(eqn, ins, context)
-            records.update(found)
-            terms = _add(terms, more)
-            outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
             context = context.after(eqn)
-        else:
-            outs = bind(eqn, ins)
+        records.update(found)
+        terms = _add(terms, more)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], records, terms
 
 
-def step(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
-    """One equation that holds sites, by its rule."""
-    return RULES.get(eqn.primitive, _call)(eqn, ins, context)
+def step(eqn: Any, ins: list[Any], context: Context) -> Result:
+    """One equation: as the handler says, else by its rule, or as it is where it holds no site."""
+    taken = context.handler.equation(eqn, ins, context)
+    if taken is not None:
+        return taken
+    if not eqn_holds_sites(eqn):
+        return bind(eqn, ins), {}, {}
+    outs, records, terms = RULES.get(eqn.primitive, _call)(eqn, ins, context)
+    return [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)], records, terms
 
 
 def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +250,7 @@ def _cast(x: Any, aval: Any) -> Any:
     return x if dtype is None or x.dtype == dtype else jax.lax.convert_element_type(x, dtype)
 
 
-def _site(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def _site(eqn: Any, ins: list[Any], context: Context) -> Result:
     name = eqn.params["spec"].name
     site = Site(eqn.params, ins, (*context.prefix, name), context.axes)
     value, record, terms = context.handler.site(
@@ -213,7 +259,7 @@ def _site(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     return [value], {} if record is None else {name: record}, _sum(terms)
 
 
-def _scope(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def _scope(eqn: Any, ins: list[Any], context: Context) -> Result:
     if eqn.params["name"] is None:
         key = context.keys.get(anonymous_name(context.anonymous))
         outs, terms = context.handler.anonymous(eqn, ins, key)
@@ -222,7 +268,7 @@ def _scope(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
     return outs, {eqn.params["name"]: records} if records else {}, terms
 
 
-def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def _call(eqn: Any, ins: list[Any], context: Context) -> Result:
     inner = inner_jaxprs(eqn)[0]  # a call: the table of sites has refused everything else by name
     if "remat" not in eqn.primitive.name and "checkpoint" not in eqn.primitive.name:
         return walk(inner, ins, context)
@@ -235,7 +281,7 @@ def _call(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Record
     return jax.checkpoint(run, **settings)(ins, keys, given)
 
 
-def _scan(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def _scan(eqn: Any, ins: list[Any], context: Context) -> Result:
     params = eqn.params
     num_consts, num_carry = scan_sizes(params)
     consts, rest = ins[:num_consts], ins[num_consts:]
@@ -259,7 +305,7 @@ def _sum(terms: dict[str, Any]) -> dict[str, Any]:
     return {k: jnp.sum(v) for k, v in terms.items()}
 
 
-def _lanes(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def _lanes(eqn: Any, ins: list[Any], context: Context) -> Result:
     body, lanes = eqn.params["jaxpr"], eqn.params["lanes"]
     keys, given = context.only(context.names(body))
     names = tuple(lane.name for lane in lanes)
@@ -274,9 +320,7 @@ def _lanes(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Recor
     return outs, records, _sum(terms)
 
 
-def walk_while(
-    eqn: Any, ins: list[Any], context: Context
-) -> tuple[list[Any], Records, dict[str, Any]]:
+def walk_while(eqn: Any, ins: list[Any], context: Context) -> Result:
     """Run a ``while_loop``; what its sites record and weigh is lost: nobody knows how many there are."""
     params = eqn.params
     n, m = params["cond_nconsts"], params["body_nconsts"]
@@ -304,7 +348,7 @@ def walk_while(
 # --- branches ---------------------------------------------------------------------------------------------------------
 
 
-def _cond(eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records, dict[str, Any]]:
+def _cond(eqn: Any, ins: list[Any], context: Context) -> Result:
     index, *operands = ins
     branches = eqn.params["branches"]
     offsets = np.cumsum([0, *(count_anonymous(b) for b in branches)]) + context.anonymous

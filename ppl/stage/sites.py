@@ -137,8 +137,12 @@ class Site:
 
     def guarded(self) -> Site:
         """The same site; cotangents to its operands that are not finite are replaced by zero."""
+        return self.at(finite_cotangents(self.operands))
+
+    def at(self, operands: list[Any]) -> Site:
+        """The same site with other operands."""
         site = copy.copy(self)
-        site.operands = finite_cotangents(self.operands)
+        site.operands = operands
         return site
 
     def over_lanes(self, f: Any, *xs: Any) -> Any:

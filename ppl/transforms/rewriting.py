@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from weft.ppl.programs.models import Model
 from weft.ppl.stage.compat import ShapedArray, consts_first
-from weft.ppl.stage.control import estimated_p, scope_p
+from weft.ppl.stage.control import estimated_p, marginal_p, scope_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.interpreter import Context, Handler, Records, look_up, walk
+from weft.ppl.stage.interpreter import Context, Handler, Records, Result, look_up, walk
 from weft.ppl.stage.packing import pack
 from weft.ppl.stage.sites import Site, bind_site
 from weft.ppl.stage.specs import SiteSpec
@@ -74,6 +74,13 @@ class Rewrite(Handler):
                 raise out_of_reach(".".join((*context.prefix, *address)))
         return list(estimated_p.bind(*args, **eqn.params)), {}, {}
 
+    def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
+        if eqn.primitive is not marginal_p:
+            return None
+        jaxpr, addresses, options = (eqn.params[k] for k in ("jaxpr", "addresses", "options"))
+        outs = bind_marginal(lambda *a: walk(jaxpr, list(a), context)[0], ins, addresses, options)
+        return outs, {}, {}
+
 
 def out_of_reach(address: str) -> ModelError:
     """The error for a transform of a choice whose density is estimated."""
@@ -85,12 +92,29 @@ def out_of_reach(address: str) -> ModelError:
 
 def rebind_scope(name: str, f: Callable[..., list[Any]], args: list[Any]) -> list[Any]:
     """Stage ``f`` as a nested program. Arrays that ``f`` closes over become operands."""
-    jaxpr, consts = consts_first(jax.make_jaxpr(lambda *a: f(*a))(*args))
+    jaxpr, operands = _closed(f, args)
     outs = tuple(ShapedArray(v.aval.shape, v.aval.dtype) for v in jaxpr.outvars)
-    operands = [*consts, *args] or [jnp.zeros(())]
-    if not consts and not args:
-        jaxpr, _ = consts_first(jax.make_jaxpr(lambda _: f())(jnp.zeros(())))
     return list(scope_p.bind(*operands, name=name, jaxpr=jaxpr, outs=outs))
+
+
+def bind_marginal(
+    f: Callable[..., list[Any]],
+    args: list[Any],
+    addresses: tuple[tuple[str, ...], ...],
+    options: Any,
+) -> list[Any]:
+    """Stage ``f`` as a program with choices summed out. Arrays that ``f`` closes over become operands."""
+    jaxpr, operands = _closed(f, args)
+    return list(marginal_p.bind(*operands, jaxpr=jaxpr, addresses=addresses, options=options))
+
+
+def _closed(f: Callable[..., list[Any]], args: list[Any]) -> tuple[Any, list[Any]]:
+    """The jaxpr of a function without constants, and its operands: what it closes over, then its arguments."""
+    jaxpr, consts = consts_first(jax.make_jaxpr(lambda *a: f(*a))(*args))
+    if consts or args:
+        return jaxpr, [*consts, *args]
+    zero = jnp.zeros(())  # an equation without operands would never be batched
+    return consts_first(jax.make_jaxpr(lambda _: f())(zero))[0], [zero]
 
 
 def rewrite(

@@ -1,0 +1,155 @@
+"""The rule of ``cond``: every branch is walked, and each counted where it is taken.
+
+The branch index may be a table. Outputs are then tables, too, and a density term of a branch is a factor over what the
+index depends on besides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from weft.ppl.programs.handlers import Free
+from weft.ppl.stage.compat import cond_p
+from weft.ppl.stage.cotangents import finite_cotangents
+from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.interpreter import Context, Records, is_record, look_up, walk_names
+from weft.ppl.stage.structure import count_anonymous
+
+from .choices import IMPOSSIBLE
+from .factors import Factor
+from .plan import Address
+from .region import Lost, Region, addresses, rule
+from .tables import Limit, Variable, apply, is_lifted, variables_of
+
+
+@rule(cond_p)
+def branches(
+    region: Region, eqn: Any, ins: list[Any], context: Context
+) -> tuple[list[Any], Records]:
+    """Outputs and records of a cond."""
+    index, *operands = ins
+    limit, last = region.plan.limit, len(eqn.params["branches"]) - 1
+    index = apply(lambda i: jnp.clip(i, 0, last), limit, index)
+    operands = [
+        x.like(finite_cotangents(x.array)) if is_lifted(x) else finite_cotangents(x)
+        for x in operands
+    ]
+    outside, known, anonymous = region.read_later(context), {}, context.anonymous
+    outs: list[list[Any]] = []
+    records: list[Records] = []
+    regions: list[Region] = []
+    for branch in eqn.params["branches"]:
+        inner = Region(region.plan, region.kept, outside, known)
+        inner.keys, inner.placements = region.keys, region.placements
+        found = inner.walk(branch, operands, dataclasses.replace(context, anonymous=anonymous))
+        inner.refuse_shared("a branch")
+        anonymous += count_anonymous(branch)
+        outs.append(found[0])
+        records.append(found[1])
+        regions.append(inner)
+    _check_idle(region, eqn, context)
+    created = [v for inner in regions for v in inner.created]
+    for number, inner in enumerate(regions):
+        _count(region, context, index, number, inner, created)
+    region.created += created
+    return [_select(limit, index, values) for values in zip(*outs, strict=True)], _records(
+        limit, index, records
+    )
+
+
+def _count(
+    region: Region,
+    context: Context,
+    index: Any,
+    number: int,
+    inner: Region,
+    created: list[Variable],
+) -> None:
+    """Count the density of a branch where it is taken."""
+    limit = region.plan.limit
+
+    def here(i: Any, term: Any) -> Any:
+        return jnp.where(i == number, term, 0)
+
+    def weigh(factor: Factor) -> None:
+        term = factor.as_table() if factor.variables else factor.table
+        region.weigh(apply(here, limit, index, term), ("a branch",), factor.scale)
+
+    for factor in inner.factors:
+        weigh(factor)
+    constant = apply(here, limit, index, jnp.asarray(inner.constant))
+    region.weigh(constant, (*context.prefix, "a branch"))
+    mine = {v for f in inner.factors for v in f.variables}
+    for variable in created:  # idle in this branch: at its first value
+        if variable not in mine:
+            rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, IMPOSSIBLE)
+            rest = rest.reshape(-1, *(1,) * len(variable.plates))
+            shape = (variable.num_values, *(p.size for p in variable.plates))
+            weigh(Factor(jnp.broadcast_to(rest, shape), (variable,), variable.plates))
+
+
+def _check_idle(region: Region, eqn: Any, context: Context) -> None:
+    """Refuse latent choices that only some branches have: where they are idle they would have no density."""
+    if not region.kept.every_branch:
+        return
+    names = [_listed(walk_names(b)) for b in eqn.params["branches"]]
+    for path in {p for found in names for p in found}:
+        address = ".".join((*context.prefix, *path))
+        latent = isinstance(look_up(context.given, path), Free)
+        latent = latent or address in getattr(region.kept, "latents", ())
+        if latent and not all(path in found for found in names):
+            raise ModelError(
+                f"{address!r} is a choice in some branches only of a cond that is "
+                "summed over: let it stand in every branch, or before the cond"
+            )
+
+
+def _listed(names: Mapping[str, Any], prefix: Address = ()) -> list[Address]:
+    """The addresses of the sites in a nested listing of names."""
+    return [
+        address
+        for name, node in names.items()
+        for address in ([(*prefix, name)] if is_record(node) else _listed(node, (*prefix, name)))
+    ]
+
+
+def _select(limit: Limit, index: Any, values: Sequence[Any]) -> Any:
+    """The value of the branch that is taken."""
+    lost = next((v for v in values if isinstance(v, Lost)), None)
+    if lost is not None:
+        return lost
+    if all(v is values[0] for v in values):
+        return values[0]
+
+    def choose(i: Any, *xs: Any) -> Any:
+        return jax.lax.select_n(jnp.broadcast_to(i, jnp.shape(xs[0])).astype(jnp.int32), *xs)
+
+    return apply(choose, limit, index, *values)
+
+
+def _records(limit: Limit, index: Any, records: list[Records]) -> Records:
+    """One set of records of all branches, with flags for those that were taken."""
+    merged: Records = {}
+    for name in dict.fromkeys(n for r in records for n in r):
+        nodes = [r.get(name) for r in records]
+        first = next(n for n in nodes if n is not None)
+        if not is_record(first):
+            merged[name] = _records(limit, index, [n or {} for n in nodes])
+            continue
+        fill = {k: jnp.zeros_like(v) for k, v in first.items()}
+        value = _select(limit, index, [(n or fill)["value"] for n in nodes])
+        active: Any = True
+        if any(n is None for n in nodes):
+            taken = jnp.asarray([n is not None for n in nodes])
+            active = apply(lambda i, t: t[i], limit, index, taken)
+        if is_lifted(value) or is_lifted(active):
+            raise ModelError(
+                f"whether {name!r} is a choice at all depends on {addresses(variables_of([value, active]))}: a "
+                "choice in a branch that is summed over must stand in every branch, or be observed"
+            )
+        merged[name] = {"value": value, "active": active}
+    return merged

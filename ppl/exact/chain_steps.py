@@ -1,0 +1,176 @@
+"""One step of a chain: a scan equation, its operands as tables, and what a step of it makes of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from weft.ppl.stage.compat import scan_sizes
+from weft.ppl.stage.interpreter import Context, Records
+
+from .chain_state import State, Step, located
+from .factors import Factor, multiply
+from .filtered import filtered
+from .region import Lost, Region
+from .tables import Entangled, Lifted, Variable, is_lifted, variables_of
+
+
+class Steps:
+    """A scan equation with its operands, in the order of its steps."""
+
+    def __init__(self, region: Region, eqn: Any, ins: list[Any], context: Context) -> None:
+        self.region, self.eqn, self.context = region, eqn, context
+        num_consts, num_carry = scan_sizes(eqn.params)
+        self.num_carry, self.length = num_carry, eqn.params["length"]
+        self.body = eqn.params["jaxpr"]
+        self.consts = ins[:num_consts]
+        self.carry = ins[num_consts : num_consts + num_carry]
+        self.xs = ins[num_consts + num_carry :]
+        keys, given = context.only(context.names(self.body))
+        self.orders: dict[str, int] = {}  # of choices that are carried, how many steps
+        self.forms = [_one_step(x) if is_lifted(x) else None for x in self.xs]
+        arrays = [jnp.moveaxis(x.array, len(x.axes), 0) if is_lifted(x) else x for x in self.xs]
+        inputs = (arrays, keys, given)
+        self.inputs = jax.tree.map(lambda a: a[::-1], inputs) if eqn.params["reverse"] else inputs
+
+    def at(self, step: int) -> Any:
+        """The inputs of one step."""
+        return jax.tree.map(lambda a: a[step], self.inputs)
+
+    def since(self, step: int) -> Any:
+        """The inputs of this step and all later ones."""
+        return jax.tree.map(lambda a: a[step:], self.inputs)
+
+    def advance(
+        self, state: State, step: int, x: Any, pending: Sequence[Factor] = (), link: bool = False
+    ) -> tuple[State, Step]:
+        """One step of the recursion.
+
+        Args:
+            state: before the step.
+            step: its number.
+            x: its inputs.
+            pending: factors that the choices in the state stand in, besides the state's own.
+            link: leave the past out: the factor after is that of the step alone, and nothing of the past is summed out.
+        """
+        plan, (arrays, keys, given) = self.region.plan, x
+        xs = [
+            a if form is None else form.like(a) for a, form in zip(arrays, self.forms, strict=True)
+        ]
+        # All that is read outside stays; the choices of the chain go as soon as no slot reads them.
+        outside = frozenset(variables_of([*self.consts, *self.xs]))
+        inner = Region(plan, self.region.kept, outside)
+        inner.keys = dict(self.region.keys)
+        inner.placements = {**self.region.placements, **state.placements}
+        inner.factors = [*pending] if state.alpha is None or link else [*pending, state.alpha]
+        inside = self.context.inside(keys, given, self.context.anonymous, (None,))
+        outs, records = inner.walk(self.body, [*self.consts, *state.slots, *xs], inside)
+        inner.refuse_shared("a scan")
+        slots, ys = outs[: self.num_carry], outs[self.num_carry :]
+        born = {**state.born, **dict.fromkeys(inner.created, step)}
+        key = next((k for v in inner.created if (k := inner.keys.get(v)) is not None), None)
+        for i, v in enumerate(state.born):
+            inner.keys[v] = None if key is None else jax.random.fold_in(key, i + 1)
+        kept = set(variables_of(slots)) | (set(state.born) if link else set())
+        entered = frozenset(v for v, t in state.born.items() if t < 0)
+        inner.finish(set(born) - kept, entered)
+        born = {v: t for v, t in born.items() if v in kept}
+        if not link:
+            self._note_orders(born, step)
+        mine = [f for f in inner.factors if set(f.variables) & set(born)]
+        others = [f for f in inner.factors if f not in mine]
+        placements = {v: inner.placements[v] for v in born if v in inner.placements}
+        alpha = multiply(mine) if mine else None
+        if alpha is not None and not link:
+            placements = {v: located(v, place, alpha) for v, place in placements.items()}
+        if plan.filtering and alpha is not None:
+            alpha = filtered(plan, alpha, born)
+        return State(slots, alpha, born, placements), Step(ys, records, others, inner.constant, key)
+
+    def _note_orders(self, born: dict[Variable, int], step: int) -> None:
+        """Remember how many steps the choices in a state were carried."""
+        for v, t in born.items():
+            if t >= 0:
+                self.orders[v.address] = max(self.orders.get(v.address, 0), step + 1 - t)
+
+    def repeats(self, state: State, step: int) -> bool:
+        """Whether one more step would leave the pattern of dependences as it is."""
+        found: list[Any] = []
+
+        def probe(state_arrays: Any, x: Any) -> Any:
+            after, _ = self.advance(state.with_arrays(state_arrays), step, x)
+            found.append(after)
+            return 0
+
+        with self.region.plan.limit.repeated(0):
+            jax.eval_shape(probe, state.arrays(), self.at(0))
+        (after,) = found
+        if after.pattern(step + 1) != state.pattern(step):
+            return False
+        return state.alpha is None or after.alpha.table.dtype == state.alpha.table.dtype
+
+    def collect(
+        self, state: State, first: list[Step], rest: list[Step]
+    ) -> tuple[list[Any], Records]:
+        """The outputs of the scan; what the steps found goes to the region it stands in.
+
+        Args:
+            state: after the last step.
+            first: steps that were taken one by one.
+            rest: the remaining steps together, if there are any.
+        """
+        region = self.region
+        for found in (*first, *rest):
+            region.factors += found.others
+            region.constant = region.constant + found.constant
+        if state.alpha is not None:
+            region.factors.append(state.alpha)
+        key = next((f.key for f in (*rest, *reversed(first)) if f.key is not None), None)
+        for i, v in enumerate(state.born):
+            region.keys[v] = None if key is None else jax.random.fold_in(key, 2**31 + i)
+            if v in state.placements:
+                region.placements[v] = state.placements[v]
+            if v not in region.created:
+                region.created.append(v)
+        avals = [v.aval for v in self.eqn.outvars[self.num_carry :]]
+        if not first and not rest:  # a scan of no steps
+            return [*state.slots, *(jnp.zeros(a.shape, a.dtype) for a in avals)], {}
+        ys = [
+            self._stacked_output(i, [s.ys[i] for s in first], [s.ys[i] for s in rest])
+            for i in range(len(avals))
+        ]
+        records = self._stacked([s.records for s in first], [s.records for s in rest])
+        return [*state.slots, *ys], records
+
+    def _stacked_output(self, i: int, parts: list[Any], rest: list[Any]) -> Any:
+        lost = variables_of([*parts, *rest])
+        if not lost:
+            return self._stacked(parts, rest)
+        names = " and ".join(dict.fromkeys(repr(u.address) for u in lost))
+        return Lost(
+            f"output {i} of a scan is stacked from values that depend on {names}, which is summed out step "
+            "by step: use them inside the step (observe there), or get them back with recover"
+        )
+
+    def _stacked(self, parts: list[Any], rest: list[Any]) -> Any:
+        """What single steps gave, and before or behind it what all others gave together."""
+        joined = rest[0] if rest else None
+        if parts:
+            joined = jax.tree.map(lambda *a: jnp.stack(a), *parts)
+        if parts and rest:
+            joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), joined, rest[0])
+        return jax.tree.map(lambda a: a[::-1], joined) if self.eqn.params["reverse"] else joined
+
+
+def _one_step(x: Lifted) -> Lifted:
+    """The table that an input is to one step."""
+    for v, places in x.axes.items():
+        if 0 in places:
+            raise Entangled(
+                f"a scan goes along the axis of the copies of {v.address!r}, so that its carry may gather "
+                f"them; sample {v.address!r} inside the scan's step"
+            )
+    axes = {v: tuple(p - 1 for p in places) for v, places in x.axes.items()}
+    return Lifted(x.array, axes, x.forms)

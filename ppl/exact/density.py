@@ -1,0 +1,203 @@
+"""The density of a program with choices summed out, and the rule of its equation.
+
+``marginalize`` stages one equation, ``marginal_p``, around the program. To a handler that scores it is the program
+without some of its choices; to one that recovers them, a function whose gradient gives them back (``recovery``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from weft.ppl.programs.handlers import Evaluate, Given
+from weft.ppl.stage.control import marginal_p
+from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.interpreter import (
+    RULES,
+    Context,
+    Handler,
+    Records,
+    Result,
+    look_up,
+    walk,
+)
+from weft.ppl.stage.sites import Site
+from weft.ppl.stage.structure import site_table
+
+from . import branches, chains, choices, lanes  # noqa: F401  (their rules)
+from .choices import IMPOSSIBLE
+from .plan import Address, Options, Plan
+from .region import Lost, Region, addresses
+from .scores import Score, filled
+from .semirings import Semiring, log_sum
+from .tables import Entangled, Limit, is_lifted
+
+R = TypeVar("R")
+
+
+class ReturnsChoice(ModelError):
+    """What a program returns depends on a choice that is summed out."""
+
+
+def untangled(attempt: Callable[[frozenset[str]], R]) -> R:
+    """``attempt(together)`` with the normal choices, by address, of which the copies have to be integrated jointly.
+
+    At first that is none; those whose copies turn out to meet are added until no more do.
+    """
+    together: frozenset[str] = frozenset()
+    while True:
+        try:
+            return attempt(together)
+        except Entangled as e:
+            if not e.addresses or e.addresses <= together:
+                raise
+            together |= e.addresses
+
+
+def score(
+    eqn: Any,
+    ins: list[Any],
+    context: Context,
+    semiring: Semiring = log_sum,
+    filtering: bool = False,
+    plans: list[Plan] | None = None,
+) -> tuple[list[Any], Records, jax.Array]:
+    """Outputs, records and log density of a program with choices summed out.
+
+    Args:
+        eqn: the equation of ``marginal_p``.
+        ins: its operands.
+        context: the handler there is that of the choices that are kept.
+        semiring: what a sum is.
+        filtering: whether derivatives are those of filtering.
+        plans: a list that the plan is added to.
+    """
+    options: Options = eqn.params["options"]
+    targets = frozenset((*context.prefix, *a) for a in eqn.params["addresses"])
+
+    def attempt(together: frozenset[str]) -> tuple[list[Any], Records, jax.Array, Plan]:
+        limit = Limit(options.max_terms)
+        region = Region(
+            Plan(targets, options, limit, semiring, filtering, together), context.handler
+        )
+        outs, records = region.walk(eqn.params["jaxpr"], ins, context)
+        density = region.log_density()
+        return outs, region.distribute(records, len(context.prefix)), density, region.plan
+
+    outs, records, density, plan = untangled(attempt)
+    if plans is not None:
+        plans.append(plan)
+    for out in outs:
+        if isinstance(out, Lost):
+            raise ModelError(out.why)
+        if is_lifted(out):
+            raise ReturnsChoice(
+                f"the return value depends on {addresses(out.axes)}, which is summed out and has no value: return "
+                "something else, and get it back with recover"
+            )
+    return outs, records, jnp.where(density < IMPOSSIBLE / 2, -jnp.inf, density)
+
+
+# --- handlers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterior(Handler):
+    """The density of choices that are all given, by another sum over the rest: its gradient recovers those."""
+
+    semiring: Semiring = log_sum
+    filtering: bool = False
+    plans: list[Plan] = dataclasses.field(default_factory=list, compare=False)
+    records = False
+
+    def terms(self) -> dict[str, jax.Array]:
+        return {"log_density": jnp.zeros(())}
+
+    def site(self, site: Site, key: Any, given: Any) -> Any:
+        value, _, terms = Evaluate(None).site(site, None, given)
+        return value, None, {k: v for k, v in terms.items() if k == "log_density"}
+
+    def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
+        if eqn.primitive is not marginal_p:
+            return None
+        settings = self.semiring, self.filtering, self.plans
+        outs, records, density = score(eqn, ins, context, *settings)
+        return outs, records, {"log_density": density}
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Evaluate):
+    """An evaluation in which the choices that were summed out are choices as all others."""
+
+    def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
+        return walk(eqn.params["jaxpr"], ins, context) if eqn.primitive is marginal_p else None
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def _marginal(eqn: Any, ins: list[Any], context: Context) -> Result:
+    """Score, where all choices that are kept are known; else draw all choices, and score those that are kept."""
+    handler, summed = context.handler, eqn.params["addresses"]
+    inner = {tuple(a.split(".")): info for a, info in site_table(eqn.params["jaxpr"]).items()}
+    kept = [
+        look_up(context.given, a)
+        for a, info in inner.items()
+        if info.kind == "sample" and not info.observed and a not in summed
+    ]
+    drawing = look_up(context.keys, summed[0]) is not None
+    known = (isinstance(g, Given) and (g.where is None or g.drop is not None) for g in kept)
+    if not drawing or all(known):
+        try:
+            outs, records, density = score(eqn, ins, context)
+            return outs, records, dict.fromkeys(handler.terms(), density)
+        except ReturnsChoice:
+            if not drawing:
+                raise
+    if not isinstance(handler, Evaluate):
+        outs, records, terms = walk(eqn.params["jaxpr"], ins, context)
+        return outs, _without(records, summed), terms
+    drawn = dataclasses.replace(context, handler=dataclasses.replace(handler, record="value"))
+    outs, records, _ = walk(eqn.params["jaxpr"], ins, drawn)
+    records = _without(records, summed)
+    given = filled(records, context.given)
+    derived, density, rest = _scores(eqn, ins, dataclasses.replace(context, given=given))
+    if any(g is not None for g in kept):
+        # What was drawn for the choices summed out does not know the data.
+        unknown = [
+            a
+            for a, info in inner.items()
+            if info.kind == "deterministic" and look_up(derived, a) is None
+        ]
+        records = _without(records, unknown)
+    terms = {"log_density": density, "log_weight": density - rest}
+    return outs, records if handler.records else {}, terms
+
+
+def _scores(eqn: Any, ins: list[Any], context: Context) -> tuple[Records, jax.Array, jax.Array]:
+    """Derived values, the density of all choices that are kept, and that of those that were drawn."""
+    _, derived, density = score(eqn, ins, dataclasses.replace(context, handler=Score()))
+    rest = score(eqn, ins, dataclasses.replace(context, handler=Score(drawn=True)))[2]
+    return derived, density, rest
+
+
+RULES[marginal_p] = _marginal
+
+
+def _without(records: Records, gone: Iterable[Address]) -> Records:
+    """The records less those of some addresses."""
+    for address in gone:
+        records = _without_one(records, address)
+    return records
+
+
+def _without_one(records: Records, address: Address) -> Records:
+    name, *rest = address
+    if name not in records:
+        return records
+    if not rest:
+        return {n: r for n, r in records.items() if n != name}
+    return {**records, name: _without_one(records[name], tuple(rest))}

@@ -1,0 +1,94 @@
+"""What one marginalisation sums out, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from weft.ppl.stage.compat import inner_jaxprs, open_jaxpr
+from weft.ppl.stage.control import eqn_holds_sites, estimated_p, scope_p
+from weft.ppl.stage.sites import site_p
+
+from .families import Family
+from .semirings import Semiring, log_sum
+from .tables import Limit
+
+Address = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How choices are summed out.
+
+    Attributes:
+        joint: sum over all joint values of the copies of a choice, whatever they read.
+        parallel: chains by an associative scan.
+        max_terms: the largest table allowed.
+    """
+
+    joint: bool = False
+    parallel: bool = False
+    max_terms: int = 1_000_000
+
+
+@dataclasses.dataclass
+class Elimination:
+    """How one choice is summed out.
+
+    Attributes:
+        distribution: its law.
+        num_values: how many values, or points, its table has.
+        copies: sizes of the axes along which copies are summed one by one.
+        family: of a continuous choice.
+        joint: copies that are summed over all their joint values, or integrated jointly.
+        chain: of a choice that a scan hands on: the order, the number of steps, and whether they are composed in a
+            tree. The order is zero if no step hands it on.
+    """
+
+    distribution: str
+    num_values: int
+    copies: tuple[int, ...] = ()
+    family: Family | None = None
+    joint: int = 1
+    chain: tuple[int, int, bool] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one marginalisation sums out, and how.
+
+    Attributes:
+        targets: addresses of the choices.
+        options: as asked for.
+        limit: of tables, and an account of them.
+        semiring: what a sum is.
+        filtering: whether derivatives are those of filtering (``chains``).
+        together: normal choices of which the copies are integrated jointly.
+        rules: what was found, by dotted address.
+    """
+
+    targets: frozenset[Address]
+    options: Options
+    limit: Limit
+    semiring: Semiring = log_sum
+    filtering: bool = False
+    together: frozenset[str] = frozenset()
+    rules: dict[str, Elimination] = dataclasses.field(default_factory=dict)
+
+    def holds(self, jaxpr: Any, prefix: Address) -> bool:
+        """Whether a choice that is summed out stands in a jaxpr."""
+        return any(
+            (*prefix, eqn.params["spec"].name) in self.targets
+            if eqn.primitive is site_p
+            else self.inside(eqn, prefix)
+            for eqn in open_jaxpr(jaxpr)[0].eqns
+            if eqn_holds_sites(eqn) and eqn.primitive is not estimated_p
+        )
+
+    def inside(self, eqn: Any, prefix: Address) -> bool:
+        """Whether one stands in the jaxprs of an equation; anonymous runs have no addresses."""
+        if eqn.primitive is scope_p:
+            if eqn.params["name"] is None:
+                return False
+            prefix = (*prefix, eqn.params["name"])
+        return any(self.holds(j, prefix) for j in inner_jaxprs(eqn))

@@ -1,0 +1,242 @@
+"""The handler of exact sums: a program is walked with tables in place of the choices that are summed out.
+
+A value that depends on such a choice is a table of its values (``tables``). A density term that does is a factor; all
+others add up to a constant. The interpreter asks this handler at every equation: an equation on tables is applied to
+each of their entries, a part of the program without tables and without choices to be summed out is left to the
+handler of the other choices, and control flow around the rest has rules of its own, ``RULES``.
+
+The rules stand in files of their own: sites in ``choices``, ``jax.vmap`` in ``lanes``, ``cond`` in ``branches``,
+``scan`` in ``chains``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from weft.ppl.stage.compat import CALLS, inner_jaxprs, while_p
+from weft.ppl.stage.control import eqn_holds_sites, marginal_p, scope_p, site_names
+from weft.ppl.stage.errors import DensityError, ModelError
+from weft.ppl.stage.interpreter import Context, Handler, Records, Result, step, walk
+from weft.ppl.stage.sites import site_p
+
+from .elimination import sum_out
+from .factors import Factor, factor_of
+from .families import Placement
+from .plan import Address, Plan
+from .tables import Plate, Variable, equation, is_lifted, variables_of
+
+
+class Lost:
+    """A value that depends on a choice which is gone; an error if anything reads it."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+class Region(Handler):
+    """The walk through one region of a program: its factors, and what it knows without them.
+
+    A region is where equations share their axes: the program, one lane, one step of a scan, a branch.
+
+    Attributes:
+        plan: what is summed out.
+        kept: the handler of the choices that are kept.
+        outside: variables that are read after the region.
+        known: variables by address; branches share them.
+        factors: density terms that are tables.
+        constant: the sum of all other density terms.
+        keys: of the variables, for draws.
+        placements: of the continuous variables.
+        created: variables that the region made.
+        shared: for each site whose density is known only together with that of others, the plates of its axes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        kept: Handler,
+        outside: frozenset[Variable] = frozenset(),
+        known: dict[Address, Variable] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.kept = kept
+        self.outside = outside
+        self.known = {} if known is None else known
+        self.factors: list[Factor] = []
+        self.constant: Any = 0.0
+        self.keys: dict[Variable, Any] = {}
+        self.placements: dict[Variable, Placement] = {}
+        self.created: list[Variable] = []
+        self.shared: dict[Address, list[Plate | None]] = {}
+
+    # --- the walk ---
+
+    def walk(self, jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records]:
+        """Outputs and records of a jaxpr on tables; its density goes into the factors and the constant."""
+        inside = dataclasses.replace(context, handler=self, frame=None)
+        return walk(jaxpr, args, inside)[:2]
+
+    def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
+        sited = eqn_holds_sites(eqn)
+        lost = next((x for x in ins if isinstance(x, Lost)), None)
+        if lost is not None:  # what follows from it is lost, too; only a record may be
+            if sited and not _is_record(eqn):
+                raise ModelError(lost.why)
+            return [lost] * len(eqn.outvars), {}, {}
+        tables = any(map(is_lifted, ins))
+        if not sited:
+            return (equation(eqn, ins, self.plan.limit), {}, {}) if tables else None
+        if eqn.primitive is site_p or tables or self.plan.inside(eqn, context.prefix):
+            outs, records = RULES.get(eqn.primitive, _call)(self, eqn, ins, context)
+        else:
+            outside = dataclasses.replace(context, handler=self.kept)
+            outs, records, terms = step(eqn, ins, outside)
+            self.constant = self.constant + terms.get("log_density", 0.0)
+        return [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)], records, {}
+
+    def read_later(self, context: Context) -> frozenset[Variable]:
+        """The variables that are read after the equation that the walk is at."""
+        assert context.frame is not None
+        return self.outside | frozenset(variables_of(context.frame.later()))
+
+    # --- the density ---
+
+    def weigh(self, term: Any, address: Address, scale: Any = None) -> None:
+        """Count a density term."""
+        if not is_lifted(term):
+            self.constant = self.constant + jnp.sum(term if scale is None else term * scale)
+            return
+        if scale is not None and jnp.ndim(scale):
+            raise ModelError(
+                f"site {'.'.join(address)!r} depends on {addresses(term.axes)} and has a scale for each of its "
+                "elements: a sum over choices can be scaled as a whole only"
+            )
+        self.factors.append(factor_of(term, ".".join(address), scale))
+
+    def finish(
+        self,
+        variables: Iterable[Variable] | None = None,
+        may_stay: frozenset[Variable] = frozenset(),
+    ) -> None:
+        """Sum out variables (all, if None); of those that ``may_stay``, what others have to go before does."""
+        if variables is None:
+            variables = {v for f in self.factors for v in f.variables}
+        scales = {v: place.log_scale(v.family) for v, place in self.placements.items()}
+        semiring, limit = self.plan.semiring, self.plan.limit
+        self.factors = sum_out(
+            self.factors, variables, semiring, limit, self.keys, scales, may_stay
+        )
+
+    def log_density(self) -> jax.Array:
+        """The log density, when everything is summed out."""
+        self.finish()
+        return self.constant + sum((f.total() for f in self.factors), 0.0)
+
+    def distribute(self, records: Records, prefix: int) -> Records:
+        """The records with the densities of sites that share a choice, each at the last of them.
+
+        All choices are summed out. The records begin at an address of length ``prefix``.
+        """
+        for factor in self.factors:
+            sites = [a for a in self.shared if ".".join(a) in factor.sites]
+            if not sites:
+                continue
+            labels = [None if p is None else p.root() for p in self.shared[sites[-1]]]
+            own = [p.root() for p in factor.plates]
+            order = [own.index(p) for p in labels if p in own]
+            table = jnp.transpose(factor.table, order)
+            table = table if factor.scale is None else table * factor.scale
+            at = tuple(slice(None) if p in own else 0 for p in labels)
+            records = _added(records, sites[-1][prefix:], at, table)
+        return records
+
+    def refuse_shared(self, where: str) -> None:
+        """Refuse densities by site where they are not known by themselves."""
+        if self.shared:
+            names = ", ".join(repr(".".join(a)) for a in self.shared)
+            raise DensityError(
+                f"the log densities of {names} are not known site by site: in {where} they share choices that are "
+                "summed out; log_density has their total"
+            )
+
+
+def _added(records: Records, address: Address, at: Any, table: Any) -> Records:
+    name, *rest = address
+    if rest:
+        return {**records, name: _added(records[name], tuple(rest), at, table)}
+    value = records[name]["value"].at[at].add(table)
+    return {**records, name: {**records[name], "value": value}}
+
+
+def _is_record(eqn: Any) -> bool:
+    return eqn.primitive is site_p and eqn.params["spec"].kind == "deterministic"
+
+
+def _cast(x: Any, aval: Any) -> Any:
+    dtype = getattr(aval, "dtype", None)
+    if isinstance(x, Lost) or dtype is None or x.dtype == dtype:
+        return x
+    if is_lifted(x):
+        return x.like(jax.lax.convert_element_type(x.array, dtype))
+    return jax.lax.convert_element_type(x, dtype)
+
+
+def addresses(variables: Iterable[Variable]) -> str:
+    """The addresses of some variables, for messages."""
+    return " and ".join(repr(a) for a in dict.fromkeys(v.address for v in variables))
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+Rule = Callable[[Region, Any, list[Any], Context], tuple[list[Any], Records]]
+"""From a region, an equation that holds sites, its operands and the context to outputs and records."""
+
+RULES: dict[Any, Rule] = {}
+
+
+def rule(primitive: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of a primitive."""
+
+    def register(f: Rule) -> Rule:
+        RULES[primitive] = f
+        return f
+
+    return register
+
+
+@rule(scope_p)
+def _scope(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records]:
+    name = eqn.params["name"]
+    if name is None:
+        raise _refusal(eqn)
+    outs, records, _ = walk(eqn.params["jaxpr"], ins, context.enter(name))
+    return outs, {name: records} if records else {}
+
+
+@rule(marginal_p)
+def _marginal(
+    region: Region, eqn: Any, ins: list[Any], context: Context
+) -> tuple[list[Any], Records]:
+    """What is summed out further inside is summed out together: sums commute."""
+    more = {(*context.prefix, *a) for a in eqn.params["addresses"]}
+    region.plan = dataclasses.replace(region.plan, targets=region.plan.targets | more)
+    return walk(eqn.params["jaxpr"], ins, context)[:2]
+
+
+def _call(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records]:
+    if eqn.primitive.name not in CALLS:
+        raise _refusal(eqn)
+    return walk(inner_jaxprs(eqn)[0], ins, context)[:2]
+
+
+def _refusal(eqn: Any) -> ModelError:
+    what = "a while_loop" if eqn.primitive is while_p else f"{eqn.primitive.name!r}"
+    names = ", ".join(repr(n) for j in inner_jaxprs(eqn) for n in site_names(j))
+    return ModelError(
+        f"the sites {names} in {what} depend on choices that are summed out, or are themselves to be summed out "
+        "there: that is possible in vmap, scan, cond, switch, jit and nested programs"
+    )
