@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from weft.ppl.stage.compat import Literal, Tracer, bind, open_jaxpr
+from weft.ppl.stage.compat import Literal, Tracer, open_jaxpr
+from weft.ppl.stage.jaxprs import flow, inputs, read, run
 
 from .constants import folded, known_integers
 
@@ -27,41 +29,34 @@ def scan_without_invariants(
     """
     first = jax.tree.map(lambda a: a[0], xs)
     closed, shape = jax.make_jaxpr(body, return_shape=True)(carry, first)
-    opened, consts = open_jaxpr(closed)
+    opened, _ = open_jaxpr(closed)
     entry, treedef = jax.tree.flatten(carry)
-    slots, inputs = opened.invars[: len(entry)], opened.invars[len(entry) :]
     settled = settled_slots(closed, entry, steps)
-    known: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
-    known.update({v: a for v, a, done in zip(slots, entry, settled, strict=True) if done})
+    start = inputs(closed, [*entry, *jax.tree.leaves(first)])
+    moving = {*opened.invars[len(entry) :]}
+    moving |= {v for v, done in zip(opened.invars, settled, strict=False) if not done}
+    known = {v: x for v, x in start.items() if v not in moving}
+    varying = [v for v in opened.invars[: len(entry)] if v in moving]
     rest = []
     for eqn in opened.eqns:
         if all(isinstance(v, Literal) or v in known for v in eqn.invars):
-            ins = [_read(known, v) for v in eqn.invars]
-            outs = folded(eqn, ins)
-            known.update(zip(eqn.outvars, outs, strict=True))
+            run([eqn], known, folded)
         else:
             rest.append(eqn)
-    varying = [v for v, done in zip(slots, settled, strict=True) if not done]
 
     def step(carry: list[Any], x: Any) -> Any:
-        env = {**known, **dict(zip(varying, carry, strict=True))}
-        env.update(zip(inputs, jax.tree.leaves(x), strict=True))
-        for eqn in rest:
-            outs = bind(eqn, [_read(env, v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        outs = [_read(env, v) for v in opened.outvars]
+        values = {**known, **dict(zip(varying, carry, strict=True))}
+        values.update(zip(opened.invars[len(entry) :], jax.tree.leaves(x), strict=True))
+        run(rest, values)
+        outs = [read(v, values) for v in opened.outvars]
         after, ys = outs[: len(entry)], outs[len(entry) :]
         return [a for a, done in zip(after, settled, strict=True) if not done], ys
 
-    moving = [a for a, done in zip(entry, settled, strict=True) if not done]
-    after, ys = jax.lax.scan(step, moving, xs, length, unroll=unroll)
+    before = [a for a, done in zip(entry, settled, strict=True) if not done]
+    after, ys = jax.lax.scan(step, before, xs, length, unroll=unroll)
     moved = iter(after)
     end = [a if done else next(moved) for a, done in zip(entry, settled, strict=True)]
     return jax.tree.unflatten(treedef, end), jax.tree.unflatten(jax.tree.structure(shape[1]), ys)
-
-
-def _read(env: dict[Any, Any], v: Any) -> Any:
-    return v.val if isinstance(v, Literal) else env[v]
 
 
 def settled_slots(closed: Any, entry: Sequence[Any], steps: int) -> list[bool]:
@@ -72,15 +67,18 @@ def settled_slots(closed: Any, entry: Sequence[Any], steps: int) -> list[bool]:
     """
     opened, consts = open_jaxpr(closed)
     slots, ends = opened.invars[: len(entry)], opened.outvars[: len(entry)]
-    age: dict[Any, float] = dict.fromkeys(opened.invars, float("inf"))
-    found = [float("inf")] * len(entry)
+    moving = [math.inf] * (len(opened.invars) - len(entry))
+
+    def oldest(ages: Sequence[float]) -> float:
+        return max(ages, default=0)
+
+    def together(eqn: Any, ins: list[float], place: Any) -> list[float]:
+        return [oldest(ins)] * len(eqn.outvars)
+
+    found = [math.inf] * len(entry)
     begun = [False] * len(entry)
     for n in range(steps + 1):
-        age.update(zip(slots, found, strict=True))
-        for eqn in opened.eqns:
-            inputs = [age.get(v, 0) for v in eqn.invars if not isinstance(v, Literal)]
-            age.update(dict.fromkeys(eqn.outvars, max(inputs, default=0)))
-        ages = [0 if isinstance(v, Literal) else age.get(v, 0) for v in ends]
+        ages = flow(closed, [*found, *moving], together, oldest)[: len(entry)]
         if n == 0:
             begun = [
                 a == 0 and _begins(opened, consts, v, x)
@@ -101,5 +99,5 @@ def _begins(opened: Any, consts: Sequence[Any], v: Any, x: Any) -> bool:
     known = known_integers(opened.eqns, dict(zip(opened.constvars, consts, strict=True)))
     if not isinstance(v, Literal) and v not in known:
         return False
-    found = _read(known, v)
+    found = read(v, known)
     return found.dtype == x.dtype and np.array_equal(found, x)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from weft.ppl.stage.compat import inner_jaxprs, open_jaxpr
 from weft.ppl.stage.control import eqn_holds_sites, estimated_p, scope_p
+from weft.ppl.stage.jaxprs import Place, equations
 from weft.ppl.stage.sites import site_p
 
 from .families import Family
@@ -75,20 +75,21 @@ class Plan:
     together: frozenset[str] = frozenset()
     rules: dict[str, Elimination] = dataclasses.field(default_factory=dict)
 
-    def holds(self, jaxpr: Any, prefix: Address) -> bool:
-        """Whether a choice that is summed out stands in a jaxpr."""
+    def holds(self, eqn: Any, prefix: Address) -> bool:
+        """Whether an equation is, or holds, a choice that is summed out."""
         return any(
-            (*prefix, eqn.params["spec"].name) in self.targets
-            if eqn.primitive is site_p
-            else self.inside(eqn, prefix)
-            for eqn in open_jaxpr(jaxpr)[0].eqns
-            if eqn_holds_sites(eqn) and eqn.primitive is not estimated_p
+            (*prefix, *_scopes(place), inner.params["spec"].name) in self.targets
+            for inner, place in equations([eqn], _has_addresses)
+            if inner.primitive is site_p
         )
 
-    def inside(self, eqn: Any, prefix: Address) -> bool:
-        """Whether one stands in the jaxprs of an equation; anonymous runs have no addresses."""
-        if eqn.primitive is scope_p:
-            if eqn.params["name"] is None:
-                return False
-            prefix = (*prefix, eqn.params["name"])
-        return any(self.holds(j, prefix) for j in inner_jaxprs(eqn))
+
+def _has_addresses(eqn: Any) -> bool:
+    """Whether the sites in an equation may be summed out: those of an anonymous run have no addresses."""
+    anonymous = eqn.primitive is scope_p and eqn.params["name"] is None
+    return eqn_holds_sites(eqn) and not anonymous and eqn.primitive is not estimated_p
+
+
+def _scopes(place: Place) -> Address:
+    """The names of the nested programs around an equation."""
+    return tuple(eqn.params["name"] for eqn, _ in place.around if eqn.primitive is scope_p)

@@ -17,10 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from weft.ppl.stage.compat import CALLS, inner_jaxprs, while_p
+from weft.ppl.stage.compat import inner_jaxprs, while_p
 from weft.ppl.stage.control import eqn_holds_sites, marginal_p, scope_p, site_names
 from weft.ppl.stage.errors import DensityError, ModelError
 from weft.ppl.stage.interpreter import Context, Handler, Records, Result, step, walk
+from weft.ppl.stage.jaxprs import is_call
 from weft.ppl.stage.sites import site_p
 
 from .elimination import sum_out
@@ -90,7 +91,7 @@ class Region(Handler):
         tables = any(map(is_lifted, ins))
         if not sited:
             return (equation(eqn, ins, self.plan.limit), {}, {}) if tables else None
-        if eqn.primitive is site_p or tables or self.plan.inside(eqn, context.prefix):
+        if tables or eqn.primitive is site_p or self.plan.holds(eqn, context.prefix):
             outs, records = RULES.get(eqn.primitive, _call)(self, eqn, ins, context)
         else:
             outside = dataclasses.replace(context, handler=self.kept)
@@ -228,7 +229,7 @@ def _marginal(
 
 
 def _call(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records]:
-    if eqn.primitive.name not in CALLS:
+    if not is_call(eqn):
         raise _refusal(eqn)
     return walk(inner_jaxprs(eqn)[0], ins, context)[:2]
 

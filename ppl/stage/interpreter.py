@@ -34,6 +34,7 @@ from .compat import (
 from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
 from .errors import DensityError
+from .jaxprs import inputs, read, run
 from .sites import Site, site_p
 from .structure import (
     anonymous_name,
@@ -212,22 +213,24 @@ def interpret(
 
 def walk(jaxpr: Any, args: Any, context: Context) -> Result:
     """Evaluate the equations of a jaxpr in order, each as the handler says, or by its rule, or as it is."""
-    opened, consts = open_jaxpr(jaxpr)
-    env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
-    env.update(zip(opened.invars, args, strict=True))
-    frame = Frame(opened, env, outer=context.frame)
-    context = dataclasses.replace(context, frame=frame)
+    opened, _ = open_jaxpr(jaxpr)
+    frame = Frame(opened, inputs(jaxpr, args), outer=context.frame)
+    here = dataclasses.replace(context, frame=frame)
     records: Records = {}
     terms = context.handler.terms()
-    for frame.at, eqn in enumerate(opened.eqns):
-        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        outs, found, more = step(eqn, ins, context)
+
+    def equation(eqn: Any, ins: list[Any]) -> list[Any]:
+        nonlocal here, terms
+        outs, found, more = step(eqn, ins, here)
         if eqn_holds_sites(eqn):
-            context = context.after(eqn)
+            here = here.after(eqn)
         records.update(found)
         terms = _add(terms, more)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], records, terms
+        frame.at += 1
+        return outs
+
+    run(opened.eqns, frame.values, equation)
+    return [read(v, frame.values) for v in opened.outvars], records, terms
 
 
 def step(eqn: Any, ins: list[Any], context: Context) -> Result:
