@@ -6,10 +6,10 @@ import re
 import types
 from pathlib import Path
 
-import pages
 import pytest
 import weft.models.state_space
 
+import pages
 import weft
 
 ROOT = Path(__file__).resolve().parents[1]

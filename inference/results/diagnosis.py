@@ -146,9 +146,8 @@ def _stuck(choices: Mapping[str, np.ndarray], active: Mapping[str, Any]) -> Iter
         moving = some if moving is None else moving | some
     if moving is not None and not moving.all():
         yield Finding(
-            f"{_chains(np.flatnonzero(~moving))} never moved: the steps are too large for where it "
-            "started, or the density has no gradient there. Start elsewhere, with "
-            "run(..., init=choices), or allow a longer warm-up."
+            f"{_chains(np.flatnonzero(~moving))} never moved: the steps are too large for where it started, or the "
+            "density has no gradient there. Start elsewhere, with run(..., init=choices), or allow a longer warm-up."
         )
 
 
@@ -180,10 +179,9 @@ def _disagreement(
         text += f"do not quite agree yet. Draw more: num_samples={_nice(4 * draws)}."
     else:
         text += (
-            "disagree, and the table is no posterior. Try a longer "
-            f"warm-up{next(recentre, '')}; if chains "
-            "settle in different places, the posterior has several modes, or a symmetry that an "
-            "ordering or a prior should break."
+            f"disagree, and the table is no posterior. Try a longer warm-up{next(recentre, '')}; if chains settle in "
+            "different places, the posterior has several modes, or a symmetry that an ordering or a prior should "
+            "break."
         )
     yield Finding(text)
 
@@ -213,9 +211,9 @@ def _deep_trees(stats: Mapping[str, Any]) -> Iterator[Finding]:
     full = np.asarray(stats.get("reached_max_treedepth", depth >= _DEFAULT_TREE_DEPTH))
     if full.mean() > 0.01:
         yield Finding(
-            f"{_percent(full.mean())} of the draws stopped at the largest tree depth: the "
-            "posterior is long and thin for its metric, and the chains walk slowly. Try "
-            "dense_mass=True, rescale the parameters, or allow deeper trees."
+            f"{_percent(full.mean())} of the draws stopped at the largest tree depth: the posterior is long and thin "
+            "for its metric, and the chains walk slowly. Try dense_mass=True, rescale the parameters, or allow "
+            "deeper trees."
         )
 
 

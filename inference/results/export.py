@@ -72,9 +72,8 @@ def pointwise_log_likelihood(
     absent = [a for a in target.latents if a not in flat]
     if absent:
         raise WeftError(
-            "log_likelihood needs every latent choice, and the draws lack "
-            f"{', '.join(map(repr, absent))}: sample without "
-            "keep=, or pass log_likelihood=False"
+            f"log_likelihood needs every latent choice, and the draws lack {', '.join(map(repr, absent))}: sample "
+            "without keep=, or pass log_likelihood=False"
         )
     latents = {a: jnp.asarray(flat[a]) for a in target.latents}
     if not latents:
@@ -165,9 +164,8 @@ def _wants_likelihood(draws: Any, asked: bool | str | None) -> bool:
         size = _observations(target) * draws.num_chains * draws.num_draws
         if size > _LARGE:
             warnings.warn(
-                f"the pointwise log likelihood, {size:.1e} numbers, is left out; "
-                "log_likelihood=True computes it, and the "
-                "name of an axis, log_likelihood='row', sums it to one number an index",
+                f"the pointwise log likelihood, {size:.1e} numbers, is left out; log_likelihood=True computes it, and "
+                "the name of an axis, log_likelihood='row', sums it to one number an index",
                 UserWarning,
                 stacklevel=4,
             )
@@ -238,9 +236,8 @@ def _predictions(draws: Any, predictions: Any) -> tuple[str, dict[str, np.ndarra
     for address, value in {**values, **derived}.items():
         if value.shape[:2] != lead:
             raise WeftError(
-                f"predictions: {address!r} has shape {value.shape}, which does not lead with "
-                f"(chain, draw) = {lead}; make "
-                "them with model(...).predict(key, draws.choices)"
+                f"predictions: {address!r} has shape {value.shape}, which does not lead with (chain, draw) = {lead}; "
+                "make them with model(...).predict(key, draws.choices)"
             )
     if all(v.shape[2:] == np.shape(data[a]) for a, v in values.items() if a in data):
         extra = {a: np.asarray(v) for a, v in derived.items() if a not in flatten(draws.derived)}

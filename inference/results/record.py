@@ -40,8 +40,7 @@ class Record(eqx.Module):
         if name.startswith("_"):
             raise AttributeError(name)
         raise AttributeError(
-            f"this result was read from a file, which holds no model, hence no {name!r}: "
-            "load(path, target=...)"
+            f"this result was read from a file, which holds no model, hence no {name!r}: load(path, target=...)"
         )
 
 

@@ -104,8 +104,7 @@ def result_type(kind: str) -> Callable[[type[R]], type[R]]:
         other = _types.get(kind)
         if other is not None and _full_name(other) != _full_name(cls):  # a cell that runs again
             raise StorageError(
-                f"result_type({kind!r}): {_full_name(other)} has this name already; "
-                f"give {_full_name(cls)} another"
+                f"result_type({kind!r}): {_full_name(other)} has this name already; give {_full_name(cls)} another"
             )
         _types[kind] = cls
         return cls
@@ -123,8 +122,8 @@ def kind_of(cls: type[Any]) -> str:
         if known is cls:
             return kind
     raise StorageError(
-        f"{_full_name(cls)} is not registered, so that no file of it could be read: "
-        "decorate the class with result_type(kind)"
+        f"{_full_name(cls)} is not registered, so that no file of it could be read: decorate the class with "
+        "result_type(kind)"
     )
 
 
@@ -197,8 +196,7 @@ def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None =
     """
     if kind not in _types:
         raise StorageError(
-            f"write: no result is called {kind!r}{_nearest(kind, _types)}; "
-            "a class registers with result_type(kind)"
+            f"write: no result is called {kind!r}{_nearest(kind, _types)}; a class registers with result_type(kind)"
         )
     final = Path(os.path.realpath(path))
     if final.is_dir():
@@ -262,8 +260,7 @@ def read(path: PathLike, like: Any = None) -> Saved:
             index = json.loads(archive.read(_INDEX))
             if index["format"] > FORMAT:
                 raise StorageError(
-                    f"{where!r} has format {index['format']}, written by a later Weft; this one "
-                    "reads up to format "
+                    f"{where!r} has format {index['format']}, written by a later Weft; this one reads up to format "
                     f"{FORMAT}: upgrade weft"
                 )
             tree = _decode(index["tree"], archive, like, ())
@@ -368,15 +365,13 @@ def _decode_pytree(
 ) -> Any:
     if like is None:
         raise StorageError(
-            f"{_named(at)} is a {node['pytree']}, which a file cannot rebuild: pass `like`, a "
-            "value of the same structure "
-            "(its numbers do not matter)"
+            f"{_named(at)} is a {node['pytree']}, which a file cannot rebuild: pass `like`, a value of the same "
+            "structure (its numbers do not matter)"
         )
     templates, treedef = jax.tree.flatten(like)
     if len(templates) != len(node["leaves"]):
         raise StorageError(
-            f"{_named(at)}: the file has {len(node['leaves'])} leaves, `like` (a "
-            f"{type(like).__qualname__}) "
+            f"{_named(at)}: the file has {len(node['leaves'])} leaves, `like` (a {type(like).__qualname__}) "
             f"{len(templates)}"
         )
     leaves = []

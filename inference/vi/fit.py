@@ -421,8 +421,8 @@ def _explain(
     else:
         reason = f"the parameters and their gradients are finite except for {_not_finite(slope) or 'none'}"
     return DensityError(
-        f"fit: the first bound is {float(value):.6g}, before any step is taken: {reason}. "
-        "Begin at other parameters, or check the model and the data there"
+        f"fit: the first bound is {float(value):.6g}, before any step is taken: {reason}. Begin at other parameters, "
+        "or check the model and the data there"
     )
 
 

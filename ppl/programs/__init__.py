@@ -1,1 +1,1 @@
-"""What users hold: models, programs, traces, targets, and what is asked of them."""
+"""The nouns that users hold (models, programs, traces, targets), and their methods."""

@@ -1,7 +1,7 @@
-"""What is compiled: a program is simulated, scored as a whole or scored site by site.
+"""The compiled functions: a program is simulated, scored as a whole, or scored site by site.
 
-The program is an argument of the compiled functions. Staged programs compare by structure, so that one compilation
-serves all data of one shape.
+The program is an argument of these functions. Staged programs compare by structure, so one compilation serves all data
+of one shape.
 """
 
 from __future__ import annotations

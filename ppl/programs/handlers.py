@@ -1,4 +1,4 @@
-"""Handlers: what a site gives when a program is simulated, scored, conditioned or moved to unconstrained space."""
+"""Handlers say what a site gives when a program is simulated, scored, conditioned or moved to unconstrained space."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ from .traces import run_program
 
 
 class Given(eqx.Module):
-    """A given choice: its value, and where it is given (everywhere, if ``where`` is None).
+    """A given choice.
 
-    With ``drop``, what is not given does not count: no latent choice, no density. ``checked`` says that the value is
-    known to be in the site's support, which depends on no other choice.
+    Attributes:
+        value: its value.
+        where: the elements that are given; all if None.
+        drop: if it is not None, the other elements do not count: they are no latent choice and have no density.
+        checked: whether the value is known to be in the site's support, and the support depends on no other choice.
     """
 
     value: Any
@@ -41,7 +44,7 @@ class Given(eqx.Module):
 
 
 class Free(NamedTuple):
-    """A latent choice by its unconstrained value ``z``; where ``where`` is true the choice is given as ``value``."""
+    """A latent choice by its unconstrained value ``z``. Where ``where`` is true the choice is given as ``value``."""
 
     z: Any
     value: Any = None
@@ -49,7 +52,7 @@ class Free(NamedTuple):
 
 
 def conditioned(site: Site, given: Any) -> Any:
-    """What is given at a site, the values that ``condition`` fixed there included."""
+    """The entry that is given at a site. It includes values that ``condition`` has fixed there."""
     if "value" not in site.parts:
         return given
     value = site.part("value")
@@ -71,13 +74,13 @@ def expand(where: Any, value: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(Handler):
-    """Simulate, score, or anything between: given choices are taken, the others drawn.
+    """Simulate, score, or anything between: given choices are taken, and the others are drawn.
 
-    The terms are ``log_density``, the log density of all choices, and ``log_weight``, that of the given ones.
+    The terms are ``log_density``, the log density of all choices, and ``log_weight``, that of the given choices.
 
     Attributes:
         record: ``"value"``, ``"log_density"`` or None.
-        drawn: how a site is drawn; an expectation marks its draws here.
+        drawn: the function that draws a site. An expectation marks its draws here.
     """
 
     record: str | None = "value"
@@ -154,9 +157,8 @@ class Evaluate(Handler):
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
         if key is None:
             raise DensityError(
-                "the program runs another one in place (draw), whose choices have no address, so its "
-                "density is not known "
-                "without a key; nest it with sample(name, program) instead"
+                "the program runs another one in place (draw), whose choices have no address, so its density is not "
+                "known without a key; nest it with sample(name, program) instead"
             )
         structure = eqn.params.get("given")
         num_given = 0 if structure is None else structure.num_leaves
@@ -232,28 +234,26 @@ def bijection(d: Any, address: str) -> Any:
     """NumPyro's bijection from R^n to the support of ``d``.
 
     Raises:
-        DensityError: if the site is discrete, or its support has none.
+        DensityError: if the site is discrete, or its support has no bijection.
     """
     label = type(d).__name__
     if is_discrete(d):
         raise DensityError(
-            f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient "
-            f"there: give its "
-            "value (observe or condition it), sum it out (marginalize), or use an algorithm for discrete choices "
+            f"site {address!r} ({label}) is discrete, so the target has no density on R^n and no gradient there: give "
+            "its value (observe or condition it), sum it out (marginalize), or use an algorithm for discrete choices "
             "(importance, enumeration)"
         )
     try:
         return biject_to(d.support)
     except (NotImplementedError, AttributeError, AssertionError) as e:
         raise DensityError(
-            f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no "
-            f"bijection from R^n"
-            f"{f' ({e})' if str(e) else ''}; reparametrise the site or give its value"
+            f"site {address!r} ({label}): its support {getattr(d, 'support', 'is not stated')!s} has no bijection "
+            f"from R^n{f' ({e})' if str(e) else ''}; reparametrise the site or give its value"
         ) from None
 
 
 def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(x, log |dx/dz|)`` with the log-Jacobian summed over event axes, shape ``lanes + batch_shape``."""
+    """The value and its log-Jacobian, ``(x, log |dx/dz|)``. The latter has the shape ``lanes + batch_shape``."""
     address, batch_ndim = ".".join(site.address), site.spec.batch_ndim
 
     def one(payload: Any, z: Any) -> Any:
@@ -269,11 +269,11 @@ def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Unconstrain(Handler):
-    """The density of a target on R^n: latent choices come as ``Free``, the others as ``Given``.
+    """The density of a target on R^n. Latent choices come as ``Free``, the others as ``Given``.
 
-    An idle latent (in a branch not taken, or masked) keeps its own prior term, so that the target stays proper and the
-    law of the active choices is unchanged; where its parameters are not finite, N(0, 1) stands in on the unconstrained
-    scale.
+    An idle latent choice (in a branch that is not taken, or masked) keeps its own prior term. So the target stays
+    proper, and the law of the active choices is unchanged. If the parameters of an idle choice are not finite, its term
+    is N(0, 1) on the unconstrained scale.
     """
 
     record: bool = False
@@ -332,14 +332,14 @@ class Unconstrain(Handler):
 
     @staticmethod
     def pseudo_prior(own: jax.Array, z: jax.Array) -> jax.Array:
-        """The own density of an idle choice, or N(0, 1) where that is not finite."""
+        """The prior term of an idle choice; N(0, 1) where that is not finite."""
         normal = -0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)
         return jnp.where(jnp.isfinite(own), own, jnp.sum(normal.reshape(*own.shape, -1), -1))
 
 
 @dataclasses.dataclass(frozen=True)
 class ToUnconstrained(Handler):
-    """Record every latent choice on the unconstrained scale; choices that are not given are drawn."""
+    """Records every latent choice on the unconstrained scale. Choices that are not given are drawn."""
 
     latents: frozenset[str]
     skip: frozenset[tuple[str, ...]] = frozenset()

@@ -1,4 +1,4 @@
-"""What stands inside a model: ``sample``, ``factor``, ``deterministic``, ``draw``, ``repeat`` and ``loop``."""
+"""The words of a model: ``sample``, ``factor``, ``deterministic``, ``draw``, ``repeat`` and ``loop``."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from .traces import Trace
 def sample(
     name: str, d: Any, *, dims: Sequence[str | None] = (), grad: Any = None, **unknown: Any
 ) -> Any:
-    """A named random choice; ``d`` is a distribution or a program.
+    """Make a named random choice from a distribution or a program.
 
-    Under ``jax.vmap`` every lane makes its own draw, whether or not ``d`` depends on the mapped values; under
-    ``lax.scan`` every step does.
+    Under ``jax.vmap`` every copy makes its own draw, also if ``d`` does not depend on the mapped values. Under
+    ``lax.scan`` every step makes its own draw.
 
     Args:
-        name: its address in the scope; no dot.
-        d: any pytree with ``sample(key)`` and ``log_prob(value)``, NumPyro's distributions above all; or a program
-            ``model(*args)``, whose choices land under ``name``.
+        name: the address of the choice in its scope. It holds no dot.
+        d: any pytree with ``sample(key)`` and ``log_prob(value)``, such as NumPyro's distributions; or a program
+            ``model(*args)``, whose choices are put under ``name``.
         dims: names for the leading axes of the value that ``d`` itself makes.
-        grad: gradient strategy for expectations, from ``weft.gradients`` (default: ``reparam`` where ``d`` has
-            differentiable draws, else ``score``).
-        **unknown: refused; ``obs=`` with the way data are given here.
+        grad: the gradient strategy in expectations, from ``weft.gradients``. By default it is ``reparam`` if ``d`` has
+            differentiable draws, and ``score`` otherwise.
+        **unknown: refused. For ``obs=`` the error says how data are given here.
 
     Returns:
-        The value of the choice, an array; of a program, its return value.
+        The value of the choice, an array. For a program, its return value.
 
     Raises:
-        ModelError: for an unfit name or distribution.
+        ModelError: if the name or the distribution cannot be used.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -99,11 +99,11 @@ def _array(name: str, what: str, value: Any) -> jax.Array:
 
 
 def factor(name: str, log_weight: Any) -> None:
-    """Multiply the density of the program by ``exp(log_weight)``; the program is unnormalised from then on.
+    """Multiply the density of the program by ``exp(log_weight)``. This makes the program unnormalised.
 
     Args:
-        name: its address in the scope.
-        log_weight: any array; its sum counts.
+        name: the address of the factor in its scope.
+        log_weight: any array. Its sum counts.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -123,7 +123,12 @@ def factor(name: str, log_weight: Any) -> None:
 
 
 def deterministic(name: str, value: Any, *, dims: Sequence[str | None] = ()) -> Any:
-    """Record a computed value under ``name`` in ``trace.derived`` and return it.
+    """Record a computed value in ``trace.derived`` under ``name``, and return it.
+
+    Args:
+        name: the address of the value in its scope.
+        value: any array.
+        dims: names for the leading axes of the value.
 
     Examples:
         >>> import jax
@@ -144,7 +149,7 @@ def deterministic(name: str, value: Any, *, dims: Sequence[str | None] = ()) -> 
 
 
 def _nested(name: str, program: Program) -> Any:
-    """Sample a program under a name: one scope equation, or one for each lane of a vmapped program."""
+    """Sample a program under a name, by one scope equation. A vmapped program gives one for each of its copies."""
     used(program)
     code, args = program.code()
     outs = tuple(ShapedArray(v.aval.shape, v.aval.dtype) for v in code.jaxpr.outvars)
@@ -153,9 +158,12 @@ def _nested(name: str, program: Program) -> Any:
 
 
 def draw(program: Program) -> Trace:
-    """Run a program in place, unnamed, inside an expectation, and give its trace.
+    """Run a program in place, inside an expectation, and give its trace.
 
-    Its choices belong to no address of the surrounding program; gradients flow through the trace.
+    The run has no name. Its choices have no address in the surrounding program. Gradients flow through the trace.
+
+    Args:
+        program: a model applied to arguments.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -173,15 +181,15 @@ def draw(program: Program) -> Trace:
 
 
 def repeat(f: Callable[[], Any], n: int, axis_name: str | None = None) -> Any:
-    """``n`` independent runs of ``f()``: the ``jax.vmap`` without a covariate.
+    """Run ``f()`` ``n`` times, independently. It is a ``jax.vmap`` without a covariate.
 
     Args:
-        f: a function of no arguments with sites.
-        n: how many.
-        axis_name: name of the new axis.
+        f: a function of no arguments, with sites.
+        n: the number of runs.
+        axis_name: the name of the new axis.
 
     Returns:
-        What ``f`` returns, with a leading axis of size ``n``.
+        The return value of ``f``, with a leading axis of size ``n``.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -198,15 +206,16 @@ def repeat(f: Callable[[], Any], n: int, axis_name: str | None = None) -> Any:
 def loop(
     cond: Callable[[Any], Any], body: Callable[[Any], Any], max_steps: int, init: Any = None
 ) -> Any:
-    """``lax.while_loop`` with sites and a density: ``body`` runs while ``cond`` holds, at most ``max_steps`` times.
+    """Run ``body`` while ``cond`` holds, at most ``max_steps`` times: a ``lax.while_loop`` with sites and a density.
 
-    Choices gain a leading axis of size ``max_steps``; those of steps that were not taken are idle (``trace.active``).
+    Choices gain a leading axis of size ``max_steps``. Choices of steps that were not taken are idle: ``trace.active``
+    is false there.
 
     Args:
-        cond: state to a scalar bool.
-        body: state to state, with sites.
-        max_steps: bound on the number of steps.
-        init: the first state; without it ``loop(cond, body, max_steps)`` is a function of the state.
+        cond: a function from the state to a scalar bool.
+        body: a function from state to state, with sites.
+        max_steps: the bound on the number of steps.
+        init: the first state. Without it, ``loop(cond, body, max_steps)`` is a function of the first state.
 
     Returns:
         The last state.

@@ -1,4 +1,4 @@
-"""Models: ``@gen`` makes one of a function with sites; applied to arguments it is a program."""
+"""Models: ``@gen`` makes a model of a function with sites. A model applied to arguments is a program."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .programs import Program
 
 
 class Model(Printed, eqx.Module):
-    """A function with sites, as ``@gen`` makes it. Applied to arguments it gives a program.
+    """A function with sites. ``@gen`` makes one. Applied to arguments it gives a program.
 
     Attributes:
         function: the Python function, or a transformed one.
-        name: for messages.
+        name: its name in messages.
     """
 
     function: Callable[..., Any]
@@ -73,7 +73,7 @@ def gen(function: Callable[..., Any]) -> Model:
         function: any Python function of arrays and static values, written in JAX.
 
     Returns:
-        A model: applied to arguments it gives a program, a distribution over the choices it makes and what it returns.
+        A model. Applied to arguments it gives a program: a distribution over its choices and its return value.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -94,7 +94,7 @@ def gen(function: Callable[..., Any]) -> Model:
 
 
 def check_name(name: Any) -> None:
-    """Names are non-empty strings without a dot or a wildcard."""
+    """Refuse a name that is not a non-empty string without a dot or a wildcard."""
     if not isinstance(name, str) or not name:
         raise ModelError(f"a site's name is a non-empty string, got {name!r}")
     if "." in name or "*" in name or name.startswith("~"):

@@ -1,4 +1,7 @@
-"""Data against the sites they are given to: shapes, dtypes, supports, NaN; nothing is broadcast or dropped silently."""
+"""Checks of data against their sites: shapes, dtypes, supports, NaN.
+
+Nothing is broadcast or dropped silently.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from .handlers import Given, expand
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """Values for a part of a site; made by ``observed``."""
+    """Values for a part of a site. ``observed`` makes it."""
 
     value: Any
     where: Any
@@ -33,13 +36,13 @@ class Observed:
 
 
 def observed(value: Any, *, where: Any, missing: str = "impute") -> Observed:
-    """Observe part of a site: the elements where ``where`` is true.
+    """Observe a part of a site: the elements where ``where`` is true.
 
     Args:
-        value: array of the site's shape; what it holds elsewhere (NaN, say) is ignored.
+        value: an array of the site's shape. What it holds elsewhere (NaN, say) is ignored.
         where: booleans of the site's shape without its event axes.
-        missing: what becomes of the rest: ``"impute"`` keeps it a latent choice, ``"drop"`` leaves it out (right where
-            nothing else reads the site).
+        missing: what becomes of the other elements. ``"impute"`` keeps them as latent choices. ``"drop"`` leaves them
+            out, which is right if nothing else reads the site.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -60,9 +63,9 @@ def observed(value: Any, *, where: Any, missing: str = "impute") -> Observed:
 def entries(
     sites: Mapping[str, SiteInfo], choices: Mapping[str, Any], model: str, data: bool = False
 ) -> dict[str, Given]:
-    """Check choices against the table of sites; ``{address: Given}``.
+    """Check choices against the table of sites. Gives ``{address: Given}``.
 
-    Shapes and dtypes are checked always, values (NaN, support) where they are ``data`` and concrete.
+    Shapes and dtypes are always checked. Values (NaN, support) are checked if they are ``data`` and concrete.
 
     Raises:
         AddressError: for an address that is no choice of the program.
@@ -166,7 +169,7 @@ def as_array(value: Any, site: str) -> Any:
 
 
 def _forecast(info: SiteInfo, value: Any, where: Any) -> tuple[Any, Any]:
-    """Pad data that end before a scan does: the rest is latent."""
+    """Pad data that end before a scan does. The rest is latent."""
     if value.shape == info.shape or value.ndim != len(info.shape):
         return value, where
     differ = [i for i, (n, m) in enumerate(zip(value.shape, info.shape, strict=True)) if n != m]
@@ -195,9 +198,8 @@ def _forecast(info: SiteInfo, value: Any, where: Any) -> tuple[Any, Any]:
 def _shapes(info: SiteInfo, shape: tuple[int, ...], site: str) -> str:
     named = ", ".join(a.name or f"{a.kind} axis" for a in info.axes)
     return (
-        f"{site}: expected shape {info.shape} ({named or 'scalar'}{', event' if info.event_shape else ''}), "
-        f"got {shape}; "
-        "nothing is broadcast silently"
+        f"{site}: expected shape {info.shape} ({named or 'scalar'}{', event' if info.event_shape else ''}), got "
+        f"{shape}; nothing is broadcast silently"
     )
 
 
@@ -222,10 +224,9 @@ def _check_nan(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, site
         bad = _over_events(np.any, np.isnan(value), info) & seen
         if bad.any():
             raise ObservationError(
-                f"{site}: {int(bad.sum())} of {bad.size} observations are NaN, the first at {_first(bad)}. If they are "
-                f"missing, say so: given({{{info.address!r}: observed(y, where=~jnp.isnan(y))}}), with "
-                f"missing='drop' to "
-                "leave them out"
+                f"{site}: {int(bad.sum())} of {bad.size} observations are NaN, the first at {_first(bad)}. If they "
+                f"are missing, say so: given({{{info.address!r}: observed(y, where=~jnp.isnan(y))}}), with "
+                "missing='drop' to leave them out"
             )
 
 
@@ -255,9 +256,8 @@ def _check_support(info: SiteInfo, value: np.ndarray, where: np.ndarray | None, 
         if bad.any():
             first = value[tuple(np.argwhere(bad)[0])] if bad.ndim else value
             raise ObservationError(
-                f"{site}: {int(bad.sum())} of {bad.size} observations are outside the support "
-                f"{_support(info)}, the first, "
-                f"{first}, at {_first(bad)}"
+                f"{site}: {int(bad.sum())} of {bad.size} observations are outside the support {_support(info)}, the "
+                f"first, {first}, at {_first(bad)}"
             )
 
 
@@ -285,9 +285,9 @@ def _support(info: SiteInfo) -> str:
 
 
 def _fill(value: Any, where: Any) -> Any:
-    """Put a value that was observed where none was.
+    """Fill missing elements with a value that was observed.
 
-    It is of the support, so that its density and gradient are finite.
+    That value is in the support, so its density and gradient are finite.
     """
     concrete = not isinstance(value, Tracer) and not isinstance(where, Tracer)
     numpy = np if concrete else jnp

@@ -1,4 +1,4 @@
-"""Prediction: the rest of a program, for every draw of some of its choices."""
+"""Prediction: draws of the rest of a program, for every draw of some of its choices."""
 
 from __future__ import annotations
 
@@ -58,9 +58,8 @@ def _batch_shape(program: Program, flat: dict[str, Any]) -> tuple[int, ...]:
         if ndim < 0 or value.shape[ndim:] != info.shape:
             raise ObservationError(
                 f"predict, model {program.name!r}: choice {address!r} must end in the site's shape {info.shape}, got "
-                f"{value.shape}. If the model at new inputs has another number of them, leave the address "
-                f"out: it is drawn "
-                "anew"
+                f"{value.shape}. If the model at new inputs has another number of them, leave the address out: it is "
+                "drawn anew"
             )
         if lead is not None and value.shape[:ndim] != lead:
             raise ObservationError(

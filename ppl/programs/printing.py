@@ -1,4 +1,4 @@
-"""How the nouns print: one screen, tables of sites, no array contents."""
+"""Printing of the nouns: tables of sites on one screen, without the contents of arrays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_ROWS = 24
 
 
 def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS, width: int = 36) -> str:
-    """Columns of text, each at most ``width`` wide, at most ``limit`` rows."""
+    """A table of text. A column is at most ``width`` wide, and there are at most ``limit`` rows."""
     left = len(rows) - limit
     rows = [[_cut(cell, width) for cell in row] for row in rows[:limit]]
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
@@ -33,13 +33,13 @@ def table(header: list[str], rows: list[list[str]], limit: int = MAX_ROWS, width
 
 
 def _cut(text: str, width: int) -> str:
-    """The text with its middle left out, if it is long."""
+    """The text, with its middle left out if it is long."""
     half = (width - 3) // 2
     return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
 
 
 class Printed:
-    """A noun that prints as text: notebooks show the same."""
+    """A noun that prints as text. Notebooks show the same text."""
 
     def _repr_html_(self) -> str:
         return as_html(repr(self))

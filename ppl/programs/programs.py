@@ -1,4 +1,4 @@
-"""Programs: a model applied to arguments is a distribution over choices and a return value."""
+"""Programs: a model applied to arguments. It is a distribution over choices and a return value."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .targets import Target, condition_program
 from .traces import Trace, table_of
 
 MAX_STAGED = 512
-"""So many staged programs are kept; the one used longest ago goes first."""
+"""The number of staged programs that are kept. The one used longest ago is dropped first."""
 _staged: dict[Any, tuple[Code, list[Any], dict[str, SiteInfo], list[Any]]] = {}
 
 
 @jax.tree_util.register_pytree_node_class
 class Program(printing.Printed):
-    """A model applied to arguments: a distribution over choices and a return value. A pytree.
+    """A model applied to arguments: a distribution over choices and a return value. It is a pytree.
 
-    Its leaves are the traced arguments and one scalar that tells over how many lanes ``jax.vmap(model)`` has spread it:
-    such a program is the product over its lanes.
+    Its leaves are the traced arguments and one scalar. ``jax.vmap(model)`` gives that scalar a batch axis. Such a
+    program is the product of independent copies, one for each index of the axis.
     """
 
     __slots__ = ("leaves", "name", "skeleton")
@@ -43,34 +43,34 @@ class Program(printing.Printed):
         self.name = name
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Skeleton, str]]:
-        """Leaves, and what compares statically."""
+        """The leaves, and the static rest."""
         used(self)
         return tuple(self.leaves), (self.skeleton, self.name)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Skeleton, str], leaves: Iterable[Any]) -> Program:
-        """The program of these leaves."""
+        """The program with these leaves."""
         return cls(list(leaves), *aux)
 
     # --- staging ---
 
     @property
     def lanes(self) -> tuple[int, ...]:
-        """Sizes of the axes that ``jax.vmap`` of the model has added, outermost first."""
+        """The sizes of the batch axes that ``jax.vmap`` of the model has added, outermost first."""
         return tuple(jnp.shape(self.leaves[-1]))
 
     @property
     def function(self) -> Any:
-        """What the program calls: the model's function, or code that was staged already."""
+        """The function that the program calls: the model's own, or code that was staged already."""
         return self.skeleton.unpack([0.0] * self.skeleton.num_arrays)[0]
 
     @property
     def is_staged(self) -> bool:
-        """Whether ``staged`` has run: what it calls is code, and the arguments are arrays."""
+        """Whether the program is staged: its function is code, and its arguments are arrays."""
         return isinstance(self.function, Code) and not self.lanes
 
     def run(self, *leaves: Any) -> Any:
-        """Call the function on the given leaves; sites are met by whoever stages this."""
+        """Call the function on the given leaves. Whoever stages this call meets the sites."""
 
         def one(*leaves: Any) -> Any:
             function, args, kwargs = self.skeleton.unpack(leaves[:-1])
@@ -81,7 +81,10 @@ class Program(printing.Printed):
         return one(*leaves)
 
     def code(self) -> tuple[Code, list[Any]]:
-        """The staged program and its flat arguments, what the model captured first. Staged once, if nothing changed."""
+        """The staged program and its flat arguments, those that the model captured first.
+
+        A program is staged once, as long as nothing that it captures has changed.
+        """
         code, consts, _, _ = self._stage()
         return code, [*consts, *(self.leaves[:-1] if self.is_staged else self.leaves)]
 
@@ -119,7 +122,7 @@ class Program(printing.Printed):
     def staged(self) -> Program:
         """The same program, staged now.
 
-        What the model captured is among its leaves, and the rest compares by structure.
+        Arrays that the model captured are among its leaves. The rest compares by structure.
         """
         if self.is_staged:
             return self
@@ -133,12 +136,12 @@ class Program(printing.Printed):
 
     @property
     def sites(self) -> dict[str, SiteInfo]:
-        """The table of sites, by dotted address: all of them, hidden ones too."""
+        """The table of all sites by dotted address, hidden ones included."""
         return self._stage()[2]
 
     @property
     def latents(self) -> tuple[str, ...]:
-        """Dotted addresses of the choices."""
+        """The dotted addresses of the choices."""
         return tuple(
             a
             for a, s in self.sites.items()
@@ -147,17 +150,17 @@ class Program(printing.Printed):
 
     @property
     def estimated(self) -> bool:
-        """Whether its density is an unbiased estimate: it holds a ``marginal`` or a ``normalize``."""
+        """Whether the density is an unbiased estimate, because the program holds a ``marginal`` or a ``normalize``."""
         return any(s.estimated for s in self.sites.values())
 
     @property
     def unnormalised(self) -> bool:
-        """Whether a ``factor`` or a condition inside the model makes its density one that does not integrate to one."""
+        """Whether the density need not integrate to one, because of a ``factor`` or a condition inside the model."""
         return bool(self.unnormalised_sites)
 
     @property
     def unnormalised_sites(self) -> tuple[str, ...]:
-        """Addresses of the factors and of the choices that are conditioned inside the model."""
+        """The addresses of factors, and of choices that are conditioned inside the model."""
         return tuple(a for a, s in self.sites.items() if s.kind == "factor" or s.observed)
 
     def shapes(self) -> dict[str, Any]:
@@ -175,7 +178,8 @@ class Program(printing.Printed):
         """Draw every choice.
 
         Args:
-            key: one random key. Draws depend on it and on the addresses alone, not on what else the function computes.
+            key: one random key. Draws depend on the key and on the addresses alone, not on what else the function
+                computes.
 
         Returns:
             A trace.
@@ -186,26 +190,30 @@ class Program(printing.Printed):
         r"""The log density $\log p(\text{choices})$, a scalar.
 
         Args:
-            choices: nested dict (or dotted addresses) of every choice; those of branches not taken do not matter.
-            key: for programs whose density is estimated.
+            choices: nested dict (or dotted addresses) of every choice. Choices of branches that are not taken do not
+                matter.
+            key: a random key, for programs whose density is estimated.
 
         Raises:
             AddressError: for a missing or an unknown choice.
-            ObservationError: for one that does not fit its site.
-            DensityError: if the program has no density.
+            ObservationError: for a choice that does not fit its site.
+            DensityError: if the program has no known density.
         """
         self.require_density()
         return self.log_density_of(self._entries(choices, complete=True), key)
 
     def log_density_of(self, given: dict[str, Any], key: jax.Array | None = None) -> jax.Array:
-        """The same, of entries by name. An estimated density has its randomness from a program that is being staged."""
+        """The log density of entries by name.
+
+        Without a key, an estimated density takes its randomness from the program that is being staged.
+        """
         if self.estimated and key is None and staging():
             return run_inside(self, given)[0].log_density
         key = None if key is None else as_key(key)
         return run_log_density(self.staged(), given, key)
 
     def random_weighted(self, key: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-        r"""A draw $x$ and $\log d$ with $\mathbb{E}[1/d \mid x] = 1/p(x)$; where the density is exact, $d = p(x)$.
+        r"""A draw $x$ and $\log d$, with $\mathbb{E}[1/d \mid x] = 1/p(x)$. If the density is exact, $d = p(x)$.
 
         Args:
             key: one random key.
@@ -217,7 +225,7 @@ class Program(printing.Printed):
         return trace.choices, trace.log_density
 
     def estimate_log_density(self, key: jax.Array, choices: Mapping[str, Any]) -> jax.Array:
-        r"""$\log d'$ with $\mathbb{E}[d'] = p(\text{choices})$; where the density is exact, $\log p$.
+        r"""An estimate $\log d'$ with $\mathbb{E}[d'] = p(\text{choices})$. If the density is exact, it is $\log p$.
 
         Args:
             key: one random key.
@@ -232,12 +240,14 @@ class Program(printing.Printed):
 
         Args:
             choices: as in ``log_density``.
-            by: name of an axis; then one number for every index of it, summed over the sites that have the axis.
-            key: for programs whose density is estimated: one number for all choices of an estimate, at the first.
+            by: the name of an axis. The result then is one number for each index of that axis, summed over the sites
+                that have it.
+            key: a random key, for programs whose density is estimated. An estimate is one number for all of its
+                choices; it stands at the first.
 
         Returns:
-            A nested dict of arrays of shape (mapped axes..., *batch_shape), summed over event axes only; with ``by`` an
-            array of the size of that axis.
+            A nested dict of arrays of shape (mapped axes..., *batch_shape), summed over event axes only. With ``by``,
+            an array of the size of that axis.
         """
         self.require_density()
         key = None if key is None else as_key(key)
@@ -245,14 +255,14 @@ class Program(printing.Printed):
         return found if by is None else by_axis(self.sites, flatten(found), by, self.name)
 
     def generate(self, key: jax.Array, choices: Mapping[str, Any]) -> tuple[Trace, jax.Array]:
-        r"""Draw what is not given; weigh what is.
+        r"""Draw the choices that are not given, and weigh those that are.
 
-        The weight is $\sum_{i\ \text{given}} \log p(x_i \mid x_{<i})$: with ``choices`` drawn this way its exponential
-        averages to the marginal density of the given part.
+        The log weight is $\sum_{i\ \text{given}} \log p(x_i \mid x_{<i})$. Its exponential averages to the marginal
+        density of the given choices.
 
         Args:
-            key: one random key; the draw of a choice does not depend on which others are given.
-            choices: nested dict of any of the choices, also ``observed(values, where=mask)`` for a part of one.
+            key: one random key. The draw of a choice does not depend on which others are given.
+            choices: nested dict of some of the choices. ``observed(values, where=mask)`` gives a part of one.
 
         Returns:
             ``(trace, log_weight)``.
@@ -260,14 +270,15 @@ class Program(printing.Printed):
         return run_generate(self.staged(), as_key(key), self._entries(choices))
 
     def given(self, choices: Mapping[str, Any] | None = None) -> Target:
-        """Observe choices: the unnormalised posterior over the others.
+        """Observe choices. The result is the unnormalised posterior over the others.
 
         Args:
-            choices: nested dict of data, anything ``numpy.asarray`` takes, or ``observed(y, where=mask)``. Data shorter
-                than a scan's time axis leave the rest to be forecast.
+            choices: nested dict of data: anything that ``numpy.asarray`` takes, or ``observed(y, where=mask)``. If data
+                are shorter than the time axis of a scan, the rest is forecast.
 
         Raises:
-            ObservationError, AddressError: where data do not fit the program.
+            ObservationError: if data do not fit their site.
+            AddressError: if there is no such choice.
         """
         return condition_program(self, choices or {})
 
@@ -282,17 +293,18 @@ class Program(printing.Printed):
 
         Args:
             key: one random key.
-            choices: nested dict, such as ``draws.choices``, whose arrays lead with the same batch axes (chain, draw).
-            batch_size: how many draws at once (all, if None); bounds memory.
-            keep: addresses of choices or derived values to return; without it everything and the return value.
+            choices: nested dict, such as ``draws.choices``. All arrays have the same leading batch axes (chain, draw).
+            batch_size: the number of draws that are treated at once; all if None. It bounds memory.
+            keep: addresses of the choices or derived values to return. By default everything is returned, and the
+                return value too.
 
         Returns:
-            A trace whose arrays lead with the batch axes.
+            A trace whose arrays have the leading batch axes.
         """
         return predict(self, key, choices, batch_size, keep)
 
     def require_density(self) -> None:
-        """Raise DensityError, with the reason, if a choice is not recorded."""
+        """Raise DensityError if a choice is not recorded, and say why it is not."""
         for address, info in self.sites.items():
             if info.hidden and info.kind == "sample" and not info.observed:
                 raise DensityError(

@@ -1,4 +1,4 @@
-"""Targets: a program and data, that is an unnormalised density over the choices that are left."""
+"""Targets: a program and data. Together they are an unnormalised density over the remaining choices."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class Target(printing.Printed, eqx.Module):
-    """A program with some of its choices observed: an unnormalised density over the others. A pytree.
+    """A program with some choices observed: an unnormalised density over the others. It is a pytree.
 
     Attributes:
         program: the program.
-        data: what is given, by dotted address.
-        missing: for a site observed in part, the flat indices of its missing elements, where they were known when it
-            was made; they are its coordinates in unconstrained space.
+        data: the given choices, by dotted address.
+        missing: for a site observed in part, the flat indices of its missing elements, if they were known when the
+            target was made. Only these elements are coordinates in unconstrained space.
     """
 
     program: Program
@@ -42,12 +42,12 @@ class Target(printing.Printed, eqx.Module):
 
     @property
     def sites(self) -> dict[str, SiteInfo]:
-        """The program's table of sites."""
+        """The table of sites of the program."""
         return self.program.sites
 
     @property
     def latents(self) -> tuple[str, ...]:
-        """Dotted addresses of the choices that are left; a site observed in part is among them."""
+        """The dotted addresses of the latent choices. A site observed in part is among them."""
         return tuple(a for a in self.program.latents if a not in self.data or self._partial(a))
 
     def _partial(self, address: str) -> bool:
@@ -69,22 +69,23 @@ class Target(printing.Printed, eqx.Module):
         )
 
     def given(self, choices: Mapping[str, Any]) -> Target:
-        """The same target with some more of its choices given: the density over what is left.
+        """The same target with more choices given. It is a density over the remaining ones.
 
         Args:
             choices: nested dict of latent choices.
 
         Raises:
-            AddressError: for one that is unknown, or observed already.
+            AddressError: for a choice that is unknown, or observed already.
         """
         found = self._latent_entries(choices)
         missing = {a: index for a, index in self.missing.items() if a not in found}
         return Target(self.program, {**self.data, **found}, missing)
 
     def staged(self) -> Target:
-        """The same target, staged now: what the model captured is among its leaves and the rest compares by structure.
+        """The same target, staged now.
 
-        A function jitted over it compiles once for all data of one shape, and never sees a stale global.
+        Arrays that the model captured are among its leaves, and the rest compares by structure. A function jitted over
+        the target compiles once for all data of one shape, and never sees a stale global.
         """
         return Target(self.program.staged(), self.data, self.missing)
 
@@ -92,9 +93,9 @@ class Target(printing.Printed, eqx.Module):
         r"""$\log p(\text{latents}, \text{data})$, a scalar.
 
         Args:
-            latents: nested dict of every latent choice; a site observed in part comes whole, its observed elements are
-                ignored.
-            key: for programs whose density is estimated.
+            latents: nested dict of every latent choice. A site observed in part is given whole, and its observed
+                elements are ignored.
+            key: a random key, for programs whose density is estimated.
         """
         self.program.require_density()
         return self.program.log_density_of(unflatten(self.complete(latents)), key)
@@ -102,10 +103,13 @@ class Target(printing.Printed, eqx.Module):
     def log_densities(
         self, latents: Mapping[str, Any], by: str | None = None, key: jax.Array | None = None
     ) -> Any:
-        """Log density of each site.
+        """The log density of each site.
 
-        With ``by``, the observed sites are summed to one number for every index of that axis. ``key`` is for programs
-        whose density is estimated.
+        Args:
+            latents: as in ``log_density``.
+            by: the name of an axis. The result then is one number for each index of that axis, summed over the observed
+                sites.
+            key: a random key, for programs whose density is estimated.
         """
         self.program.require_density()
         key = None if key is None else as_key(key)
@@ -124,7 +128,15 @@ class Target(printing.Printed, eqx.Module):
     def generate(
         self, key: jax.Array, latents: Mapping[str, Any] | None = None
     ) -> tuple[Trace, jax.Array]:
-        """Draw the latent choices that are not given; weigh the data and those that are."""
+        """Draw the latent choices that are not given, and weigh the data and the choices that are.
+
+        Args:
+            key: one random key.
+            latents: nested dict of some of the latent choices.
+
+        Returns:
+            ``(trace, log_weight)``.
+        """
         given = {**self.data, **self._latent_entries(latents or {})}
         return run_generate(self.program.staged(), as_key(key), unflatten(given))
 
@@ -135,9 +147,9 @@ class Target(printing.Printed, eqx.Module):
         batch_size: int | None = None,
         keep: str | Iterable[str] | None = None,
     ) -> Trace:
-        """Draw the data anew (and the missing and unseen) for every draw of the latent choices.
+        """Draw new data for every draw of the latent choices. Missing and unseen elements are drawn as well.
 
-        See ``Program.predict``.
+        See ``Program.predict`` for the arguments.
         """
         return self.program.predict(
             key,
@@ -150,12 +162,12 @@ class Target(printing.Printed, eqx.Module):
         """The target on R^n, for any sampler.
 
         Raises:
-            DensityError: naming the site, for discrete latent choices and supports without a bijection.
+            DensityError: if a latent choice is discrete, or its support has no bijection. The message names the site.
         """
         return unconstrain(self)
 
     def complete(self, latents: Mapping[str, Any]) -> dict[str, Given]:
-        """Data and all latent choices as entries by address.
+        """The data and all latent choices, as entries by address.
 
         Raises:
             AddressError: for a missing or an unknown choice.
@@ -205,7 +217,7 @@ def condition_program(program: Program, choices: Mapping[str, Any]) -> Target:
 
 
 def _require_unread(program: Program, address: str, given: Given) -> None:
-    """``missing="drop"`` is right where no other density reads the site."""
+    """Refuse ``missing="drop"`` if another density reads the site."""
     if (
         given.where is not None
         and not isinstance(given.where, Tracer)
@@ -217,6 +229,6 @@ def _require_unread(program: Program, address: str, given: Given) -> None:
     if found:
         raise DensityError(
             f"model {program.name!r}: the missing elements of {address!r} cannot be dropped, since "
-            f"{', '.join(map(repr, found))} depend on the site; impute them: "
-            "observed(y, where=mask, missing='impute')"
+            f"{', '.join(map(repr, found))} depend on the site; impute them: observed(y, where=mask, "
+            "missing='impute')"
         )

@@ -1,4 +1,4 @@
-"""Traces: one execution of a program, sorted from what the interpreter recorded."""
+"""Traces: the records of one execution of a program."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ class Trace(printing.Printed, eqx.Module):
     """One execution of a program.
 
     Attributes:
-        choices: nested dict of the values of its choices.
-        active: the same tree, booleans that lead the axes of the choice: whether it counts (False in a branch that
-            was not taken, where a mask is False, in unused steps of a loop).
-        derived: nested dict of what ``deterministic`` recorded.
-        log_density: log density of the choices, a scalar; not a number where the program has none (it holds a
-            ``while_loop`` with sites, or hidden ones).
-        value: what the function returned.
+        choices: nested dict of the values of the choices.
+        active: a tree like ``choices``, of booleans that say whether a choice counts. It does not count in a branch
+            that was not taken, where a mask is false, and in unused steps of a loop. The booleans have the leading axes
+            of the choice.
+        derived: nested dict of the values that ``deterministic`` recorded.
+        log_density: the log density of the choices, a scalar. It is not a number if the program has no known density:
+            it holds hidden sites, or a ``while_loop`` with sites.
+        value: the return value.
     """
 
     choices: dict[str, Any]
@@ -52,7 +53,7 @@ def run_program(
     key: Any = None,
     given: dict[str, Any] | None = None,
 ) -> tuple[Trace, dict[str, jax.Array]]:
-    """Interpret a staged program and sort what it recorded into a trace."""
+    """Interpret a staged program and sort its records into a trace."""
     outs, records, terms = interpret(code.jaxpr, args, handler, key, given)
     choices, active, derived = sort_records(records, table_of(code))
     value = jax.tree.unflatten(code.out_tree, outs)
@@ -62,7 +63,7 @@ def run_program(
 def sort_records(
     records: Records, table: dict[str, SiteInfo]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Records to ``(choices, active, derived)``."""
+    """Sort records into ``(choices, active, derived)``."""
     flat = dict(flat_records(records))
     choices = {a: r["value"] for a, r in flat.items() if table[a].kind == "sample"}
     active = {a: flat[a].get("active", jnp.ones((), bool)) for a in choices}

@@ -1,4 +1,4 @@
-"""The target on R^n: every latent choice through NumPyro's bijection to its support, with the log-Jacobian."""
+"""Targets on R^n: each latent choice passes through NumPyro's bijection to its support, with the log-Jacobian."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Positions = dict[str, Any]
 
 
 class Unconstrained(printing.Printed, eqx.Module):
-    """The density of a target on R^n, as nested dicts ``z`` of unconstrained arrays.
+    """A target on R^n. A position is a nested dict ``z`` of unconstrained arrays.
 
-    An element ``z`` of it maps to a choice by ``biject_to(support)``; the log density has the log-Jacobian in it.
+    ``biject_to(support)`` maps the array at an address to the choice. The log density includes the log-Jacobian.
 
     Attributes:
         target: the target.
-        shapes: shape of each latent's unconstrained array, by dotted address.
+        shapes: the shape of each unconstrained array, by dotted address.
     """
 
     target: Target
     shapes: dict[str, tuple[int, ...]] = eqx.field(static=True)
 
     def _enter(self, z: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """A position by dotted address, checked."""
+        """A checked position, by dotted address."""
         flat = {a: jnp.asarray(x, jnp.result_type(float)) for a, x in flatten(z).items()}
         for address in (*flat, *self.shapes):
             if address not in self.shapes:
@@ -59,24 +59,24 @@ class Unconstrained(printing.Printed, eqx.Module):
         return _log_density(self.target.staged(), self._enter(z))
 
     def trace(self, z: Mapping[str, Any]) -> Trace:
-        """The trace at ``z``: latent choices, which are active, what is derived; its log density is that of ``z``."""
+        """The trace at ``z``: latent choices, their activity, derived values. Its log density is that of ``z``."""
         return _trace(self.target.staged(), self._enter(z))
 
     def to_choices(self, z: Mapping[str, Any]) -> dict[str, Any]:
-        """Latent choices of ``z``."""
+        """The latent choices at ``z``."""
         return self.trace(z).choices
 
     def from_choices(self, choices: Mapping[str, Any]) -> Positions:
-        """The position of latent choices; the inverse of ``to_choices``."""
+        """The position of latent choices. It is the inverse of ``to_choices``."""
         return unflatten(_positions(self.target.staged(), None, self.target.complete(choices)))
 
     def init(self, key: jax.Array) -> Positions:
-        """A draw from the prior (of every branch), as a position."""
+        """A draw from the prior, as a position. Choices of all branches are drawn."""
         return unflatten(_positions(self.target.staged(), as_key(key), dict(self.target.data)))
 
     @property
     def flat(self) -> FlatUnconstrained:
-        """The same on vectors."""
+        """The same density on vectors."""
         return FlatUnconstrained(self)
 
     def __repr__(self) -> str:
@@ -84,7 +84,11 @@ class Unconstrained(printing.Printed, eqx.Module):
 
 
 class FlatUnconstrained(printing.Printed, eqx.Module):
-    """An unconstrained target on vectors of R^n: its methods are those of ``Unconstrained``."""
+    """An unconstrained target on vectors of R^n. It has the methods of ``Unconstrained``.
+
+    Attributes:
+        nested: the same target on nested positions.
+    """
 
     nested: Unconstrained
 
@@ -95,7 +99,7 @@ class FlatUnconstrained(printing.Printed, eqx.Module):
 
     @property
     def addresses(self) -> dict[str, slice]:
-        """Where each latent choice stands in the vector."""
+        """The place of each latent choice in the vector."""
         ends = list(itertools.accumulate(math.prod(s) for s in self.nested.shapes.values()))
         return {
             a: slice(e - math.prod(s), e)
@@ -183,7 +187,7 @@ def _positions_of(target: Target, key: Any, given: dict[str, Given]) -> dict[str
 
 
 def _free(target: Target, z: dict[str, Any]) -> dict[str, Any]:
-    """Entries for the handler: latents by their positions, the rest as given."""
+    """Entries for the handler: latent choices by their positions, the others as given."""
     found: dict[str, Any] = dict(target.data)
     for address in target.latents:
         if address not in target.data:
@@ -200,7 +204,10 @@ def _free(target: Target, z: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filler(target: Target, z: dict[str, Any]) -> jax.Array:
-    """Coordinates of observed elements, where it was not known which those are, are N(0, 1)."""
+    """The density of coordinates of observed elements, which are N(0, 1).
+
+    They exist only if it was not known which elements are observed.
+    """
     total = jnp.zeros(())
     for address in target.latents:
         if address in target.data and address not in target.missing:
