@@ -5,6 +5,7 @@ Computed with NumPy: small XLA programs for them would take longer to compile th
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.stage.compat import Literal, Tracer, bind, inner_jaxprs, open_jaxpr
+from weft.ppl.stage.jaxprs import is_call, run
 
 SMALL = 1 << 14
 """Elements up to which this is done."""
@@ -50,7 +52,8 @@ def folded(
     reads = name in ("gather", "dynamic_slice")
     fixed = args[1:] if reads else args
     sizes = [*map(np.size, args), *(math.prod(v.aval.shape) for v in eqn.outvars)]
-    if not (reads or name in _RULES) or sum(sizes) > SMALL or not all(map(_known, fixed)):
+    tried = reads or name in _RULES or is_call(eqn)
+    if not tried or sum(sizes) > SMALL or not all(map(_known, fixed)):
         return f(*args)
     if not reads:
         return _by_numpy(jax.make_jaxpr(f)(*args), args) or f(*args)
@@ -66,20 +69,14 @@ def folded(
 
 def known_integers(eqns: Sequence[Any], known: dict[Any, Any]) -> dict[Any, Any]:
     """What equations compute from known integers alone, as far as it is found."""
-    known = {v: x for v, x in known.items() if _known(x)}
-    for eqn in eqns:
-        if eqn.primitive.name in _RULES and all(
-            isinstance(v, Literal) or v in known for v in eqn.invars
-        ):
-            ins = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
-            outs = (
-                _RULES[eqn.primitive.name](eqn, *map(np.asarray, ins))
-                if all(map(_known, ins))
-                else None
-            )
-            if outs is not None:
-                known.update(zip(eqn.outvars, _typed(eqn, outs), strict=True))
-    return known
+
+    def equation(eqn: Any, ins: list[Any]) -> Sequence[Any]:
+        outs = None if any(x is None for x in ins) else _computed(eqn, ins)
+        return [None] * len(eqn.outvars) if outs is None else outs
+
+    start = {v: x for v, x in known.items() if _known(x)}
+    found = run(eqns, collections.defaultdict(lambda: None, start), equation)
+    return {v: x for v, x in found.items() if x is not None}
 
 
 def _bind(eqn: Any, *args: Any) -> list[Any]:
@@ -107,21 +104,21 @@ def _order(start: np.ndarray, places: np.ndarray) -> tuple[int, ...] | None:
 def _by_numpy(closed: Any, args: Sequence[Any]) -> list[np.ndarray] | None:
     """The results of a jaxpr of integers; None, if it holds what is not known here."""
     opened, consts = open_jaxpr(closed)
-    if not all(map(_known, consts)):
+    values = dict(zip([*opened.constvars, *opened.invars], [*consts, *args], strict=True))
+    found = known_integers(opened.eqns, values)
+    outs = [v.val if isinstance(v, Literal) else found.get(v) for v in opened.outvars]
+    return None if any(x is None for x in outs) else list(map(np.asarray, outs))
+
+
+def _computed(eqn: Any, ins: Sequence[Any]) -> list[np.ndarray] | None:
+    """The results of an equation of known integers; None, if it is about other numbers or has no rule here."""
+    if not all(map(_known, ins)):
         return None
-    env = dict(zip(opened.constvars, map(np.asarray, consts), strict=True))
-    env.update(zip(opened.invars, map(np.asarray, args), strict=True))
-
-    def read(v: Any) -> np.ndarray:
-        return np.asarray(v.val) if isinstance(v, Literal) else env[v]
-
-    for eqn in opened.eqns:
-        rule = _RULES.get(eqn.primitive.name)
-        outs = None if rule is None else rule(eqn, *map(read, eqn.invars))
-        if outs is None:
-            return None
-        env.update(zip(eqn.outvars, _typed(eqn, outs), strict=True))
-    return [read(v) for v in opened.outvars]
+    if is_call(eqn):
+        return _by_numpy(inner_jaxprs(eqn)[0], ins)
+    rule = _RULES.get(eqn.primitive.name)
+    outs = None if rule is None else rule(eqn, *map(np.asarray, ins))
+    return None if outs is None else _typed(eqn, outs)
 
 
 def _typed(eqn: Any, outs: Sequence[Any]) -> list[np.ndarray]:
@@ -172,17 +169,11 @@ def _gather(eqn: Any, x: np.ndarray, indices: np.ndarray) -> list[Any] | None:
     return [np.broadcast_to(x[tuple(index)], eqn.outvars[0].aval.shape)]
 
 
-def _call(eqn: Any, *args: np.ndarray) -> list[Any] | None:
-    return _by_numpy(inner_jaxprs(eqn)[0], args)
-
-
 _RULES: dict[str, Callable[..., list[Any] | None]] = {
     **{name: lambda eqn, *xs, g=g: [g(*xs)] for name, g in _ELEMENTWISE.items()},
     "broadcast_in_dim": _broadcast,
     "iota": _iota,
     "gather": _gather,
-    "jit": _call,
-    "pjit": _call,
     "select_n": lambda eqn, i, *cases: [np.choose(i.astype(int), cases)],
     "convert_element_type": lambda eqn, x: [x],
     "reshape": lambda eqn, x: [x.reshape(eqn.params["new_sizes"])],
