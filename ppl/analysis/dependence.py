@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from weft.ppl.stage.compat import open_jaxpr
-from weft.ppl.stage.control import addresses, eqn_holds_sites, scopes
+from weft.ppl.stage.control import addresses_of, eqn_holds_sites, scopes
 from weft.ppl.stage.jaxprs import Place, flow, wiring
 from weft.ppl.stage.sites import site_p
 
@@ -65,7 +65,7 @@ class _Follower:
                 self.predicates |= ins[w.chooses]
             return None
         kind = eqn.params["spec"].kind if eqn.primitive is site_p else "sample"
-        here = () if kind == "deterministic" else addresses(eqn)
+        here = () if kind == "deterministic" else addresses_of(eqn)
         names = [".".join((*scopes(place), *address)) for address in here]
         for name in names:
             self.found[name] = self.found.get(name, frozenset()) | _union(ins) | place.deciding

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from weft.ppl.analysis.independence import BATCHED, ELEMENTWISE, Unaligned, align
 from weft.ppl.programs.programs import Program
-from weft.ppl.stage.compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_p, where_in_source
-from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p
+from weft.ppl.stage.compat import Literal, bind, open_jaxpr, where_in_source
+from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, is_record, lanes_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.jaxprs import is_call
+from weft.ppl.stage.jaxprs import Holds, evaluate, inside, is_call, is_loop, results, run
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
 from weft.ppl.transforms.rewriting import bind_marginal
@@ -75,8 +75,8 @@ def series(
     factors = {a for a, s in program.sites.items() if s.kind == "factor" or s.observed}
     wanted = {*observed, *factors} if scan is None else {scan}
     held = [e for e in jaxpr.eqns if eqn_holds_sites(e) and wanted & set(eqn_site_names(e))]
-    scans = [e for e in held if e.primitive is lanes_p and holds_scan(e)]
-    if not scans or any(e.primitive is scan_p for e in held):
+    scans = [e for e in held if e.primitive is lanes_p and holds_scan.at(e)]
+    if not scans or any(map(is_loop, held)):
         return None
     sizes = sorted({e.params["lanes"][-1].size for e in scans})
     if len(sizes) > 1:
@@ -89,7 +89,7 @@ def series(
     names = [n for e in walk.own for n in eqn_site_names(e)]
 
     def first(*xs: Any) -> list[Any]:
-        return _run(walk.shared, dict(zip(jaxpr.invars, xs, strict=True)), reads)
+        return results(walk.shared, dict(zip(jaxpr.invars, xs, strict=True)), reads)
 
     shared_code, shared_consts = stage(first, args)
     shared = Program.of_code(shared_code, [*shared_consts, *args], program.name)
@@ -109,20 +109,10 @@ def series(
     return Series(shared, lane_code, consts, walk.size, tuple(names), scanned, program.name)
 
 
-def _holds_lanes(jaxpr: Any) -> bool:
-    """Whether a scan with sites stands under a vmap anywhere."""
-    return any(
-        eqn_holds_sites(e)
-        and ((e.primitive is lanes_p and holds_scan(e)) or any(map(_holds_lanes, inner_jaxprs(e))))
-        for e in open_jaxpr(jaxpr)[0].eqns
-    )
-
-
-def _run(equations: list[Any], values: dict[Any, Any], read: list[Any]) -> list[Any]:
-    for e in equations:
-        found = bind(e, [v.val if isinstance(v, Literal) else values[v] for v in e.invars])
-        values.update(zip(e.outvars, found, strict=True))
-    return [values[v] for v in read]
+_holds_lanes = Holds(
+    lambda eqn: eqn.primitive is lanes_p and holds_scan.at(eqn) and eqn_holds_sites(eqn)
+)
+"""Whether a scan with sites stands under a vmap anywhere."""
 
 
 def _without(lane: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
@@ -177,7 +167,7 @@ class _Walk:
                 self.places.update(zip(eqn.outvars, found, strict=True))
                 self.reads.update(dict.fromkeys(v for v in vs if v not in self.places))
                 continue
-            if eqn_holds_sites(eqn) and not _only_records(eqn):
+            if eqn_holds_sites(eqn) and not is_record(eqn):
                 names = ", ".join(map(repr, eqn_site_names(eqn)))
                 raise ModelError(
                     f"filtering: the {size} series of {name!r} are not independent, as one filter for each wants them: "
@@ -193,7 +183,7 @@ class _Walk:
     def _draws(self, eqn: Any) -> bool:
         """Whether an equation of the lanes makes a choice that is not known."""
         return self._is_lane(eqn) and any(
-            n not in self.settled for n in eqn_site_names(eqn) if not _only_records(eqn)
+            n not in self.settled for n in eqn_site_names(eqn) if not is_record(eqn)
         )
 
     def _place(self, eqn: Any, places: list[int | None]) -> list[int | None]:
@@ -208,62 +198,46 @@ class _Walk:
         return [0] * len(eqn.outvars)
 
 
-def _only_records(eqn: Any) -> bool:
-    return eqn.primitive is site_p and eqn.params["spec"].kind == "deterministic"
-
-
 # --- one lane ---------------------------------------------------------------------------------------------------------
+
+
+class _Own(NamedTuple):
+    """What a lane has of an array: its own index along the axis at a place."""
+
+    value: Any
+    place: int
 
 
 def _lane(walk: _Walk, index: Any, *values: Any) -> list[Any]:
     """The equations of one lane; it returns nothing."""
-    _evaluate(walk.own, dict(zip(walk.reads, values, strict=True)), {}, walk.size, index)
+
+    def equation(eqn: Any, ins: list[Any]) -> list[Any]:
+        sited = eqn_holds_sites(eqn)
+        if is_call(eqn) and not sited:
+            return evaluate(inside(eqn)[0], ins, equation)
+        at = [x.place if isinstance(x, _Own) else None for x in ins]
+        own = [x.value if isinstance(x, _Own) else x for x in ins]
+        if sited:
+            outs, places = _sited(eqn, own, at, index), [0] * len(eqn.outvars)
+        else:
+            places = align(eqn, at)
+            outs = _one_of(eqn, own, at, places, walk.size, index)
+        return [x if p is None else _Own(x, p) for x, p in zip(outs, places, strict=True)]
+
+    run(walk.own, dict(zip(walk.reads, values, strict=True)), equation)
     return []
 
 
-def _evaluate(
-    equations: Any, env: dict[Any, Any], places: dict[Any, int | None], size: int, index: Any
-) -> None:
-    """Evaluate equations for one lane.
-
-    Args:
-        equations: in order.
-        env: values of variables, those of the lane without the lanes' axis; results are added.
-        places: where the variables of the lane carry that axis; results are added.
-        size: number of lanes.
-        index: of the lane.
-    """
-
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
-
-    for eqn in equations:
-        ins = [read(v) for v in eqn.invars]
-        at = [None if isinstance(v, Literal) else places.get(v) for v in eqn.invars]
-        if eqn_holds_sites(eqn):
-            out: list[int | None] = [0] * len(eqn.outvars)
-            *inner, outer = eqn.params["lanes"]
-            own = [
-                jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) if m and p is None else x
-                for x, p, m in zip(ins, at, outer.mapped, strict=True)
-            ]
-            if inner or eqn.primitive is site_p:
-                outs = eqn.primitive.bind(*own, **{**eqn.params, "lanes": tuple(inner)})
-            else:
-                body, _ = open_jaxpr(eqn.params["jaxpr"])
-                outs = _run(body.eqns, dict(zip(body.invars, own, strict=True)), body.outvars)
-        else:
-            out = align(eqn, at)
-            if is_call(eqn):
-                body, consts = open_jaxpr(inner_jaxprs(eqn)[0])
-                inside = dict(zip([*body.constvars, *body.invars], [*consts, *ins], strict=True))
-                known = dict(zip(body.invars, at, strict=True))
-                _evaluate(body.eqns, inside, known, size, index)
-                outs = [v.val if isinstance(v, Literal) else inside[v] for v in body.outvars]
-            else:
-                outs = _one_of(eqn, ins, at, out, size, index)
-        env.update(zip(eqn.outvars, outs, strict=True))
-        places.update(zip(eqn.outvars, out, strict=True))
+def _sited(eqn: Any, ins: list[Any], at: list[int | None], index: Any) -> list[Any]:
+    """An equation with sites, for one lane."""
+    *inner, outer = eqn.params["lanes"]
+    own = [
+        jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) if m and p is None else x
+        for x, p, m in zip(ins, at, outer.mapped, strict=True)
+    ]
+    if inner or eqn.primitive is site_p:
+        return eqn.primitive.bind(*own, **{**eqn.params, "lanes": tuple(inner)})
+    return evaluate(eqn.params["jaxpr"], own)
 
 
 def _one_of(

@@ -18,19 +18,28 @@ from weft.ppl.exact.plan import Options
 from weft.ppl.programs.handlers import Given
 from weft.ppl.programs.programs import Program
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import (
-    CALLS,
-    Literal,
-    bind,
-    cond_p,
-    inner_jaxprs,
-    open_jaxpr,
-    scan_p,
-    scan_sizes,
-    while_p,
+from weft.ppl.stage.compat import Literal, open_jaxpr, scan_sizes
+from weft.ppl.stage.control import (
+    addresses_of,
+    eqn_holds_sites,
+    eqn_site_names,
+    is_record,
+    lanes_p,
+    marginal_p,
 )
-from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p, marginal_p, scope_p
 from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.jaxprs import (
+    Holds,
+    Place,
+    evaluate,
+    flow,
+    inside,
+    is_call,
+    is_loop,
+    kind,
+    results,
+    spread,
+)
 from weft.ppl.stage.staging import Code, stage
 from weft.ppl.transforms.rewriting import bind_marginal
 
@@ -204,25 +213,15 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     reads_ys = tuple(v in read_after for v in outs[num_carry:])
 
     # What varies with a choice is drawn for each particle; the rest is computed once.
-    random: set[Any] = set()
-    for e in before:
-        if eqn_holds_sites(e) or any(not isinstance(v, Literal) and v in random for v in e.invars):
-            random.update(e.outvars)
+    random = {v for v, varies in spread(before, {}, _varies, any).items() if varies}
     wanted = [*eqn.invars, *kept]
-
-    def run(equations: Any, values: dict[Any, Any], read: Sequence[Any]) -> list[Any]:
-        for e in equations:
-            found = bind(e, [v.val if isinstance(v, Literal) else values[v] for v in e.invars])
-            values.update(zip(e.outvars, found, strict=True))
-        return [v.val if isinstance(v, Literal) else values[v] for v in read]
-
     plain = [
         e for e in before if not any(v in random for v in e.outvars) and not eqn_holds_sites(e)
     ]
     once = dict(zip(jaxpr.invars, args, strict=True))
 
     def first(read: Sequence[Any], *xs: Any) -> list[Any]:
-        return run(before, dict(zip(jaxpr.invars, xs, strict=True)), read)
+        return results(before, dict(zip(jaxpr.invars, xs, strict=True)), read)
 
     # What is summed out, and what the steps hand on of it.
     body = params["jaxpr"]
@@ -245,7 +244,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     )
     operands = [v for group in groups for v in group]
     varying = [not isinstance(v, Literal) and v in random for v in operands]
-    fixed = iter(run(plain, once, [v for v, w in zip(operands, varying, strict=True) if not w]))
+    fixed = iter(results(plain, once, [v for v, w in zip(operands, varying, strict=True) if not w]))
     filled = iter([None if w else next(fixed) for w in varying])
     consts, carry, xs, kept_values, entry = ([next(filled) for _ in group] for group in groups)
 
@@ -278,7 +277,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
         values = dict(zip([*inputs, *ends], [*xs[:n], *xs[m:]], strict=True))
         if form is not None:
             values.update(zip([state[i] for i in slots], form.draw(xs[n:m]), strict=True))
-        return run(last, values, [])
+        return results(last, values, [])
 
     after_code, after_consts = None, []
     if last:
@@ -313,6 +312,11 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
 
 
 # --- what is summed out -----------------------------------------------------------------------------------------------
+
+
+def _varies(eqn: Any, ins: list[bool], _: Place) -> list[bool]:
+    """Whether what an equation gives varies with a choice."""
+    return [eqn_holds_sites(eqn) or any(ins)] * len(eqn.outvars)
 
 
 def _step(
@@ -461,20 +465,15 @@ def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[
 
     With `sums`, equations that sum choices out of a scan are noted there, and what they hold is taken in their place.
     """
-    opened, consts = open_jaxpr(jaxpr)
-    env = dict(zip(opened.constvars, consts, strict=True))
-    env.update(zip(opened.invars, args, strict=True))
-    for eqn in opened.eqns:
-        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        if eqn_holds_sites(eqn) and eqn.primitive.name in CALLS:
-            outs = _inline(inner_jaxprs(eqn)[0], ins, sums)
-        elif eqn.primitive is marginal_p and sums is not None and holds_scan(eqn):
+
+    def equation(eqn: Any, ins: list[Any]) -> list[Any] | None:
+        if sums is not None and eqn.primitive is marginal_p and holds_scan.at(eqn):
             sums.append(eqn)
-            outs = _inline(eqn.params["jaxpr"], ins, sums)
-        else:
-            outs = bind(eqn, ins)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars]
+        elif not (is_call(eqn) and eqn_holds_sites(eqn)):
+            return None
+        return _inline(inside(eqn)[0], ins, sums)
+
+    return evaluate(jaxpr, args, equation)
 
 
 def _needed(equations: Any) -> list[Any]:
@@ -492,7 +491,7 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
     """The index of the equation that is meant."""
     factors = {a for a, s in program.sites.items() if s.kind == "factor" or s.observed}
     sited = {i: eqn_site_names(e) for i, e in enumerate(jaxpr.eqns) if eqn_holds_sites(e)}
-    scans = {i: names for i, names in sited.items() if jaxpr.eqns[i].primitive is scan_p}
+    scans = {i: names for i, names in sited.items() if is_loop(jaxpr.eqns[i])}
     held = {i: names for i, names in scans.items() if (observed | factors) & set(names)}
     if scan is not None:
         held = {i: names for i, names in scans.items() if scan in names}
@@ -510,18 +509,18 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
     unseen = scans or {
         i: names
         for i, names in sited.items()
-        if jaxpr.eqns[i].primitive is lanes_p and holds_scan(jaxpr.eqns[i])
+        if jaxpr.eqns[i].primitive is lanes_p and holds_scan.at(jaxpr.eqns[i])
     }
     if unseen:
         found = "; ".join(", ".join(map(repr, names)) for names in unseen.values())
         raise ModelError(f"filtering: no site in the scan of {name!r} is observed ({found})")
-    inside = [
-        (_WHERE[jaxpr.eqns[i].primitive], names)
+    held_in = [
+        (where, names)
         for i, names in sited.items()
-        if jaxpr.eqns[i].primitive in _WHERE and holds_scan(jaxpr.eqns[i])
+        if holds_scan.at(jaxpr.eqns[i]) and (where := _WHERE.get(kind(jaxpr.eqns[i]) or ""))
     ]
-    if inside:
-        where, names = inside[0]
+    if held_in:
+        where, names = held_in[0]
         raise ModelError(
             f"filtering: the scan of {name!r} with the sites {', '.join(map(repr, names))} stands inside {where}; "
             "filtering takes a scan at the top level of the model"
@@ -532,17 +531,15 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
 
 
 _WHERE = {
-    cond_p: "a cond",
-    while_p: "a while_loop",
-    scope_p: "a nested program",
+    "branches": "a cond",
+    "while": "a while_loop",
+    "scope": "a nested program",
 }
 
+holds_scan = Holds(is_loop)
+"""Whether a scan stands anywhere in a jaxpr."""
 
-def holds_scan(eqn: Any) -> bool:
-    """Whether an equation is a scan, or holds one."""
-    return eqn.primitive is scan_p or any(
-        holds_scan(e) for j in inner_jaxprs(eqn) for e in open_jaxpr(j)[0].eqns
-    )
+_STEP, _EARLIER = frozenset(["step"]), frozenset(["earlier"])
 
 
 def _is_markov(body: Any, num_consts: int, num_carry: int) -> bool:
@@ -550,28 +547,20 @@ def _is_markov(body: Any, num_consts: int, num_carry: int) -> bool:
 
     Slots that no choice reaches (counters) do not count.
     """
-    opened, _ = open_jaxpr(body)
-    slots = range(num_consts, num_consts + num_carry)
 
-    def spread(tainted: set[Any], sites: bool) -> list[bool]:
-        tainted = set(tainted)
-        for eqn in opened.eqns:
-            reads = any(not isinstance(v, Literal) and v in tainted for v in eqn.invars)
-            if eqn_holds_sites(eqn):
-                if sites:
-                    tainted.update(eqn.outvars)
-            elif reads:
-                tainted.update(eqn.outvars)
-        return [not isinstance(v, Literal) and v in tainted for v in opened.outvars[:num_carry]]
+    def transfer(eqn: Any, ins: list[frozenset[str]], _: Place) -> list[frozenset[str]] | None:
+        chosen = addresses_of(eqn) and not is_record(eqn)
+        return [_STEP] * len(eqn.outvars) if chosen else None
 
-    random: set[Any] = set()
+    num_xs = len(open_jaxpr(body)[0].invars) - num_consts - num_carry
+    carry = [frozenset()] * num_carry
     while True:
-        reached = spread(random, True)
-        grown = {opened.invars[i] for i, r in zip(slots, reached, strict=True) if r}
-        if grown <= random:
-            break
-        random |= grown
-    return not any(spread(random, False))
+        ins = [*[frozenset()] * num_consts, *carry, *[frozenset()] * num_xs]
+        outs = flow(body, ins, transfer, lambda sets: frozenset().union(*sets))[:num_carry]
+        grown = [_EARLIER if out else x for x, out in zip(carry, outs, strict=True)]
+        if grown == carry:
+            return not any(out >= _EARLIER for out in outs)
+        carry = grown
 
 
 def named(names: Sequence[str], values: Sequence[Any]) -> Any:

@@ -251,11 +251,18 @@ def eqn_site_names(eqn: Any) -> list[str]:
 def _names(code: Any) -> list[str]:
     inside = equations(code, enter=lambda eqn: eqn.primitive is not estimated_p)
     return [
-        ".".join((*scopes(place), *address)) for eqn, place in inside for address in addresses(eqn)
+        ".".join((*scopes(place), *address))
+        for eqn, place in inside
+        for address in addresses_of(eqn)
     ]
 
 
-def addresses(eqn: Any) -> list[tuple[str, ...]]:
+def is_record(eqn: Any) -> bool:
+    """Whether an equation only records what it reads (``deterministic``)."""
+    return eqn.primitive is site_p and eqn.params["spec"].kind == "deterministic"
+
+
+def addresses_of(eqn: Any) -> list[tuple[str, ...]]:
     """The addresses, from where it stands, of the choices, factors and records that an equation makes."""
     if eqn.primitive is site_p:
         return [(eqn.params["spec"].name,)]

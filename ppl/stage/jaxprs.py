@@ -115,6 +115,17 @@ def wiring(eqn: Any) -> Wiring | None:
     return None if rule is None else rule(eqn)
 
 
+def kind(eqn: Any) -> str | None:
+    """What kind of control flow an equation is; None, if it is a plain operation."""
+    w = wiring(eqn)
+    return None if w is None else w.kind
+
+
+def is_loop(eqn: Any) -> bool:
+    """Whether an equation evaluates a jaxpr a known number of times, one after another."""
+    return kind(eqn) == "loop"
+
+
 def whole(jaxpr: Any, eqn: Any, first: int = 0) -> Body:
     """A body that reads all operands from one on, and gives all results."""
     n, m = len(eqn.invars) - first, len(eqn.outvars)
@@ -178,6 +189,14 @@ def run(eqns: Sequence[Any], values: Values, equation: Equation | None = None) -
     return values
 
 
+def results(
+    eqns: Sequence[Any], values: Values, wanted: Sequence[Any], equation: Equation | None = None
+) -> list[Any]:
+    """The values of some variables and literals after equations were evaluated."""
+    values = run(eqns, values, equation)
+    return [read(v, values) for v in wanted]
+
+
 def inputs(jaxpr: Any, args: Sequence[Any]) -> Values:
     """The values of a jaxpr's constants and arguments."""
     opened, consts = open_jaxpr(jaxpr)
@@ -189,8 +208,7 @@ def inputs(jaxpr: Any, args: Sequence[Any]) -> Values:
 def evaluate(jaxpr: Any, args: Sequence[Any], equation: Equation | None = None) -> list[Any]:
     """The results of a jaxpr; ``equation`` may take an equation over, or leave it as it is."""
     opened, _ = open_jaxpr(jaxpr)
-    values = run(opened.eqns, inputs(jaxpr, args), equation)
-    return [read(v, values) for v in opened.outvars]
+    return results(opened.eqns, inputs(jaxpr, args), opened.outvars, equation)
 
 
 # --- places and folds -------------------------------------------------------------------------------------------------
@@ -220,8 +238,7 @@ class Place(NamedTuple):
     @property
     def kinds(self) -> tuple[str | None, ...]:
         """The kinds of the equations around, outermost first; None for those without a rule."""
-        found = [wiring(eqn) for eqn, _ in self.around]
-        return tuple(None if w is None else w.kind for w in found)
+        return tuple(kind(eqn) for eqn, _ in self.around)
 
     @property
     def rounds(self) -> tuple[int | None, ...]:
@@ -332,6 +349,11 @@ def through(
     return _through(eqn, w, ins, transfer, join, axes, Place(deciding=join([])))
 
 
+def spread(eqns: Sequence[Any], values: Values, transfer: Transfer, join: Join) -> Values:
+    """The same of equations: their variables' abstract values are added to ``values``; others are ``join([])``."""
+    return _spread(eqns, values, transfer, join, None, Place(deciding=join([])))
+
+
 def _flow(
     jaxpr: Any,
     ins: Sequence[Any],
@@ -341,24 +363,31 @@ def _flow(
     place: Place,
 ) -> list[Any]:
     opened, _ = open_jaxpr(jaxpr)
+    values = dict(zip(opened.invars, ins, strict=True))
+    _spread(opened.eqns, values, transfer, join, axes, place)
     nothing = join([])
-    values: Values = dict.fromkeys(opened.constvars, nothing)
-    values.update(zip(opened.invars, ins, strict=True))
+    return [nothing if isinstance(v, Literal) else values.get(v, nothing) for v in opened.outvars]
 
-    def read(v: Any) -> Any:
-        return nothing if isinstance(v, Literal) else values[v]
 
-    for i, eqn in enumerate(opened.eqns):
-        operands, here = [read(v) for v in eqn.invars], place.at(i)
-        outs = transfer(eqn, operands, here)
-        if outs is None:
-            w = wiring(eqn)
-            if w is None:
-                outs = [join(operands)] * len(eqn.outvars)
-            else:
-                outs = _through(eqn, w, operands, transfer, join, axes, here)
+def _spread(
+    eqns: Sequence[Any],
+    values: Values,
+    transfer: Transfer,
+    join: Join,
+    axes: Axes | None,
+    place: Place,
+) -> Values:
+    nothing = join([])
+    for i, eqn in enumerate(eqns):
+        ins = [nothing if isinstance(v, Literal) else values.get(v, nothing) for v in eqn.invars]
+        here = place.at(i)
+        outs = transfer(eqn, ins, here)
+        if outs is None and (w := wiring(eqn)) is not None:
+            outs = _through(eqn, w, ins, transfer, join, axes, here)
+        elif outs is None:
+            outs = [join(ins)] * len(eqn.outvars)
         values.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in opened.outvars]
+    return values
 
 
 def _through(
