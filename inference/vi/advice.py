@@ -1,4 +1,4 @@
-"""What may be done about the noise of a choice, in words."""
+"""Suggestions against the noise of a choice, in words."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FEW = 64
 
 
 def advice(choice: Choice | None, share: float, jumps: bool, objective: Any) -> str:
-    """A suggestion for a choice, or nothing.
+    """A suggestion for a choice; empty if nothing is needed.
 
     Args:
         choice: the choice; `None` for minibatches.
         share: its share of the variance.
-        jumps: whether the objective jumps along its path.
-        objective: whose gradient it is.
+        jumps: whether the objective jumps along the path of the choice.
+        objective: the objective whose gradient it is.
     """
     num_samples = getattr(objective, "num_samples", None)
     if choice is None:

@@ -1,4 +1,4 @@
-"""Programs that draw a target's choices one after the other, each as the push-forward of a law to its support."""
+"""Guides as programs: they draw the choices of a target one after the other, each by a law pushed to its support."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Before = Callable[[str], Vector]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What is known of a latent choice beforehand.
+    """A latent choice, as far as it is known before the guide runs.
 
     Attributes:
-        address: dotted address.
-        batch_shape: lanes and batch axes of the choice.
+        address: its dotted address.
+        batch_shape: its batch axes, those of `vmap` and `scan` included.
         event_shape: the axes that its distribution ties together.
-        shape: shape on the unconstrained scale; the batch axes lead.
-        dtype: dtype of the choice.
-        dims: names of its axes.
+        shape: its shape on the unconstrained scale. The batch axes lead.
+        dtype: its dtype.
+        dims: the names of its axes.
         support: its support, if that depends on nothing.
-        num_values: of a discrete choice the number of values.
+        num_values: the number of values, if the choice is discrete.
     """
 
     address: str
@@ -57,12 +57,12 @@ class Place:
 
     @property
     def size(self) -> int:
-        """Number of unconstrained elements."""
+        """The number of unconstrained elements."""
         return math.prod(self.shape)
 
 
 class PushForward(eqx.Module):
-    """The law of a choice whose unconstrained elements have a given law, as a distribution."""
+    """The distribution of a choice whose unconstrained elements have a given law."""
 
     law: Law
     support: Any
@@ -73,12 +73,12 @@ class PushForward(eqx.Module):
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Lanes and batch axes."""
+        """The batch axes of the choice."""
         return self.place.batch_shape
 
     @property
     def event_shape(self) -> tuple[int, ...]:
-        """Axes that are tied together by the support."""
+        """The axes that the support ties together."""
         return self.place.event_shape
 
     def sample(self, key: PRNGKeyArray) -> Array:
@@ -87,7 +87,7 @@ class PushForward(eqx.Module):
         return jnp.asarray(biject_to(self.support)(z)).astype(self.place.dtype)
 
     def log_prob(self, value: Array) -> Array:
-        """Log density by batch axes; elements further on are conditioned on those before them."""
+        """The log density for each index of the batch axes. Each element is conditioned on those before it."""
         batch, transform = self.batch_shape, biject_to(self.support)
         z = jnp.asarray(transform.inv(value))
         jacobian = jnp.asarray(transform.log_abs_det_jacobian(z, value))
@@ -102,7 +102,7 @@ class PushForward(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Where each choice stands in the vector of all unconstrained elements."""
+    """The place of each choice in the vector of all unconstrained elements."""
 
     sizes: tuple[tuple[str, int], ...]
 
@@ -112,28 +112,28 @@ class Parts:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """All of them, in order."""
+        """The addresses of all choices, in order."""
         return tuple(a for a, _ in self.sizes)
 
     @property
     def size(self) -> int:
-        """Number of all elements."""
+        """The number of all elements."""
         return sum(n for _, n in self.sizes)
 
     def size_of(self, address: str) -> int:
-        """Number of elements of one choice."""
+        """The number of elements of one choice."""
         return dict(self.sizes)[address]
 
     def before(self, address: str) -> tuple[str, ...]:
-        """The choices before one."""
+        """The choices before a given one."""
         return self.addresses[: self.addresses.index(address)]
 
 
 class Family(eqx.Module):
-    """A family of laws: for each choice, given those before it, the law of its unconstrained elements."""
+    """A family of laws: for each choice, the law of its unconstrained elements given the choices before it."""
 
     def law(self, params: Any, address: str, before: Before) -> Law:
-        """The law of a choice; `before` gives the elements of those before it."""
+        """The law of a choice. `before` gives the elements of the choices before it."""
         raise NotImplementedError
 
 
@@ -143,8 +143,8 @@ class Guide(eqx.Module):
     Attributes:
         family: the family.
         places: the choices, in order.
-        index: of sites observed in part, which elements are latent.
-        target: the target, where supports have to be found at run time.
+        index: the latent elements of sites that are observed in part.
+        target: the target, if supports have to be found when the guide runs.
     """
 
     family: Family
@@ -153,7 +153,7 @@ class Guide(eqx.Module):
     target: Target | None
 
     def __call__(self, params: Any, *batch: Any) -> dict[str, Any]:
-        """Draw the choices and return them; what comes besides the parameters is not used."""
+        """Draw the choices and return them. Arguments besides the parameters are not used."""
         return unflatten(
             self.scope(unwrap(params), unflatten({p.address: p for p in self.places}), {})
         )
@@ -161,7 +161,7 @@ class Guide(eqx.Module):
     def scope(
         self, params: Any, places: dict[str, Any], outer: dict[str, Array]
     ) -> dict[str, Array]:
-        """Draw the choices of one scope, given those drawn before it, all by dotted address."""
+        """Draw the choices of one scope, given those that were drawn before it. All are by dotted address."""
         drawn: dict[str, Array] = {}
         elements: dict[str, Vector] = {}
 
@@ -192,21 +192,21 @@ class Guide(eqx.Module):
         return PushForward(law, self.support(place, seen), place)
 
     def place(self, address: str) -> Place:
-        """What is known of a choice."""
+        """The place of a choice, by its address."""
         return next(p for p in self.places if p.address == address)
 
     def support(self, place: Place, seen: Mapping[str, Array]) -> Any:
-        """The support of a choice; where it depends on the choices before it, or on arguments, the model says it."""
+        """The support of a choice. If it depends on earlier choices or on arguments, the model gives it."""
         return self.find_support(place, seen) if place.support is None else place.support.value
 
     def find_support(self, place: Place, seen: Mapping[str, Array]) -> Any:
-        """The support of a choice, from a run of the target's model in which all choices are given."""
+        """The support of a choice, found by a run of the target's model in which all choices are given."""
         assert self.target is not None
         code, args = self.target.program.code()
         given: dict[str, Given] = dict(self.target.data)
         for address in self.target.latents:
             info = self.target.sites[address]
-            # Choices further on do not enter (`_refuse_supports`): any value serves.
+            # Later choices do not matter (`_refuse_supports`), so they may have any value.
             value = seen.get(address, jnp.ones(info.shape, info.dtype))
             if address in given:
                 value = jnp.where(expand(given[address].where, value), given[address].value, value)
@@ -219,7 +219,7 @@ class Guide(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class FindSupport(Handler):
-    """Records the support of one site, all other choices being given: its bounds, spread over batch axes."""
+    """Records the bounds of one site's support, broadcast over batch axes, in a run with all choices given."""
 
     address: str
     structure: list[Any]

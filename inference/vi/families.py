@@ -1,4 +1,4 @@
-"""Families of laws: for each choice, given those before it, the law of its unconstrained elements."""
+"""The families of the ready-made guides: the law of each choice, given the choices before it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MeanField(Family):
 
 
 class FullRank(Family):
-    """A normal of any covariance; `parts` says where each choice stands in the vector."""
+    """A normal of any covariance. `parts` gives the place of each choice in the vector."""
 
     parts: Parts = eqx.field(static=True)
 
@@ -37,7 +37,7 @@ class FullRank(Family):
 
 
 class LowRank(Family):
-    """A normal whose covariance is diagonal but for a few factors."""
+    """A normal whose covariance is a diagonal plus a few factors."""
 
     parts: Parts = eqx.field(static=True)
 
@@ -58,7 +58,7 @@ class Structured(Family):
     """A linear-Gaussian network.
 
     Attributes:
-        parents: for each choice those that it reads, with the number of lanes that go in parallel.
+        parents: for each choice, the choices that it reads, and for each of them the number of lanes that they share.
         chains: for each choice that reads itself in a scan, its elements as (steps, lanes, elements).
     """
 
@@ -102,5 +102,5 @@ def _loc(params: Any, address: str) -> Vector:
 
 
 def _residuals(params: Any, parts: Parts, address: str, before: Before) -> Vector:
-    """`z - loc` of all choices before one."""
+    """`z - loc` for all choices before a given one."""
     return jnp.concatenate([before(a) - _loc(params, a) for a in parts.before(address)])

@@ -1,4 +1,4 @@
-"""What a fit gives."""
+"""The result of a fit, and its report in words."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .gradient_report import GradientReport, gradient_report
 
 
 class Restarts(eqx.Module):
-    """How several restarts of a fit ended.
+    """The ends of several restarts of a fit.
 
     Attributes:
-        bounds: `(num_restarts,)`, the bound at the last parameters of each, the mean of 100
-            estimates whose keys they share.
-        errors: `(num_restarts,)`, standard errors of these means.
-        best: which one was kept.
+        bounds: of shape `(num_restarts,)`, the bound at the last parameters of each. It is the mean of 100 estimates,
+            and all restarts share their keys.
+        errors: of shape `(num_restarts,)`, the standard errors of these means.
+        best: the index of the restart that was kept.
     """
 
     bounds: Float[Array, " restart"]
@@ -39,18 +39,18 @@ class Fit(eqx.Module):
     """The result of a fit.
 
     Attributes:
-        params: the parameters, unwrapped: constrained ones inside their sets.
-        bounds: `(num_steps,)`, the bound (or the loss) estimated at each step.
-        state: the state of the optimiser; `fit(..., state=...)` goes on with it.
-        num_skipped: steps left out because the bound or its gradient was not finite.
-        objective: what was optimised.
-        data: the data it was given.
+        params: the parameters, without wrappers. Constrained ones are inside their sets.
+        bounds: of shape `(num_steps,)`, the bound (or the loss) that was estimated at each step.
+        state: the state of the optimiser. `fit(..., state=...)` continues with it.
+        num_skipped: the number of steps that were skipped because the bound or its gradient was not finite.
+        objective: the objective.
+        data: the data that it was given.
         minimize: whether the objective was a loss.
-        batch_size: rows of the data in a step; `None` for all of them.
-        key: for `report`.
-        stopped: whether it was stopped early.
-        restarts: how all restarts ended, if there were several; what else is here is of the best.
-        wrapped: the parameters as `fit` takes them, to go on from.
+        batch_size: the number of rows of data in a step; `None` if all.
+        key: a random key for `report`.
+        stopped: whether the fit stopped early.
+        restarts: how all restarts ended, if there were several. All other attributes are of the best one.
+        wrapped: the parameters as `fit` takes them, to continue from.
     """
 
     params: Any
@@ -68,7 +68,7 @@ class Fit(eqx.Module):
 
     @property
     def guide(self) -> Program:
-        """The fitted guide: a program, hence a proposal.
+        """The fitted guide. It is a program, so it can be a proposal.
 
         Raises:
             WeftError: if the objective has no guide.
@@ -80,24 +80,23 @@ class Fit(eqx.Module):
         """The target that the guide was fitted to.
 
         Raises:
-            WeftError: if the objective has none.
+            WeftError: if the objective has no target.
         """
         return self._pair()[0]
 
     def report(self, num_particles: int = 1000, num_gradients: int = 200) -> str:
-        """The fit in words: whether it converged, what went wrong, how far the guide can be
-        trusted, and where the noise of its gradients comes from.
+        """The fit in words: did it converge, can the guide be trusted, where does the noise of its gradient come from.
 
-        - The course of the bound, the steps that were skipped, an early stop, the other restarts.
-        - From weights `w = p / q` of draws of the guide: the ELBO, mean log w; the
-          importance-weighted bound, log mean w; the gap between them, which estimates KL(q || p)
-          from below, with its standard error; and the Pareto k-hat of the weights.
+        - The course of the bound, skipped steps, an early stop, the other restarts.
+        - From the weights `w = p / q` of draws of the guide: the ELBO, which is mean log w; the importance-weighted
+          bound, log mean w; the gap between them, which estimates KL(q || p) from below; and the Pareto k-hat of the
+          weights.
         - The gradient report at the last parameters (see `gradient_report`).
 
         Args:
-            num_particles: draws of the guide for its check by importance weights.
-            num_gradients: gradients drawn for the gradient report, and as many again for each
-                choice; 0 leaves it out.
+            num_particles: the number of draws of the guide for the check by importance weights.
+            num_gradients: the number of gradients that are drawn for the gradient report, and as many again for each
+                choice. 0 leaves the gradient report out.
 
         Returns:
             A few lines of text.
@@ -126,9 +125,9 @@ class Fit(eqx.Module):
         return "\n".join(line for line in lines if line)
 
     def gradient_report(self, num_samples: int = 200) -> GradientReport:
-        """Where the noise of the gradient at the last parameters comes from.
+        """Where the noise of the gradient comes from, at the last parameters.
 
-        See `gradient_report`, the function.
+        See the function `gradient_report`.
 
         Raises:
             WeftError: if the fit was loaded from a file, which holds no objective.
@@ -148,10 +147,9 @@ class Fit(eqx.Module):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write parameters, bounds and the optimiser's state to one file; `weft.inference.load`
-        reads it.
+        """Write parameters, bounds and the optimiser's state to one file. `weft.inference.load` reads it.
 
-        The objective is code, and not in it.
+        The objective is code, so it is not in the file.
         """
         tree = {
             "params": self.params,
@@ -167,7 +165,7 @@ class Fit(eqx.Module):
 
     @classmethod
     def from_saved(cls, saved: Saved, target: Target | None = None) -> Fit:
-        """The fit of a file; without its objective, hence without a guide. `state` comes as its leaves."""
+        """The fit that a file holds. It has no objective and so no guide. Its `state` is a list of leaves."""
         tree = dict(saved.tree)
         restarts = tree.pop("restarts", None)  # files of earlier versions have none
         return cls(**tree, **saved.meta, restarts=None if restarts is None else Restarts(*restarts))
@@ -229,7 +227,7 @@ class Fit(eqx.Module):
 
 
 def _course(bounds: np.ndarray, minimize: bool) -> str:
-    """How the bound moved over the last quarter of the steps, against its own noise."""
+    """The movement of the bound over the last quarter of the steps, compared with its own noise, in words."""
     name = "loss" if minimize else "bound"
     steps = np.flatnonzero(np.isfinite(bounds))
     tail = steps[-max(steps.size // 4, 1) :]
@@ -264,7 +262,7 @@ def _course(bounds: np.ndarray, minimize: bool) -> str:
 
 
 def _bounds(log_w: np.ndarray) -> str:
-    """The bounds that weights give, and the gap between them."""
+    """The bounds that weights give, and the gap between them, in words."""
     n = log_w.size
     if not np.isfinite(log_w).all():
         return f"{(~np.isfinite(log_w)).sum()} of {n} draws of the guide have weight zero: the ELBO is minus infinity."
@@ -282,10 +280,10 @@ def _bounds(log_w: np.ndarray) -> str:
 
 
 def _spread(restarts: Restarts, minimize: bool) -> str:
-    """How many restarts ended where the best did, and where the others."""
+    """The number of restarts that ended where the best did, and where the others ended, in words."""
     ends, errors = (np.asarray(x, float) for x in (restarts.bounds, restarts.errors))
     best = int(restarts.best)
-    # The same keys served all, so that the error of a difference is below the sum of both.
+    # All restarts share their keys, so the error of a difference is below the sum of both errors.
     near = abs(ends - ends[best]) <= np.maximum(3 * (errors + errors[best]), 1e-3 * abs(ends[best]))
     n, finite = ends.size, ends[np.isfinite(ends)]
     text = (

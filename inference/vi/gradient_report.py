@@ -1,20 +1,20 @@
-r"""Where the noise of a gradient comes from: the variance that each choice contributes.
+r"""The sources of a gradient's noise: the variance that each choice contributes.
 
-An estimator `g` of a gradient is a function of independent noises, one for each address: the keys
-of its choices. What the choice at an address contributes to the variance of `g` is the part that
-vanishes once its noise is integrated out,
+An estimator `g` of a gradient is a function of independent noises, one for each address: the keys of its choices. The
+contribution of the choice at an address is the part of the variance of `g` that vanishes once its noise is integrated
+out,
 
     C_s = E [ tr Var(g | the noise of all other addresses) ] = 1/2 E || g - g_s ||^2,
 
-where `g_s` is `g` with the noise at `s` alone drawn anew. It is the numerator of the total Sobol
-index of `s` (Jansen 1999; Saltelli et al. 2010, table 2, row f). The trace is the sum over all
-parameters that are optimised, on the scale on which they are: a constrained one on R^n. Redrawing
-everything gives the whole variance `V = tr Var(g)`. The shares `C_s / V` add up to one where each
-choice adds noise of its own, and to more where choices multiply each other's.
+where `g_s` is `g` with only the noise at `s` drawn again. It is the numerator of the total Sobol index of `s` (Jansen
+1999; Saltelli et al. 2010, table 2, row f). The trace is a sum over all parameters that are optimised, on the scale on
+which they are optimised: R^n for a constrained one. If all noise is drawn again, the same formula gives the whole
+variance `V = tr Var(g)`. The shares `C_s / V` add up to one if each choice adds noise of its own. They add up to more
+if choices multiply each other's noise.
 
-Signal to noise is `||E g||^2 / V` of one gradient; at a maximum of the bound it is zero by
-definition, and what counts there is `V`, which with the learning rate sets how far the parameters
-are thrown about. For the signal, `||mean of g||^2 - V / n` over the `n` gradients at hand.
+Signal to noise is `||E g||^2 / V` of one gradient. At a maximum of the bound it is zero by definition. Only `V` counts
+there: together with the learning rate it sets how far the parameters scatter. The signal is estimated by
+`||mean of g||^2 - V / n`, over the `n` gradients that were drawn.
 """
 
 from __future__ import annotations
@@ -48,18 +48,17 @@ ALL = "(all)"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one choice does to the gradient.
+    """The contribution of one choice to the noise of the gradient.
 
     Attributes:
-        address: of the choice; `"(minibatch)"` for the rows of data.
-        strategy: name of its gradient strategy.
-        size: number of scalars.
-        variance: `C_s`, and `error` its standard error.
-        share: `C_s / V`, and `share_error` the standard error of this ratio, or a bit more: both
-            are estimated.
-        signal_to_noise: `||E g||^2 / C_s`; infinite where it contributes nothing.
-        jumps: where the objective jumps along its reparametrised draw.
-        suggestion: what may help, in words; empty if nothing need be done.
+        address: the address of the choice; `"(minibatch)"` for the rows of data.
+        strategy: the name of its gradient strategy.
+        size: its number of scalars.
+        variance: `C_s`. `error` is its standard error.
+        share: `C_s / V`. `share_error` is at least the standard error of this ratio of two estimates.
+        signal_to_noise: `||E g||^2 / C_s`; infinite if the choice contributes nothing.
+        jumps: the places where the objective jumps along the reparametrised draw.
+        suggestion: what may help, in words; empty if nothing is needed.
     """
 
     address: str
@@ -76,15 +75,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class GradientReport(Printed):
-    """The noise of a gradient, choice by choice. Prints as a table.
+    """The noise of a gradient, choice by choice. It prints as a table.
 
     Attributes:
         rows: one for each choice, in the order of the program.
-        variance: `V`, the sum of the variances of all parameters' gradients; `error` its standard
-            error.
+        variance: `V`, the sum of the variances over all parameters. `error` is its standard error.
         signal: an estimate of `||E g||^2`.
-        num_samples: how many gradients were drawn.
-        num_failed: how many of them were not finite, and left out.
+        num_samples: the number of gradients that were drawn.
+        num_failed: the number of gradients that were not finite. They are left out.
     """
 
     rows: tuple[Row, ...]
@@ -146,21 +144,21 @@ def gradient_report(
     num_samples: int = 200,
     batch_size: int | None = None,
 ) -> GradientReport:
-    r"""Where the noise of an objective's gradient comes from, and what may be done about it.
+    r"""Where the noise of an objective's gradient comes from, and what may help.
 
-    For each choice: its gradient strategy, the variance it contributes (the module has the
-    definition), the signal against it, and a suggestion in words. Where the objective jumps along
-    the path of a reparametrised draw, which biases the gradient silently, the place is named.
+    For each choice the report has its gradient strategy, the variance that it contributes, the ratio of signal to that
+    noise, and a suggestion in words. The contribution of a choice is `C_s = 1/2 E || g - g_s ||^2`, where `g_s` is the
+    gradient `g` with only the noise of that choice drawn again. If the objective jumps along the path of a
+    reparametrised draw, the gradient is silently biased. The report names the place.
 
     Args:
         key: a random key.
-        objective: an estimator `f(key, params, *batch)`, as for `fit`; its expectations are those
-            of `expect`.
-        params: the parameters to look at, as for `fit`, wrappers included.
-        *batch: what else the objective takes: the data.
-        num_samples: how many gradients are drawn; as many again for each choice.
-        batch_size: rows of the data in a step, if `fit` is to take minibatches: they have a row of
-            their own then.
+        objective: an estimator `f(key, params, *batch)`, as for `fit`. Its expectations are made by `expect`.
+        params: the parameters to look at, as for `fit`, with wrappers.
+        *batch: the data that the objective takes.
+        num_samples: the number of gradients that are drawn, and as many again for each choice.
+        batch_size: the number of rows of data in a step, if `fit` is to take minibatches. They have a row of their own
+            in the report.
 
     Returns:
         The report.
@@ -274,12 +272,12 @@ class _Measured(eqx.Module):
 def _measure(
     f: _Measured, key: PRNGKeyArray, num_samples: int
 ) -> tuple[Array, Array, Array, list[Array]]:
-    """Means of `1/2 ||g - g_s||^2` and of its square for every address, the batch, and all together.
+    """Means of `1/2 ||g - g_s||^2` and of its square, for every address, for the batch, and for all together.
 
-    Also how many draws were finite, and the mean of the gradients.
+    Also the number of finite draws, and the mean of the gradients.
     """
     batches = f.batches
-    # What is drawn anew: nothing; each address; the batch; and all of it.
+    # The noise that is drawn again: none; each address; the batch; all of it.
     which = [-1, *range(f.num_addresses)]
     other_batch = [False] * len(which)
     if batches.batch_size is not None:

@@ -1,17 +1,16 @@
-r"""Ready-made guides: each gives `(guide, params)` for a target, to be handed to an objective and to `fit`.
+r"""Ready-made guides. Each takes a target and gives `(guide, params)`, for an objective and for `fit`.
 
-A guide is a model `(params, *batch) -> Program` that draws exactly the target's latent choices, at
-their addresses and in their supports. All of them work in the same way. Write `z` for the latent
-choices on the unconstrained scale, where NumPyro's bijection `T_a` takes the elements `z_a` of the
-choice at address `a` to its support. A guide is a density of `z` in the order of the program,
+A guide is a model `(params, *batch) -> Program` that draws exactly the target's latent choices, at their addresses and
+in their supports. All guides here work in the same way. Write `z` for the latent choices on the unconstrained scale.
+NumPyro's bijection `T_a` takes the elements `z_a` of the choice at address `a` to its support. A guide is a density of
+`z` in the order of the program,
 
     q(z) = prod_a q(z_a | z_before a),        x_a = T_a(z_a),
     log q(x) = sum_a [ log q(z_a | z_before a) - log |det dT_a / dz_a| ],
 
-with one factor for each site: a site of the guide is the push-forward of its factor by `T_a`, and
-reads the choices before it back as `z_b = T_b^-1(x_b)`. So laws that are joint over all choices,
-such as a normal with a full covariance, are plain programs, without a choice that the target does
-not have. They differ in the factor:
+with one factor for each site. A site of the guide is the push-forward of its factor by `T_a`. It reads the choices
+before it as `z_b = T_b^-1(x_b)`. So a law that is joint over all choices, such as a normal with a full covariance, is a
+plain program, and has no choice that the target lacks. Guides differ in the factor:
 
 | guide | law of `z` | parameters for `n` elements | cost of a draw |
 | --- | --- | --- | --- |
@@ -21,10 +20,10 @@ not have. They differ in the factor:
 | `structured` | linear-Gaussian along the model's own dependences | by the model | by the model |
 | `flow` | autoregressive spline flow | `~ n (h + n) + 3 n h bins` | the same, `n` steps in sequence |
 
-A choice that is drawn so close to the border of its support that it rounds to it has lost its
-unconstrained value: in single precision an interval resolves `|z| < 15`, and scores are less exact
-near that. Elements that a choice has in the program but that are no latent choice, since the site is observed
-in part, are drawn from N(0, 1) on the unconstrained scale; the objectives leave them out.
+If a choice is so close to the border of its support that it rounds to it, its unconstrained value is lost. In single
+precision an interval resolves `|z| < 15`, and scores are less exact near that. If a site is observed in part, its
+observed elements are no latent choices. The guide draws them from N(0, 1) on the unconstrained scale, and objectives
+leave them out.
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ NUM_PRIOR_DRAWS = 101
 
 
 class Start(eqx.Module):
-    """What every guide begins with.
+    """The common beginning of every guide.
 
     Attributes:
         places: the latent choices, in order.
-        index: of sites observed in part, which elements are latent.
+        index: the latent elements of sites that are observed in part.
         target: the target without its discrete choices.
-        loc: by address, the unconstrained elements to begin at.
+        loc: the unconstrained elements to begin at, by address.
     """
 
     places: tuple[Place, ...] = eqx.field(static=True)
@@ -78,11 +77,11 @@ class Start(eqx.Module):
 
     @property
     def parts(self) -> Parts:
-        """Where the elements of each choice stand in the vector of all."""
+        """The place of each choice's elements in the vector of all elements."""
         return Parts(tuple((a, z.size) for a, z in self.loc.items()))
 
     def scale(self, value: float) -> dict[str, Any]:
-        """A positive parameter of the shape of each choice."""
+        """A positive parameter for each choice, of its shape."""
         return {
             a: constrained(jnp.full(z.shape, value, z.dtype), constraints.positive)
             for a, z in self.loc.items()
@@ -98,7 +97,7 @@ class Start(eqx.Module):
 def _start(
     name: str, target: Target, init: Any, scale: float, key: Any, discrete: bool = False
 ) -> Start:
-    """Check a target, and find where its guide begins."""
+    """Check a target, and find the parameters that its guide begins with."""
     if not isinstance(target, Target):
         raise TypeError(
             f"{name}: expected a Target, got {type(target).__name__}; condition the program first: "
@@ -152,7 +151,7 @@ def _finite(name: str, target: Target, address: str, allowed: bool) -> str:
 
 
 def _without(target: Target, discrete: list[str]) -> Target:
-    """The target of the continuous choices, at any values of the discrete ones."""
+    """The target of the continuous choices, with the discrete ones set to arbitrary values."""
     at = {a: Given(jnp.zeros(target.sites[a].shape, target.sites[a].dtype)) for a in discrete}
     return Target(target.program, {**target.data, **at}, target.missing).staged()
 
@@ -186,7 +185,7 @@ def _refuse_supports(name: str, target: Target) -> None:
     """Refuse supports that a guide cannot know when it comes to the site.
 
     Raises:
-        DensityError: naming the site.
+        DensityError: for such a support. The message names the site.
     """
     reads = None
     for i, address in enumerate(target.latents):
@@ -210,7 +209,7 @@ def _refuse_supports(name: str, target: Target) -> None:
 
 
 def _begin(name: str, target: Target, init: Any, key: PRNGKeyArray) -> dict[str, Array]:
-    """The unconstrained elements to begin at: those of `init`, else the median of draws of the prior."""
+    """The unconstrained elements to begin at: those of `init`, or else the median of draws of the prior."""
     space, z = target.unconstrain(), None
     if init is not None:
         check_init(init, target, 1)
@@ -245,26 +244,26 @@ def mean_field(
 
         z_k ~ N(loc_k, scale_k^2),    x = T(z),
 
-    one element at a time, with `T` NumPyro's bijection to the support of each choice. A discrete
-    choice whose values are `0, ..., K - 1` is a categorical law with free logits; its gradient is by
-    the score function, or as `with_gradients(guide, {"z": gradients.enum})` says.
+    for each element, where `T` is NumPyro's bijection to the support of the choice. A discrete choice with values
+    `0, ..., K - 1` has a categorical law with free logits. Its gradient is by the score function, unless
+    `with_gradients(guide, {"z": gradients.enum})` says otherwise.
 
     Args:
         target: the target.
-        init: choices to begin at, all or some, as a nested dict; the others begin at the median of
-            draws of the prior on the unconstrained scale.
-        scale: standard deviation to begin with, on the unconstrained scale.
-        key: for those draws; `jax.random.key(0)` if `None`.
+        init: choices to begin at, all or some, as a nested dict. The others begin at the median of draws of the prior,
+            on the unconstrained scale.
+        scale: the first standard deviation, on the unconstrained scale.
+        key: a random key for draws of the prior; `jax.random.key(0)` if `None`.
 
     Returns:
-        The guide, a model `(params, *batch) -> Program`, and its parameters `{"loc": {address:
-        array}, "scale": {address: array}}` in the shapes of the choices on the unconstrained scale,
-        the scales constrained to be positive; with discrete choices also `"logits"`, `(..., K)`.
+        The guide and its parameters. The guide is a model `(params, *batch) -> Program`. The parameters are
+        `{"loc": {address: array}, "scale": {address: array}}`, in the shapes of the choices on the unconstrained scale.
+        Scales are constrained to be positive. For discrete choices there is also `"logits"`, of shape `(..., K)`.
 
     Raises:
         TypeError: if `target` is no Target.
-        DensityError: naming the site, for a discrete choice with other values, a support that has no
-            bijection from R^n, and one that depends on choices not drawn before it.
+        DensityError: for a discrete choice with other values, for a support that has no bijection from R^n, and for one
+            that depends on choices that are not drawn before it. The message names the site.
 
     References:
         Kucukelbir et al. (2017), "Automatic differentiation variational inference", section 2.4.
@@ -305,23 +304,23 @@ def full_rank(
 
         z ~ N(loc, L L'),    x = T(z),
 
-    with `L` lower triangular, `n` by `n`, in the order of `target.unconstrain().flat.addresses`. The
-    site at address `a` draws `z_a ~ N(loc_a + L_{a,<a} eps_{<a}, L_aa L_aa')`, where `eps_{<a} =
-    L_{<a,<a}^-1 (z_{<a} - loc_{<a})` are the standardised choices before it: the product of these
-    conditionals is the joint normal, exactly.
+    where `L` is lower triangular, `n` by `n`, in the order of `target.unconstrain().flat.addresses`. The site at
+    address `a` draws `z_a ~ N(loc_a + L_{a,<a} eps_{<a}, L_aa L_aa')`. Here
+    `eps_{<a} = L_{<a,<a}^-1 (z_{<a} - loc_{<a})` are the standardised choices before it. The product of these
+    conditionals is exactly the joint normal.
 
     Args:
         target: the target.
         init: choices to begin at, as in `mean_field`.
-        scale: standard deviation to begin with, without correlations.
-        key: for draws of the prior.
+        scale: the first standard deviation. There are no correlations at first.
+        key: a random key for draws of the prior.
 
     Returns:
         The guide, and its parameters `{"loc": {address: array}, "scale_tril": (n, n)}`.
 
     Raises:
         TypeError: if `target` is no Target.
-        DensityError: naming the site, for discrete choices, and as in `mean_field`.
+        DensityError: for discrete choices, and as in `mean_field`. The message names the site.
 
     References:
         Kucukelbir et al. (2017), section 2.4.
@@ -366,28 +365,26 @@ def low_rank(
 
         z = loc + W f + d e,    f ~ N(0, I_r),  e ~ N(0, I_n),    cov z = W W' + diag(d^2).
 
-    The site at address `a` draws from the conditional given the choices before it: what these tell
-    of the factors is normal, with precision `I + sum_k w_k w_k' / d_k^2` and shift `sum_k w_k (z_k -
-    loc_k) / d_k^2`. No `n` by `n` matrix is formed: a draw with its density takes `O(n r^3)`
-    operations and `O(n r^2)` memory.
+    The site at address `a` draws from the conditional given the choices before it. Given these, the factors are normal,
+    with precision `I + sum_k w_k w_k' / d_k^2` and shift `sum_k w_k (z_k - loc_k) / d_k^2`. No `n` by `n` matrix is
+    formed. A draw with its density takes `O(n r^3)` operations and `O(n r^2)` memory.
 
     Args:
         target: the target.
-        rank: number of factors `r`.
+        rank: the number of factors `r`.
         init: choices to begin at, as in `mean_field`.
-        scale: standard deviation to begin with, on the unconstrained scale; `W` begins at a tenth of
-            it, in random directions, since the gradient of the bound vanishes at zero.
-        key: for draws of the prior, and for `W`.
+        scale: the first standard deviation, on the unconstrained scale. `W` begins at a tenth of it, in random
+            directions, since the gradient of the bound vanishes at `W = 0`.
+        key: a random key for draws of the prior, and for `W`.
 
     Returns:
-        The guide, and its parameters `{"loc": {address: array}, "scale": {address: array}, "factor":
-        (n, r)}`: `d` is `scale`, `W` is `factor`, its rows in the order of
-        `target.unconstrain().flat.addresses`.
+        The guide and its parameters `{"loc": {address: array}, "scale": {address: array}, "factor": (n, r)}`. Here `d`
+        is `scale`, and `W` is `factor`. The rows of `W` are in the order of `target.unconstrain().flat.addresses`.
 
     Raises:
         TypeError: if `target` is no Target.
         WeftError: if `rank` is no positive integer.
-        DensityError: naming the site, for discrete choices, and as in `mean_field`.
+        DensityError: for discrete choices, and as in `mean_field`. The message names the site.
 
     References:
         Ong, Nott and Smith (2018), "Gaussian variational approximation with a factor covariance
@@ -424,37 +421,37 @@ def structured(
 
         z_a = loc_a + sum_{b in reads(a)} W_ab (z_b - loc_b) + scale_a eps_a,    x = T(z).
 
-    That is a linear-Gaussian network on the unconstrained scale, along the arrows of the model among
-    its latent choices, which the staged program shows; the scales are free, and depend on nothing.
-    Precisely:
+    This is a linear-Gaussian network on the unconstrained scale. Its arrows are those of the model among its latent
+    choices, which the staged program shows. Scales are free and depend on nothing. The rules are:
 
-    - *Lanes.* Where `a` and `b` share their leading axes (of `vmap` or `scan`: same sizes and names),
-      each lane has weights of its own and reads its own lane; otherwise all elements are read by all.
-    - *Time.* A site that reads itself in a `scan` is a Markov chain: step `t` reads step `t - 1`,
-      with weights for every step. In nested scans that goes along the inner one.
-    - *What is left out.* The guide draws the sites one after the other, so that a site does not read
-      one further on, such as the other state of two that alternate in a scan.
+    - *Batch axes.* If `a` and `b` share their leading axes (of `vmap` or `scan`, with the same sizes and names), each
+      index of these axes has weights of its own, and `a` reads `b` at the same index only. Otherwise all elements of
+      `a` read all elements of `b`.
+    - *Time.* A site that reads itself in a `scan` is a Markov chain. Step `t` reads step `t - 1`, with weights for
+      every step. In nested scans the chain goes along the inner one.
+    - *What is left out.* The guide draws the sites one after the other. So a site does not read a later one, such as
+      the other of two states that alternate in a scan.
 
-    Where the model is linear and Gaussian, and no two latent choices that are otherwise apart meet in
-    an observation (a tree with the data at its leaves, a state-space model), the posterior is in the
-    family. Where they do meet, as two causes of one datum, the correlation that the data bring is
-    missed: take `full_rank` there.
+    Suppose that the model is linear and Gaussian, and that no observation joins two latent choices that are otherwise
+    apart: a tree with the data at its leaves, or a state-space model. Then the posterior is in the family. If an
+    observation does join two, as two causes of one datum, the guide misses the correlation that it brings. Take
+    `full_rank` there.
 
     Args:
         target: the target.
         init: choices to begin at, as in `mean_field`.
-        scale: standard deviation to begin with, given what a choice reads; weights begin at zero.
-        key: for draws of the prior.
+        scale: the first standard deviation of a choice, given the choices that it reads. Weights begin at zero.
+        key: a random key for draws of the prior.
 
     Returns:
-        The guide, and its parameters `{"loc": {address: array}, "scale": {address: array}, "weights":
-        {address: {address read: (lanes, elements, elements read)}}}`; of a chain, the weights of a
-        site for itself are `(steps - 1, lanes, elements, elements)`.
+        The guide and its parameters `{"loc": {address: array}, "scale": {address: array}, "weights": {...}}`. Weights
+        are `{address: {address read: (lanes, elements, elements read)}}`. For a chain, the weights of a site for itself
+        are of shape `(steps - 1, lanes, elements, elements)`.
 
     Raises:
         TypeError: if `target` is no Target.
-        DensityError: naming the site, for discrete choices, for one observed in part, and as in
-            `mean_field`.
+        DensityError: for discrete choices, for a choice observed in part, and as in `mean_field`. The message names the
+            site.
 
     References:
         Hoffman and Blei (2015), "Structured stochastic variational inference"; Ambrogioni et al.
@@ -506,7 +503,7 @@ def structured(
 
 
 def _shared(target: Target, address: str, other: str) -> int:
-    """Number of lanes of the leading axes that two sites have in common."""
+    """The number of lanes in the leading axes that two sites share."""
     n = 1
     for a, b in zip(target.sites[address].axes, target.sites[other].axes, strict=False):
         if a != b or a.kind not in ("lanes", "scan"):
@@ -538,31 +535,28 @@ def flow(
         z_k = loc_k + scale_k u_k,
         u_k = shift_k(u_<k) + exp(log_scale_k(u_<k)) s_k(eps_k; u_<k),    eps_k ~ N(0, 1),
 
-    with `s_k` a monotone rational-quadratic spline, and shift, log scale and spline given by one
-    masked network with a hidden layer and a linear skip. In the order of the program every normal is
-    in the family (by the skip alone), and with width and bins any law of `z` can be approached; it is
-    one layer, since the layers of one order make up a map of the same kind, and only such a map is a
-    product over sites. It begins as the independent normals of `mean_field`.
+    where `s_k` is a monotone rational-quadratic spline. One masked network, with a hidden layer and a linear skip,
+    gives shift, log scale and spline. Every normal is in the family, by the skip alone. With enough units and bins the
+    flow comes near to any law of `z`. There is only one layer: several layers of the same order make up a map of the
+    same kind, and only such a map is a product over sites. The flow begins as the independent normals of `mean_field`.
 
-    A density takes one pass of the network, a draw its elements in sequence, at the cost of one pass
-    in all.
+    A density takes one pass of the network. A draw computes its elements in sequence, at the cost of one pass in all.
 
     Args:
         target: the target.
-        num_hidden: units of the hidden layer.
-        num_bins: bins of each spline.
+        num_hidden: the number of units of the hidden layer.
+        num_bins: the number of bins of each spline.
         init: choices to begin at, as in `mean_field`.
-        scale: standard deviation to begin with, on the unconstrained scale.
-        key: for draws of the prior, and for the network.
+        scale: the first standard deviation, on the unconstrained scale.
+        key: a random key for draws of the prior, and for the network.
 
     Returns:
-        The guide, and its parameters `{"loc": {address: array}, "scale": {address: array}, "network":
-        {...}}`.
+        The guide, and its parameters `{"loc": {address: array}, "scale": {address: array}, "network": {...}}`.
 
     Raises:
         TypeError: if `target` is no Target.
-        WeftError: for numbers of units or bins that make no network.
-        DensityError: naming the site, for discrete choices, and as in `mean_field`.
+        WeftError: if there can be no network with so many units or bins.
+        DensityError: for discrete choices, and as in `mean_field`. The message names the site.
 
     References:
         Papamakarios, Pavlakou and Murray (2017), "Masked autoregressive flow", equations 3 and 4;
@@ -620,26 +614,24 @@ def laplace(
 
         z ~ N(z*, H^-1),    z* = argmax log p(z),    H = - d^2 log p / dz^2 at z*,
 
-    where `p(z)` has the Jacobians of the bijections in it. The mode is found by L-BFGS, then Newton's
-    method; `H`, `n` by `n`, is computed by automatic differentiation and inverted in double
-    precision. The result is the guide of `full_rank` at these parameters: ready as it is, and a good
-    start for `fit`.
+    where `p(z)` includes the Jacobians of the bijections. L-BFGS, and then Newton's method, find the mode. `H` is `n`
+    by `n`; automatic differentiation computes it, and it is inverted in double precision. The result is the guide of
+    `full_rank` at these parameters. It is ready to use, and a good start for `fit`.
 
     Args:
         target: the target.
-        init: choices to begin at, as in `mean_field`. Where there are several modes, the one found is
-            that uphill of it.
-        num_steps: most steps of L-BFGS.
-        key: for draws of the prior.
+        init: choices to begin at, as in `mean_field`. If there are several modes, the one uphill of `init` is found.
+        num_steps: the most steps of L-BFGS.
+        key: a random key for draws of the prior.
 
     Returns:
         The guide, and its parameters `{"loc": {address: array}, "scale_tril": (n, n)}`.
 
     Raises:
         TypeError: if `target` is no Target.
-        DensityError: naming the site, for discrete choices, and as in `mean_field`; naming the
-            directions, where the density does not fall off from the point found in all of them;
-            where no mode is found.
+        DensityError: for discrete choices, and as in `mean_field`; the message names the site. Also if no mode is
+            found, or if the density does not fall off in all directions from the point that was found; the message
+            names the directions.
 
     References:
         Tierney and Kadane (1986), "Accurate approximations for posterior moments and marginal

@@ -1,8 +1,8 @@
-"""Laws of the unconstrained elements of one choice, of which guides are made.
+"""Laws of the unconstrained elements of one choice. Guides are made of them.
 
-A law factorises over its elements in their order, `q(z) = prod_k q(z_k | z_<k)`, and gives the log
-density of each factor: so the elements of one choice may be correlated, and a part of them may still
-be left out of a bound (sites observed in part, or in a branch).
+A law factorises over its elements in their order, `q(z) = prod_k q(z_k | z_<k)`, and gives the log density of each
+factor. So the elements of a choice may be correlated, and some of them may still be left out of a bound, as in a site
+that is observed in part or stands in a branch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Vector = Float[Array, " n"]
 
 
 def normal_log_prob(eps: Array) -> Array:
-    """The log density of N(0, 1), element by element."""
+    """The log density of N(0, 1) for each element."""
     return -0.5 * eps**2 - 0.5 * math.log(2 * math.pi)
 
 
@@ -83,7 +83,7 @@ class Factored(Law):
         return self.loc + self.factor @ f + self.scale * own
 
     def log_probs(self, z: Vector) -> Vector:
-        # What is known of f before each element: exclusive sums of what the elements tell of it.
+        # The information on f before each element: exclusive sums over the elements.
         precisions, shifts = (
             before + jnp.cumsum(told, 0) - told
             for before, told in zip(
@@ -101,16 +101,15 @@ class Factored(Law):
 
 
 def told_of_factor(factor: Array, scale: Array, residual: Array) -> tuple[Array, Array]:
-    """What each element tells of `f`: precision `w w' / d^2`, `(n, r, r)`, and shift `w (z - loc) / d^2`, `(n, r)`."""
+    """The information of each element on `f`: precision `w w' / d^2`, `(n, r, r)`, and shift `w (z - loc) / d^2`."""
     row = factor / scale[:, None]
     return row[:, :, None] * row[:, None, :], row * (residual / scale)[:, None]
 
 
 class Chain(Law):
-    """A linear-Gaussian Markov chain of T steps, of R series side by side, of m elements a step.
+    """A linear-Gaussian Markov chain, with T steps, R series side by side, and m elements in a step.
 
-    `z_t = loc_t + weights_t (z_{t-1} - loc_{t-1}) + scale_t eps_t`, with `z[order]` as the array
-    `(T, R, m)`.
+    `z_t = loc_t + weights_t (z_{t-1} - loc_{t-1}) + scale_t eps_t`, where `z[order]` is the array `(T, R, m)`.
     """
 
     loc: Vector
@@ -143,7 +142,7 @@ class Chain(Law):
 
 
 class Among(Law):
-    """A law of the elements at `index`, among others that are N(0, 1)."""
+    """A law of the elements at `index`. The other elements are N(0, 1)."""
 
     law: Law
     index: Array

@@ -1,4 +1,4 @@
-"""Minibatches: rows of the data without replacement, epoch by epoch, inside compiled code."""
+"""Minibatches: rows of the data without replacement, epoch by epoch, drawn inside compiled code."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from weft.ppl.stage.sites import site_p
 
 
 class Minibatches(eqx.Module):
-    """Data, and how they are handed out.
+    """Data, and the way in which they are handed out.
 
-    An epoch is a random permutation of the rows, of which each step takes the next `batch_size`;
-    the rows left over at its end go unseen until the next. Every row is equally likely in every
-    step.
+    An epoch is a random permutation of the rows. Each step takes the next `batch_size` rows of it. Rows that are left
+    over at the end of an epoch are not used in it. In every step all rows are equally likely.
 
     Attributes:
         arrays: the arrays of the data.
-        skeleton: what is left of the data without them.
+        skeleton: the structure of the data without the arrays.
         num_rows: the size of the leading axis that the arrays share.
-        batch_size: rows in a step; `None` for all of the data, as they are.
+        batch_size: the number of rows in a step; `None` for all data, as they are.
     """
 
     arrays: list[Array]
@@ -38,11 +37,10 @@ class Minibatches(eqx.Module):
 
     @staticmethod
     def make(data: Any, batch_size: int | None) -> Minibatches:
-        """Check the data.
+        """Check the data, and make minibatches of them.
 
         Raises:
-            WeftError: if a batch size is given, and the arrays share no leading axis or it is
-                shorter.
+            WeftError: if a batch size is given, and the arrays share no leading axis, or it is shorter than that.
         """
         data = data if isinstance(data, (tuple, list)) else (data,)
         arrays, skeleton = pack(tuple(data))
@@ -67,7 +65,7 @@ class Minibatches(eqx.Module):
         return self.skeleton.unpack(self.arrays)
 
     def unpack(self, arrays: Sequence[Array]) -> tuple[Any, ...]:
-        """A batch as the objective gets it."""
+        """A batch, as the objective takes it."""
         return self.skeleton.unpack(arrays)
 
     def example_arrays(self) -> list[Array]:
@@ -85,7 +83,7 @@ class Minibatches(eqx.Module):
         return jnp.arange(self.num_rows, dtype=jnp.int32)
 
     def shuffle(self, key: PRNGKeyArray, step: Any, order: Int[Array, " rows"]) -> Array:
-        """The order of the epoch that a step belongs to: a new one at its first step."""
+        """The order of the rows in the epoch of a step. The first step of an epoch draws a new one."""
         if self.batch_size is None:
             return order
         epoch, position = jnp.divmod(step, self.num_rows // self.batch_size)
@@ -107,10 +105,10 @@ class Minibatches(eqx.Module):
 
 
 def warn_unscaled(objective: Any, params: Any, batches: Minibatches) -> None:
-    """Warn of a target of minibatches that counts a batch as if it were all of the data.
+    """Warn if a target counts a minibatch as if it were all data.
 
-    That is right where every choice belongs to a row; with a choice that all rows share, the data
-    must be scaled up against its prior.
+    That is right if every choice belongs to a row. If all rows share a choice, the data must be scaled up against the
+    prior of that choice.
     """
     n, b = batches.num_rows, batches.batch_size
     if b is None or b == n or not hasattr(objective, "at"):

@@ -58,7 +58,7 @@ def mode(target: Target, z: Vector, num_steps: int) -> tuple[np.ndarray, np.ndar
     """The mode uphill of a point, and the Hessian of minus the log density there, in double precision.
 
     Raises:
-        DensityError: if there is none, or the density does not fall off from it in all directions.
+        DensityError: if there is no mode, or if the density does not fall off from it in all directions.
     """
     if not np.isfinite(_derivatives(target, z)[0]):
         raise DensityError(
@@ -94,7 +94,7 @@ def _check_curvature(target: Target, hessian: np.ndarray) -> None:
     """Refuse a Hessian that is not positive definite.
 
     Raises:
-        DensityError: naming the directions in which the density does not fall off.
+        DensityError: if it is not. The message names the directions in which the density does not fall off.
     """
     flat = np.zeros(len(hessian))
     if not np.isfinite(hessian).all():
@@ -121,7 +121,7 @@ def _check_curvature(target: Target, hessian: np.ndarray) -> None:
 
 
 def _largest(target: Target, share: np.ndarray) -> str:
-    """Addresses of the choices that have the largest share."""
+    """The addresses of the choices with the largest share."""
     parts = target.unconstrain().flat.addresses
     most = {a: float(share[part].max(initial=0.0)) for a, part in parts.items()}
     return ", ".join(repr(a) for a, x in most.items() if x > 0.1 * share.max())

@@ -1,7 +1,7 @@
-"""Objectives of variational inference: estimators `f(key, params, *batch)` of a bound, to be maximised by `fit`.
+"""Objectives of variational inference: estimators `f(key, params, *batch)` of a bound, which `fit` maximises.
 
-Each is a few lines around `expect` and `draw`: copy one to write your own. Their gradients are those of the strategies
-of the guide's sites (`weft.gradients`).
+Each objective is a few lines around `expect` and `draw`. Copy one to write your own. The gradient strategies of the
+guide's sites (`weft.gradients`) decide how it is differentiated.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ from weft.ppl.stage.packing import is_traced
 
 
 def stop(tree: Any) -> Any:
-    """The same, of no derivative; networks hold functions beside arrays."""
+    """The same pytree without derivatives. Leaves that are no arrays stay: networks hold functions, too."""
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_traced(x) else x, tree)
 
 
 class Objective(eqx.Module):
-    """What objectives of a target and a guide share.
+    """Base of the objectives of a target and a guide.
 
     Attributes:
-        target: a target, or a function `(params, *batch) -> Target`: for a model with parameters of
-            its own, or for minibatches, where the model is scaled by `scale(model, {"row": N /
-            B})`.
-        guide: a function `(params, *batch) -> Program` that draws exactly the target's latent
-            choices.
+        target: a target; or a function `(params, *batch) -> Target`, for a model with parameters of its own or for
+            minibatches. For minibatches scale the model: `scale(model, {"row": N / B})`.
+        guide: a function `(params, *batch) -> Program` that draws exactly the target's latent choices.
     """
 
     target: Target | Callable[..., Target]
@@ -70,10 +68,10 @@ class Objective(eqx.Module):
 
     @property
     def covers(self) -> bool:
-        """Whether the guide must cover the target's support; else it must lie inside.
+        """Whether the guide must cover the target's support. If not, it must lie inside it.
 
-        The first where its density is taken at draws of the posterior, the second where the
-        target's is taken at draws of the guide.
+        It must cover the support if its density is taken at draws of the posterior. It must lie inside if the target's
+        density is taken at draws of the guide.
         """
         return False
 
@@ -82,12 +80,12 @@ class Objective(eqx.Module):
         raise NotImplementedError
 
     def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
-        """The target and the guide at some parameters."""
+        """The target and the guide at the given parameters."""
         target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
         return target, self.guide(params, *batch)
 
     def pair(self, params: Any, *batch: Any) -> tuple[Target, Program]:
-        """The same, once it is known that they fit."""
+        """The target and the guide at the given parameters, after a check that they fit."""
         target, guide = self.at(params, *batch)
         check_proposal(guide, target, "guide", covers=self.covers)
         return target, guide
@@ -97,8 +95,7 @@ class Objective(eqx.Module):
 
         Raises:
             AddressError: if the guide does not draw exactly the latent choices of the target.
-            DensityError: if the guide is not normalised, or a choice of its has a support that does
-                not go with the target's.
+            DensityError: if the guide is not normalised, or if the support of a choice does not match the target's.
         """
         target, guide = self.at(params, *batch)
         if not isinstance(target, Target):
@@ -109,7 +106,7 @@ class Objective(eqx.Module):
         check_proposal(guide, target, "guide", covers=self.covers)
 
     def explain(self, key: PRNGKeyArray, params: Any, *batch: Any) -> str:
-        """Which sites make a bound that is not finite."""
+        """The sites that make a bound infinite or not a number."""
         target, guide = self.at(params, *batch)
         trace = guide.simulate(key)
         found = []
@@ -134,21 +131,20 @@ class Objective(eqx.Module):
 class elbo(Objective):
     r"""The evidence lower bound.
 
-    For a guide `q` with parameters `phi` and a target `p`, both programs,
+    Let `p` be the target and `q` a guide with parameters `phi`. Both are programs. Then
 
         ELBO(phi) = E_q [ log p(x, y) - log q(x) ]  <=  log p(y).
 
-    Called with a key it gives an unbiased estimate, whose gradient with respect to the parameters
-    is an unbiased estimate of the ELBO's, by the strategy of each site of the guide.
+    Called with a key it gives an unbiased estimate. The gradient of this estimate with respect to the parameters is an
+    unbiased estimate of the gradient of the ELBO, by the strategy of each site of the guide.
 
     Attributes:
         target: a target, or a function `(params, *batch) -> Target`.
         guide: a function `(params, *batch) -> Program`.
-        num_samples: draws of the guide that are averaged; from two on, score terms have
+        num_samples: the number of draws of the guide that are averaged. With two or more, score terms have
             leave-one-out baselines.
-        sticking_the_landing: leave the explicit dependence of `log q` on the parameters out of the
-            gradient (Roeder et al. 2017): its mean is zero, and without it the variance vanishes
-            where the guide is the posterior.
+        sticking_the_landing: leave the explicit dependence of `log q` on the parameters out of the gradient (Roeder et
+            al. 2017). That part has mean zero. Without it the variance vanishes where the guide is the posterior.
 
     References:
         Jordan et al. (1999); Kingma and Welling (2014), equation 3, for the reparametrised
@@ -190,7 +186,7 @@ class elbo(Objective):
 
 
 def log_weights(objective: Objective, num_particles: int, params: Any, *batch: Any) -> Array:
-    """`log p(x_i, y) - log q(x_i)` of draws of the guide, inside an expectation: `(num_particles,)`."""
+    """`log p(x_i, y) - log q(x_i)` of draws of the guide, of shape `(num_particles,)`. To be used in an expectation."""
     target, guide = objective.pair(params, *batch)
     return jax.vmap(lambda _: log_ratio(target, guide, draw(guide)))(jnp.arange(num_particles))
 
@@ -200,16 +196,16 @@ class iwelbo(Objective):
 
         IWELBO_K(phi) = E [ log 1/K sum_i w_i ],   w_i = p(x_i, y) / q(x_i),   x_i ~ q,
 
-    at least the ELBO, and rising to `log p(y)` with `K`.
+    It is at least the ELBO, and rises to `log p(y)` as `K` grows.
 
     Attributes:
         target: a target, or a function `(params, *batch) -> Target`.
         guide: a function `(params, *batch) -> Program`.
         num_particles: `K`.
-        vimco: baselines for score terms: of each draw, the bound with its weight replaced by the
-            geometric mean of the others (Mnih and Rezende 2016).
-        dreg: doubly reparametrised gradients of the guide (Tucker et al. 2019), of which the
-            relative noise does not grow with `K`; all of its sites must be reparametrised.
+        vimco: whether score terms have baselines. The baseline of a draw is the bound with the weight of that draw
+            replaced by the geometric mean of the others (Mnih and Rezende 2016).
+        dreg: whether the gradients of the guide are doubly reparametrised (Tucker et al. 2019). Their relative noise
+            does not grow with `K`. All sites of the guide must be reparametrised.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), equation 8.
@@ -253,7 +249,10 @@ class iwelbo(Objective):
         return expect(bound)(key, params)
 
     def doubly_reparametrised(self, params: Any, *batch: Any) -> Array:
-        """The bound; the path through each draw is weighed once more, the explicit part of `log q` left out."""
+        """The bound with doubly reparametrised gradients.
+
+        The path through each draw is weighed once more, and the explicit part of `log q` is left out.
+        """
         target, guide = self.pair(params, *batch)
         fixed = [a for a in guide.latents if not guide.sites[a].reparametrised]
         if fixed:
@@ -289,8 +288,12 @@ def _require_exact(guide: Program, option: str) -> None:
 class renyi(Objective):
     r"""The variational Rényi bound, `1 / (1 - alpha) log E_q [w^(1 - alpha)]`, from `K` draws.
 
-    At `alpha` in (0, 1) between the log evidence (`alpha = 0`) and the ELBO (`alpha` near 1); with
-    finitely many draws biased towards the ELBO. Negative values of `alpha` are allowed.
+    For `alpha` in (0, 1) it lies between the log evidence (`alpha = 0`) and the ELBO (`alpha` near 1). With finitely
+    many draws it is biased towards the ELBO. Negative values of `alpha` are allowed.
+
+    Attributes:
+        alpha: the order.
+        num_particles: `K`.
 
     References:
         Li and Turner (2016), equation 14.
@@ -319,14 +322,14 @@ class renyi(Objective):
 def over_auxiliary(
     target: Target, guide: Program, reverse: Callable[[Any], Program] | None, num_auxiliary: int
 ) -> Program:
-    """The guide's law of the target's latent choices, its other choices integrated out by importance sampling.
+    """The guide's law of the latent choices. Its other choices are integrated out by importance sampling.
 
     Args:
         target: the target.
-        guide: draws the latent choices and others.
-        reverse: from the latent choices to a proposal for the others; `None` for the guide itself, without what it
-            takes from the latent choices.
-        num_auxiliary: how many particles.
+        guide: a program that draws the latent choices and others.
+        reverse: a function from the latent choices to a proposal for the others. `None` proposes from the guide itself,
+            which does not look at the latent choices.
+        num_auxiliary: the number of particles.
     """
     if not set(target.latents) < set(guide.latents):
         return guide  # nothing to integrate out, or an error that is told with both lists
@@ -338,16 +341,16 @@ def over_auxiliary(
 class hvi(elbo):
     r"""The bound of hierarchical variational inference: an ELBO whose guide has auxiliary choices `u`.
 
-        HVI = E_q [ log p(x, y) - log (q(u, x) / r(u | x)) ]  <=  ELBO of the marginal guide q(x),
+        HVI = E_q [ log p(x, y) - log (q(u, x) / r(u | x)) ]  <=  ELBO of the marginal guide q(x).
 
-    what `marginal(guide, keep=target.latents, by=importance(r, 1))` gives as a guide.
+    It is the ELBO with `marginal(guide, keep=target.latents, by=importance(r, 1))` as its guide.
 
     Attributes:
         target: a target, or a function `(params, *batch) -> Target`.
         guide: a function `(params, *batch) -> Program` that draws the latent choices and others.
-        reverse: `r`, a function `(params, choices, *batch) -> Program` from the latent choices to a
-            program over the others; `None` for the guide's own law of them before it draws `x`.
-        num_samples: draws that are averaged.
+        reverse: `r`, a function `(params, choices, *batch) -> Program` from the latent choices to a program over the
+            others. `None` is the guide's own law of them before it draws `x`.
+        num_samples: the number of draws that are averaged.
 
     References:
         Ranganath, Tran and Blei (2016), equation 5.
@@ -374,7 +377,7 @@ class hvi(elbo):
 
     @property
     def auxiliary(self) -> int:
-        """How many particles integrate the auxiliary choices out."""
+        """The number of particles that integrate the auxiliary choices out."""
         return 1
 
     def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
@@ -387,7 +390,8 @@ class iwhvi(hvi):
 
         IWHVI_M = E [ log p(x, y) - log 1/M sum_j q(u_j, x) / r(u_j | x) ],
 
-    with `u_1` the draw that `x` came from and the others from `r`; it rises to the ELBO of the marginal guide.
+    where `u_1` is the draw from which `x` came, and the others are draws of `r`. The bound rises to the ELBO of the
+    marginal guide as `M` grows.
 
     Attributes:
         num_auxiliary: `M`.
@@ -436,7 +440,7 @@ def _reversed(objective: Any, params: Any, batch: tuple[Any, ...]) -> Any:
 
 
 class _Weighted(Objective):
-    """Objectives that are means over draws of the guide by their normalised weights, none of which moves."""
+    """Base of objectives that average over draws of the guide by normalised weights. Neither draws nor weights move."""
 
     num_particles: int = eqx.field(default=10, static=True)
 
@@ -462,15 +466,15 @@ class _Weighted(Objective):
         return expect(value)(score_key, params)
 
     def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
-        """The objective for draws that are given, `(num_particles, ...)`, and their normalised weights."""
+        """The objective for given draws, of shape `(num_particles, ...)`, and their normalised weights."""
         raise NotImplementedError
 
 
 class wake_theta(_Weighted):
-    r"""The model's part of reweighted wake-sleep: `sum_i w_i log p_theta(x_i, y)`, draws and weights fixed.
+    r"""The model's part of reweighted wake-sleep: `sum_i w_i log p_theta(x_i, y)`, with draws and weights fixed.
 
-    Its gradient is that of the log evidence, with a bias of order 1 / `num_particles`; discrete
-    choices of the guide need no strategy.
+    Its gradient is that of the log evidence, with a bias of order 1 / `num_particles`. Discrete choices of the guide
+    need no strategy.
 
     References:
         Bornschein and Bengio (2015), equation 5.
@@ -481,10 +485,10 @@ class wake_theta(_Weighted):
 
 
 class wake_phi(_Weighted):
-    r"""The guide's part of reweighted wake-sleep: `sum_i w_i log q_phi(x_i)`, draws and weights fixed.
+    r"""The guide's part of reweighted wake-sleep: `sum_i w_i log q_phi(x_i)`, with draws and weights fixed.
 
-    Maximising it minimises KL(p(x | y) || q), the forward divergence, with a bias of order 1 /
-    `num_particles`: the guide covers the posterior.
+    To maximise it is to minimise the forward divergence KL(p(x | y) || q), with a bias of order 1 / `num_particles`. So
+    the guide comes to cover the posterior.
 
     References:
         Bornschein and Bengio (2015), equation 7.
@@ -507,10 +511,10 @@ class rws(_Weighted):
 
 
 class sleep_phi(Objective):
-    r"""The sleep phase: `E_{x, y ~ p} [log q_phi(x | y)]`, data dreamt by the model.
+    r"""The sleep phase: `E_{x, y ~ p} [log q_phi(x | y)]`, with data that are drawn from the model.
 
-    Its guide is amortised: a function `(params, data, *batch) -> Program` of the data as well, a
-    nested dict like the target's `observed`.
+    The guide is amortised: it is a function `(params, data, *batch) -> Program`. `data` is a nested dict like the
+    target's `observed`.
 
     References:
         Hinton et al. (1995); Bornschein and Bengio (2015), equation 9.
@@ -541,8 +545,8 @@ class sleep_phi(Objective):
 class eubo(_Weighted):
     r"""An estimate of the evidence upper bound `E_{p(x | y)} [log p(x, y) - log q(x)]`, to be minimised.
 
-    The mean over the posterior is one by normalised weights, biased downwards: no bound in itself.
-    Beside the ELBO it says how far apart guide and posterior are.
+    The mean over the posterior is taken by normalised weights. So the estimate is biased downwards, and is no bound by
+    itself. Beside the ELBO it says how far apart guide and posterior are.
     """
 
     def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
@@ -551,10 +555,10 @@ class eubo(_Weighted):
 
 
 class log_variance(_Weighted):
-    r"""Minus half the variance of `log w` over draws of the guide, which do not move.
+    r"""Minus half the variance of `log w` over draws of the guide, with the draws fixed.
 
-    At its maximum, zero, all weights are equal. Its gradient is that of the ELBO with the best constant
-    baseline; it needs no strategy.
+    Its maximum is zero, where all weights are equal. Its gradient is that of the ELBO with the best constant baseline.
+    It needs no strategy.
 
     References:
         Richter et al. (2020), "VarGrad", proposition 1.

@@ -1,4 +1,4 @@
-"""Leaves of a parameter pytree that are not free: on a constrained set, or fixed."""
+"""Leaves of a parameter pytree that are not free: they are constrained to a set, or fixed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weft.ppl.stage.errors import WeftError
 
 
 class Constrained(eqx.Module):
-    """A parameter that stays in a set. `fit` moves `unconstrained`, an element of R^n that a bijection takes there."""
+    """A parameter that stays in a set. `fit` moves `unconstrained`, which a bijection maps from R^n to the set."""
 
     unconstrained: Array
     constraint: Any
@@ -32,17 +32,17 @@ class Fixed(eqx.Module):
 
 
 def constrained(value: Any, constraint: Any) -> Constrained:
-    """A leaf of the parameters that stays in a constraint's set while it is optimised.
+    """Mark a leaf of the parameters that must stay in a set while it is optimised.
 
     Args:
-        value: where it starts, inside the set.
+        value: its first value, inside the set.
         constraint: a NumPyro constraint, such as `numpyro.distributions.constraints.positive`.
 
     Returns:
-        A wrapper; the objective and `Fit.params` see the value itself.
+        A wrapper. The objective and `Fit.params` see the value itself.
 
     Raises:
-        WeftError: if the value is outside the set, or if no bijection from R^n leads there.
+        WeftError: if the value is outside the set, or if there is no bijection from R^n to it.
 
     Examples:
         >>> from numpyro.distributions import constraints
@@ -62,13 +62,13 @@ def constrained(value: Any, constraint: Any) -> Constrained:
 
 
 def fixed(value: Any) -> Fixed:
-    """A leaf, or a whole subtree, of the parameters that is not optimised.
+    """Mark a leaf, or a whole subtree, of the parameters that is not optimised.
 
     Args:
         value: any pytree.
 
     Returns:
-        A wrapper; the objective and `Fit.params` see the value itself.
+        A wrapper. The objective and `Fit.params` see the value itself.
     """
     return Fixed(value)
 
@@ -83,10 +83,9 @@ def unwrap(params: Any) -> Any:
 
 
 def partition(params: Any) -> tuple[Any, Any]:
-    """`(free, rest)`, of which `eqx.combine` makes the parameters: floating arrays that are
-    optimised, and what is not.
+    """Split parameters into `(free, rest)`: floating arrays that are optimised, and everything else.
 
-    Python floats count as arrays.
+    `eqx.combine` puts them together again. Python floats count as arrays.
     """
 
     def free(x: Any) -> Any:

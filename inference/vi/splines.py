@@ -21,10 +21,10 @@ LEAST = 1e-3
 
 
 class Autoregressive(Law):
-    """Elements `start, ..., stop - 1` of an autoregressive flow over all elements, given those before.
+    """Elements `start, ..., stop - 1` of an autoregressive flow over all elements, given those before them.
 
-    Element `k` is `loc_k + scale_k u_k`, where `u_k = shift_k + exp(log_scale_k) s_k(eps_k)`,
-    `eps_k ~ N(0, 1)`; shift, log scale and the spline `s_k` are outputs of a masked network at `u_<k`.
+    Element `k` is `loc_k + scale_k u_k`, where `u_k = shift_k + exp(log_scale_k) s_k(eps_k)` and `eps_k ~ N(0, 1)`.
+    Shift, log scale and the spline `s_k` are outputs of a masked network at `u_<k`.
     """
 
     loc: Vector
@@ -34,7 +34,7 @@ class Autoregressive(Law):
     span: tuple[int, int] = eqx.field(static=True)
 
     def weights(self) -> tuple[Array, Array, Array]:
-        """The network's weights, so masked that output `k` sees inputs before `k` only."""
+        """The weights of the network. They are masked so that output `k` sees only the inputs before `k`."""
         num_hidden, n = self.network["in"].shape
         degree = np.arange(num_hidden) * max(n - 1, 1) // num_hidden
         inputs = self.network["in"] * (np.arange(n) <= degree[:, None])
@@ -70,10 +70,10 @@ class Autoregressive(Law):
 
 
 def spline(theta: Float[Array, " p"], x: Array) -> tuple[Array, Array]:
-    """A monotone rational-quadratic spline at a number: its value and the log of its slope.
+    """The value of a monotone rational-quadratic spline at a number, and the log of its slope there.
 
-    `theta` holds the widths and heights of K bins and the slopes at the K - 1 inner knots, all
-    unconstrained: zeros make the identity. Durkan et al. (2019), equations 4 and 5.
+    `theta` holds the widths and heights of K bins and the slopes at the K - 1 inner knots. All are unconstrained, and
+    zeros make the identity. See Durkan et al. (2019), equations 4 and 5.
     """
     xs, ys, slopes = knots(theta)
     inside = jnp.clip(x, -BOUND, BOUND)
@@ -88,7 +88,7 @@ def spline(theta: Float[Array, " p"], x: Array) -> tuple[Array, Array]:
 
 
 def spline_inverse(theta: Float[Array, " p"], y: Array) -> tuple[Array, Array]:
-    """The `x` at which the spline is `y`, and the log of its slope there. Equations 6 to 8."""
+    """The `x` at which the spline is `y`, and the log of its slope there (equations 6 to 8)."""
     xs, ys, slopes = knots(theta)
     inside = jnp.clip(y, -BOUND, BOUND)
     (x0, y0, d0), (width, height, d1) = bin_of(ys, inside, xs, ys, slopes)
@@ -103,7 +103,7 @@ def spline_inverse(theta: Float[Array, " p"], y: Array) -> tuple[Array, Array]:
 
 
 def knots(theta: Array) -> tuple[Array, Array, Array]:
-    """Positions, values and slopes at the K + 1 knots."""
+    """The positions, values and slopes at the K + 1 knots."""
     k = (theta.size + 1) // 3
 
     def positions(free: Array) -> Array:

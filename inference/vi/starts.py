@@ -1,4 +1,4 @@
-"""Where fits begin: the parameters of each restart, and the state of its optimiser, as arrays."""
+"""The beginning of fits: the parameters of each restart, and the state of its optimiser, as arrays."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Start:
     """The beginning of one or several fits.
 
     Attributes:
-        keys: of each.
-        moving: of each, the arrays that are optimised and those of the optimiser's state.
-        rest: of each, the other arrays among its parameters.
-        skeleton: what `moving` is packed from: `(free, state)`.
-        rest_skeleton: what `rest` is packed from.
+        keys: one for each fit.
+        moving: for each fit, the arrays that are optimised and those of the optimiser's state.
+        rest: for each fit, the other arrays among its parameters.
+        skeleton: the structure from which `moving` is packed: `(free, state)`.
+        rest_skeleton: the structure from which `rest` is packed.
     """
 
     keys: list[PRNGKeyArray]
@@ -44,11 +44,11 @@ class Start:
         optimizer: optax.GradientTransformationExtraArgs,
         state: Any,
     ) -> Start:
-        """Begin.
+        """Make the beginning of all fits.
 
         Raises:
-            WeftError: if there is nothing to optimise; if several are to begin at one point; if
-                a function of parameters gives other structures for other keys.
+            WeftError: if there is nothing to optimise, if several fits would begin at one point, or if a function of
+                parameters gives other structures for other keys.
         """
         drawn = callable(params) and jax.tree_util.all_leaves([params])
         if num > 1 and not drawn:
@@ -78,23 +78,23 @@ class Start:
         return Start(keys, moving, rest, skeleton, rest_skeleton)
 
     def params(self, i: int) -> Any:
-        """The parameters that one of them begins at, as the objective sees them."""
+        """The first parameters of one fit, as the objective sees them."""
         free, _ = self.skeleton.unpack(self.moving[i])
         return unwrap(eqx.combine(free, self.rest_skeleton.unpack(self.rest[i])))
 
 
 def jittered(params: Any, scale: float = 1.0) -> Callable[..., Any]:
-    """Parameters moved at random, for the restarts of a fit.
+    """Parameters with random noise, for the restarts of a fit.
 
     Args:
-        params: a pytree of parameters, as `fit` takes it. Or a function from a target to a guide and
-            its parameters, such as `mean_field`.
-        scale: standard deviation of the normal noise that is added to every number that is
-            optimised; to a constrained one on the unconstrained scale.
+        params: a pytree of parameters, as `fit` takes it; or a function from a target to a guide and its parameters,
+            such as `mean_field`.
+        scale: the standard deviation of the normal noise that is added to every number that is optimised. Constrained
+            numbers move on the unconstrained scale.
 
     Returns:
-        A function `init(key)` of the parameters. Or the function from a target, with such an `init`
-        in place of the parameters: `variational(jittered(mean_field), num_restarts=5)`.
+        A function `init(key)` that gives parameters. If `params` is a function of a target, the same function with such
+        an `init` in place of the parameters, for `variational(jittered(mean_field), num_restarts=5)`.
 
     Examples:
         >>> import jax

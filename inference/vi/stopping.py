@@ -1,4 +1,4 @@
-"""When a fit may stop: a rule over the bounds estimated so far, decided by iteration."""
+"""Rules for an early stop of a fit, from the bounds that were estimated so far."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from weft.ppl.stage.errors import WeftError
 
 
 class Windows(eqx.Module):
-    """Two successive windows of estimates, by their moments.
+    """The moments of two successive windows of estimates.
 
     Attributes:
-        count: how many finite estimates the present window has.
+        count: the number of finite estimates in the present window.
         mean: their mean.
-        squares: their summed squared distance from it.
-        before: the same three of the window before; its count is zero as long as there is none.
+        squares: the sum of their squared distances from the mean.
+        before: the same three numbers for the window before. Its count is zero as long as there is none.
     """
 
     count: Float[Array, ""]
@@ -28,25 +28,24 @@ class Windows(eqx.Module):
 
 
 class plateau(eqx.Module):
-    r"""Stop as soon as the bound rises no more.
+    r"""A rule that stops a fit as soon as the bound no longer rises.
 
-    After every `window` steps the mean of the last `window` estimates is compared with that of the
-    `window` before. The fit stops if the difference `d` is at most
+    After every `window` steps the mean of the last `window` estimates is compared with that of the `window` before. The
+    fit stops if the difference `d` is at most
 
         max(tolerance, z s),    s^2 = v_1 / n_1 + v_2 / n_2,
 
-    with the variances `v` and the counts `n` of the finite estimates of the two windows, which are
-    independent given the parameters. At one decision a bound that rises by `delta` a window is
-    stopped with probability `Phi(z - delta / s)`, and a level one with probability `Phi(z)`, 0.977
-    by default: slow progress is seen if the window is long enough for the noise of its mean to be
-    smaller.
+    where `v` and `n` are the variances and the counts of the finite estimates in the two windows. Estimates are
+    independent given the parameters. At one decision, a bound that rises by `delta` in a window is stopped with
+    probability `Phi(z - delta / s)`. A level bound is stopped with probability `Phi(z)`, by default 0.977. So slow
+    progress is seen if the window is long enough that the noise of its mean is smaller than the progress.
 
-    Decisions depend on the iteration alone: progress bars and interruptions change nothing.
+    Decisions depend on the iteration alone. Progress bars and interruptions change nothing.
 
     Attributes:
-        window: steps in a window; the first decision is after two.
-        tolerance: a rise, in the units of the objective, that is not worth another window.
-        z: how many standard errors a rise must be, not to be taken for noise.
+        window: the number of steps in a window. The first decision comes after two windows.
+        tolerance: a rise that is not worth another window, in the units of the objective.
+        z: a rise of fewer standard errors than this is taken for noise.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
@@ -71,19 +70,19 @@ class plateau(eqx.Module):
                 raise WeftError(f"plateau: {name} must be a number, 0 at least, got {value!r}")
 
     def init(self) -> Windows:
-        """No estimates yet."""
+        """The windows before the first estimate."""
         zero = jnp.zeros(())
         return Windows(zero, zero, zero, jnp.zeros(3))
 
     def update(
         self, seen: Windows, step: Any, gain: Float[Array, ""]
     ) -> tuple[Windows, Bool[Array, ""]]:
-        """One more estimate, of which more is better, and whether to stop after it.
+        """Take one more estimate, and say whether to stop after it.
 
         Args:
-            seen: the estimates so far.
-            step: how many there are.
-            gain: this one; left out where it is not finite.
+            seen: the windows so far.
+            step: the number of estimates so far.
+            gain: the new estimate; more is better. It is left out if it is not finite.
         """
         finite = jnp.isfinite(gain)
         gain = jnp.where(finite, gain, seen.mean).astype(seen.mean.dtype)
@@ -105,6 +104,6 @@ class plateau(eqx.Module):
 
 
 def _error(moments: Float[Array, " 3"]) -> Array:
-    """The squared standard error of a window's mean."""
+    """The squared standard error of the mean of a window."""
     count, _, squares = moments
     return squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1)

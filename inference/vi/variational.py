@@ -1,4 +1,4 @@
-"""Variational inference as an algorithm: a guide, an objective and an optimiser, run on a target."""
+"""Variational inference as an algorithm: a guide, an objective and an optimiser, to be run on a target."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ FLAT_RATE, FALLING_RATE = 0.01, 0.02
 
 
 class variational(Printed, eqx.Module):
-    r"""Fit a guide to a target: `fit` with its settings in one value.
+    r"""An algorithm that fits a guide to a target: `fit`, with its settings in one value.
 
-        phi* = argmax over phi of  E [ objective(target, guide)(key, phi) ],
+        phi* = argmax over phi of  E [ objective(target, guide)(key, phi) ].
 
-    by default the ELBO, so that the guide minimises KL(q || p). Like every algorithm it runs on any
-    target, under `jit` and under `vmap` over data sets, too.
+    The default objective is the ELBO, so the guide minimises KL(q || p). Like every algorithm it runs on any target,
+    also under `jit`, and under `vmap` over data sets.
 
     Attributes:
-        guide: a function `params -> Program` that draws exactly the target's latent choices. Or,
-            without `params`, a function from the target to such a guide and its first parameters,
-            `(guide, params)`: `mean_field` and the other ready-made guides.
+        guide: a function `params -> Program` that draws exactly the target's latent choices; or, without `params`, a
+            function from the target to such a guide and its first parameters, `(guide, params)`. `mean_field` and the
+            other ready-made guides are functions of the second kind.
         params: where to begin, as `fit` takes it: a pytree, or a function `init(key)`.
-        objective: from a target and a guide to an objective: `elbo`, or say
+        objective: a function from a target and a guide to an objective: `elbo`, or
             `lambda target, guide: iwelbo(target, guide, num_particles=10)`.
-        optimizer: an Optax optimiser; by default Adam, its rate going down from 0.02 to 0 along a
-            cosine over `num_steps`, or staying at 0.01 where the fit may stop early.
-        num_steps: how many steps, at most.
-        num_restarts: how many fits from different parameters, of which the best is kept; more than
-            one need a function for `params`, or `jittered(mean_field)` for the guide.
-        stop: a rule to stop early by, `plateau(window)`.
+        optimizer: an Optax optimiser. The default is Adam. Its rate falls from 0.02 to 0 along a cosine over
+            `num_steps`; it stays at 0.01 if the fit may stop early.
+        num_steps: the most steps.
+        num_restarts: the number of fits from different parameters; the best is kept. For more than one, `params` must
+            be a function, or the guide `jittered(mean_field)`.
+        stop: a rule for an early stop, `plateau(window)`.
         minimize: whether the objective is a loss.
 
     Raises:
@@ -99,7 +99,7 @@ class variational(Printed, eqx.Module):
             The fit.
 
         Raises:
-            WeftError: if guide, target and parameters do not go together.
+            WeftError: if guide, target and parameters do not match.
             DensityError: if the first bound is not finite.
         """
         if not isinstance(target, Target):
