@@ -1,1 +1,1 @@
-"""What algorithms return: draws and weighted points, their diagnostics, summaries and files."""
+"""Results of algorithms: draws and weighted points, their diagnostics, summaries and files."""

@@ -1,8 +1,8 @@
-"""The judgement in words: which diagnostic failed, at which address, and what to try.
+"""The diagnosis in words: which diagnostic failed, at which address, and what to try.
 
-Each check is one function that returns a `Finding` or nothing. Thresholds are those of the papers
-that `diagnostics` names: R-hat 1.01 and 400 effective draws (Vehtari et al. 2021), E-BFMI 0.3
-(Betancourt 2016), k-hat min(1 - 1/log10 N, 0.7) (Vehtari et al. 2024).
+Each check is one function. It returns a `Finding` or nothing. The thresholds are those of the papers that `diagnostics`
+names: R-hat 1.01 and 400 effective draws (Vehtari et al. 2021), E-BFMI 0.3 (Betancourt 2016), k-hat
+min(1 - 1/log10 N, 0.7) (Vehtari et al. 2024).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Table = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Finding(NamedTuple):
-    """A sentence or two of a verdict; `bad` if it makes the numbers unreliable."""
+    """One finding of a verdict, in a sentence or two. `bad` says that it makes the numbers unreliable."""
 
     text: str
     bad: bool = True
@@ -59,11 +59,11 @@ def judge_draws(
     """The verdict on Markov chains.
 
     Args:
-        table: address to the columns of `diagnostics.describe`.
-        choices: address to values (chain, draw, ...), for the chains that never move.
-        active: address to which draws count.
-        stats: statistics of the sampler, (chain, draw).
-        sites: address to `SiteInfo`, for advice that names a site.
+        table: the columns of `diagnostics.describe`, by address.
+        choices: values of shape (chain, draw, ...), by address. They show chains that never move.
+        active: which draws count, by address.
+        stats: statistics of the sampler, of shape (chain, draw).
+        sites: the `SiteInfo` of each address, for advice that names a site.
     """
     if not table:
         return [_note("There is nothing to summarise: no choice and no derived value was kept.")]
@@ -83,7 +83,7 @@ def judge_draws(
 
 
 def judge_particles(table: Table, log_weights: np.ndarray, exact: bool) -> list[Finding]:
-    """The verdict on weighted particles; `exact` if they are all values there are."""
+    """The verdict on weighted particles. `exact` says that they are all values of an enumeration."""
     n = log_weights.size
     if np.isnan(log_weights).any():
         count = int(np.isnan(log_weights).sum())
@@ -136,7 +136,7 @@ def _too_few(draws: int) -> Iterator[Finding]:
 
 
 def _stuck(choices: Mapping[str, np.ndarray], active: Mapping[str, Any]) -> Iterator[Finding]:
-    """Chains in which no continuous choice ever changed."""
+    """Find chains in which no continuous choice ever changed."""
     moving = None
     for address, x in choices.items():
         if x.shape[1] < 4 or x.dtype.kind != "f" or not np.all(active.get(address, True)):
@@ -232,7 +232,7 @@ def _energy(stats: Mapping[str, Any], recentre: Iterator[str]) -> Iterator[Findi
 
 
 def _recentre(table: Table, sites: Mapping[str, Any]) -> str:
-    """Advice to take a hierarchical site non-centred, the one with the fewest effective draws."""
+    """Advice to make a hierarchical site non-centred: the one with the fewest effective draws."""
 
     def rank(address: str) -> float:
         sizes = table[address]["ess_bulk"]

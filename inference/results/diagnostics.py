@@ -1,22 +1,21 @@
-r"""Convergence diagnostics: do chains agree, what are draws worth, can weights be trusted.
+r"""Convergence diagnostics: whether chains agree, what draws are worth, whether weights can be trusted.
 
-All functions take arrays that lead with (chain, draw) and work on every scalar behind these axes at
-once, in double precision and in NumPy: they describe results on the host. For chains they follow
+All functions take arrays that lead with (chain, draw). They work on all scalars behind these axes at once, in double
+precision and in NumPy, on the host. For chains they follow Vehtari et al. (2021), and agree with ArviZ to rounding.
 
-    A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Bürkner (2021). Rank-normalization,
-    folding, and
-    localization: an improved R-hat for assessing convergence of MCMC. Bayesian Analysis 16(2),
+One thing ArviZ does not have: `active` is a mask for draws that do not count, because the branch of the model that
+holds them was not taken. An expectation over the active draws is a ratio, $E[x \mid a] = E[a x] / E[a]$. Its
+Monte-Carlo error is that of the mean of the series $u_t = a_t (x_t - \bar x)$, over **all** draws (delta method). So
 
-and agree with ArviZ to rounding. What ArviZ does not have is `active`, a mask for draws that do not
-count because the branch of the model that holds them was not taken. An expectation over the active
-draws is a ratio, :math:`E[x \mid a] = E[a x] / E[a]`, and the series whose mean carries its
-Monte-Carlo error is :math:`u_t = a_t (x_t - \bar x)`, over **all** draws (delta method). Hence,
-with :math:`\bar a` the active fraction,
+$$\mathrm{ESS}_{active} = \bar a \; \mathrm{ESS}(u),$$
 
-.. math:: \mathrm{ESS}_{active} = \bar a \; \mathrm{ESS}(u),
+where $\bar a$ is the active fraction. For independent draws this is the number of active draws. R-hat is taken of $u$,
+and of $a$ itself: chains that disagree about the branch have not mixed either.
 
-which is the number of active draws when the draws are independent. R-hat is taken of :math:`u` and
-of :math:`a` itself, since chains that disagree about the branch have not mixed either.
+References:
+    A. Vehtari, A. Gelman, D. Simpson, B. Carpenter, P.-C. Bürkner (2021). Rank-normalization, folding, and
+    localization: an improved R-hat for assessing convergence of MCMC. Bayesian Analysis 16(2). A. Vehtari, D. Simpson,
+    A. Gelman, Y. Yao, J. Gabry (2024). Pareto smoothed importance sampling. JMLR 25.
 """
 
 from __future__ import annotations
@@ -43,19 +42,18 @@ _Mask = Bool[np.ndarray, "scalar chain draw"] | None
 def rhat(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray, "..."]:
     r"""Rank-normalised split R-hat (Vehtari et al. 2021, section 4).
 
-    Every chain is cut in halves and the values are replaced by normal scores of their ranks;
-    :math:`\hat R = \sqrt{((n-1)/n\, W + B/n) / W}` compares the variance within halves, W, with the
-    variance between them, B. The larger of the values for the scores and for the folded scores
-    :math:`|x - \mathrm{median}|` counts, so that chains with the same location and different spread
-    are seen. Below 1.01 is good.
+    Every chain is cut in halves, and the values are replaced by normal scores of their ranks. $\hat R =
+    \sqrt{((n-1)/n\, W + B/n) / W}$ compares the variance W within halves with the variance B between them. It is
+    computed for the scores and for the folded scores $|x - \mathrm{median}|$, and the larger value counts. So chains
+    with the same location and different spread are seen. A value below 1.01 is good.
 
     Args:
-        draws: values, shape (chain, draw, ...).
-        active: which draws count, of a shape that leads that of `draws`; all if left out.
+        draws: values, of shape (chain, draw, ...).
+        active: a mask of the draws that count, of a shape that leads that of `draws`. All count if it is left out.
 
     Returns:
-        One number a scalar, shape (...). NaN for a constant, for fewer than four draws, and where a
-        value is not finite; infinite where every half is constant and the halves differ.
+        One number for each scalar, shape (...). It is NaN for a constant, for fewer than four draws, and if a value is
+        not finite. It is infinite if every half is constant and the halves differ.
 
     Examples:
         >>> import numpy as np
@@ -73,19 +71,18 @@ def ess(
 ) -> Float[np.ndarray, "..."]:
     r"""Effective sample size: the number of independent draws that would estimate as well.
 
-    :math:`\mathrm{ESS} = MN / \tau`, :math:`\tau = -1 + 2 \sum_t \hat\rho_t`, with the
-    autocorrelations of all chains combined and the sum cut by Geyer's initial positive and monotone
-    sequences (Vehtari et al. 2021, section 3.2).
+    $\mathrm{ESS} = MN / \tau$ with $\tau = -1 + 2 \sum_t \hat\rho_t$. The autocorrelations of all chains are combined.
+    Geyer's initial positive and monotone sequences cut the sum off (Vehtari et al. 2021, section 3.2).
 
     Args:
-        draws: values, shape (chain, draw, ...).
-        active: which draws count, of a shape that leads that of `draws`; all if left out.
-        kind: "bulk", of the rank-normalised values: how well the centre is known; "tail", the
-            smaller of those of the 5 % and 95 % quantiles; "mean", of the values as they are, which
-            gives the standard error of the mean.
+        draws: values, of shape (chain, draw, ...).
+        active: a mask of the draws that count, of a shape that leads that of `draws`. All count if it is left out.
+        kind: "bulk" is the ESS of the rank-normalised values, and says how well the centre is known. "tail" is the
+            smaller ESS of the 5 % and the 95 % quantile. "mean" is the ESS of the values themselves, and gives the
+            standard error of the mean.
 
     Returns:
-        One number a scalar, shape (...); NaN where `rhat` is.
+        One number for each scalar, shape (...). It is NaN where `rhat` is.
 
     Raises:
         ValueError: for another kind.
@@ -106,14 +103,14 @@ def ess(
 
 
 def mcse(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray, "..."]:
-    r"""Monte-Carlo standard error of the mean, :math:`\mathrm{sd} / \sqrt{\mathrm{ESS}_{mean}}`.
+    r"""Monte-Carlo standard error of the mean, $\mathrm{sd} / \sqrt{\mathrm{ESS}_{mean}}$.
 
     Args:
-        draws: values, shape (chain, draw, ...).
-        active: which draws count, of a shape that leads that of `draws`; all if left out.
+        draws: values, of shape (chain, draw, ...).
+        active: a mask of the draws that count, of a shape that leads that of `draws`. All count if it is left out.
 
     Returns:
-        One number a scalar, shape (...).
+        One number for each scalar, shape (...).
 
     Examples:
         >>> import numpy as np
@@ -125,16 +122,16 @@ def mcse(draws: ArrayLike, active: ArrayLike | None = None) -> Float[np.ndarray,
 
 
 def bfmi(energy: Float[ArrayLike, "chain draw"]) -> Float[np.ndarray, " chain"]:
-    r"""Estimated Bayesian fraction of missing information, one number a chain (Betancourt 2016).
+    r"""Estimated Bayesian fraction of missing information, one number for each chain (Betancourt 2016).
 
-    :math:`\sum_n (E_n - E_{n-1})^2 / \sum_n (E_n - \bar E)^2`. Below 0.3, the momentum's
-    refreshments move the energy too little for the sampler to reach the tails.
+    It is $\sum_n (E_n - E_{n-1})^2 / \sum_n (E_n - \bar E)^2$. Below 0.3, new momenta move the energy too little for
+    the sampler to reach the tails.
 
     Args:
-        energy: Hamiltonian at each draw.
+        energy: the Hamiltonian at each draw.
 
     Returns:
-        One number a chain; NaN for a chain whose energy never changes.
+        One number for each chain. It is NaN for a chain whose energy never changes.
 
     Examples:
         >>> import numpy as np
@@ -153,17 +150,17 @@ def describe(
     active: ArrayLike | None = None,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
 ) -> dict[str, np.ndarray]:
-    """Everything a summary of chains needs, in one pass.
+    """All numbers that a summary of chains needs, in one pass.
 
     Args:
-        draws: values, shape (chain, draw, ...).
-        active: which draws count, of a shape that leads that of `draws`; all if left out.
+        draws: values, of shape (chain, draw, ...).
+        active: a mask of the draws that count, of a shape that leads that of `draws`. All count if it is left out.
         quantiles: probabilities.
 
     Returns:
-        Arrays of shape (...): "mean", "sd" (with n - 1), one entry a quantile ("5%"), "mcse",
-        "ess_bulk", "ess_tail", "r_hat", "active" (the fraction of draws that count), "not_finite"
-        (how many of these are NaN or infinite), "constant" (1 where all that count are equal).
+        Arrays of shape (...): "mean", "sd" (with n - 1), one entry for each quantile ("5%"), "mcse", "ess_bulk",
+        "ess_tail", "r_hat", "active" (the fraction of draws that count), "not_finite" (the number of these that are NaN
+        or infinite), "constant" (1 if all that count are equal).
 
     Examples:
         >>> import numpy as np
@@ -221,23 +218,21 @@ def weighted_describe(
     active: ArrayLike | None = None,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
 ) -> dict[str, np.ndarray]:
-    r"""Mean, sd, quantiles and standard error of the mean under weights.
+    r"""Weighted mean, sd, quantiles, and standard error of the mean.
 
-    A quantile is the smallest value at which the weights of the values up to it reach the
-    probability. The standard error is that of the self-normalised estimator, :math:`\sqrt{\sum_i
-    w_i^2 (x_i - \bar x)^2}` (Owen, Monte Carlo theory, methods and examples, chapter 9), with
-    weights that sum to one over the active particles.
+    A quantile is the smallest value for which the weights of all values up to it reach the probability. The standard
+    error is that of the self-normalised estimator, $\sqrt{\sum_i w_i^2 (x_i - \bar x)^2}$, with weights that sum to one
+    over the active particles (Owen, Monte Carlo theory, methods and examples, chapter 9).
 
     Args:
-        values: shape (particle, ...).
+        values: of shape (particle, ...).
         weights: nonnegative, not all zero.
-        active: which values count, of a shape that leads that of `values`; all if left out.
+        active: a mask of the values that count, of a shape that leads that of `values`. All count if it is left out.
         quantiles: probabilities.
 
     Returns:
-        Arrays of shape (...): "mean", "sd", one entry a quantile ("5%"), "mcse", "active" (the
-        weight of the particles that count), "not_finite" (how many values of positive weight are
-        NaN or infinite).
+        Arrays of shape (...): "mean", "sd", one entry for each quantile ("5%"), "mcse", "active" (the weight of the
+        particles that count), "not_finite" (the number of values of positive weight that are NaN or infinite).
 
     Examples:
         >>> import numpy as np
@@ -277,24 +272,21 @@ def weighted_describe(
 
 
 def khat(log_weights: Float[ArrayLike, " particle"], r_eff: float = 1.0) -> float:
-    r"""Pareto :math:`\hat k` of importance weights.
+    r"""Pareto $\hat k$ of importance weights (Vehtari, Simpson, Gelman, Yao and Gabry 2024).
 
-    From Vehtari, Simpson, Gelman, Yao, Gabry (2024), Pareto smoothed importance sampling, JMLR 25.
-
-    The largest :math:`\lceil \min(N/5, 3\sqrt{N / r}) \rceil` weights, less the next one, are
-    fitted by a generalised Pareto law; its shape k says how heavy their tail is: the weights have
-    moments of order below 1/k. Estimates can be trusted below `khat_threshold`, about 0.7; above it
-    the error is larger than it looks, and above 1 the mean of the weights need not exist.
+    A generalised Pareto law is fitted to the largest $\lceil \min(N/5, 3\sqrt{N / r}) \rceil$ weights, less the next
+    one. Its shape k says how heavy the tail of the weights is: they have moments of order below 1/k. Estimates can be
+    trusted below `khat_threshold`, about 0.7. Above it the error is larger than it looks. Above 1 the mean of the
+    weights need not exist.
 
     Args:
         log_weights: logarithms of the importance ratios, up to a constant.
-        r_eff: relative efficiency of the draws, 1 for independent ones.
+        r_eff: the relative efficiency of the draws, 1 for independent ones.
 
     Returns:
-        The shape. NaN if there are fewer than 21 weights, or one is NaN or +inf, or all are zero.
-        Infinite if no more than four weights stand out of the rest: the fit is impossible because
-        so few carry everything. Minus infinity if the largest weights are all equal: there is no
-        tail.
+        The shape k. It is NaN if there are fewer than 21 weights, or one is NaN or +inf, or all are zero. It is
+        infinite if no more than four weights stand out from the rest: so few carry everything that no fit is possible.
+        It is minus infinity if the largest weights are all equal: there is no tail.
 
     Examples:
         >>> import numpy as np
@@ -320,9 +312,9 @@ def khat(log_weights: Float[ArrayLike, " particle"], r_eff: float = 1.0) -> floa
 
 
 def khat_threshold(num_particles: int) -> float:
-    r"""Above which :math:`\hat k` is a warning, :math:`\min(1 - 1/\log_{10} N, 0.7)`.
+    r"""The threshold above which $\hat k$ is a warning: $\min(1 - 1/\log_{10} N, 0.7)$.
 
-    Vehtari et al. 2024, equation 13.
+    See Vehtari et al. 2024, equation 13.
 
     >>> round(khat_threshold(100), 3), khat_threshold(100_000)
     (0.5, 0.7)
@@ -331,14 +323,11 @@ def khat_threshold(num_particles: int) -> float:
 
 
 def generalized_pareto(excesses: Float[ArrayLike, " n"]) -> tuple[float, float]:
-    r"""Shape k and scale sigma of a generalised Pareto law.
+    r"""The shape k and the scale sigma of a generalised Pareto law, $P(X > x) = (1 + k x / \sigma)^{-1/k}$.
 
-    :math:`P(X > x) = (1 + k x / \sigma)^{-1/k}`.
-
-    The quasi-Bayesian estimator of Zhang and Stephens (2009, Technometrics 51(3), section 3): the
-    profile likelihood of :math:`\theta = -k/\sigma` averaged over a grid of quantiles of its prior.
-    The shape is then drawn towards 0.5 with the weight of ten observations (PSIS 2024, appendix C),
-    which steadies small tails.
+    This is the quasi-Bayesian estimator of Zhang and Stephens (2009, Technometrics 51(3), section 3). It averages the
+    profile likelihood of $\theta = -k/\sigma$ over a grid of quantiles of its prior. Then the shape is drawn towards
+    0.5 with the weight of ten observations (Vehtari et al. 2024, appendix C), which steadies small tails.
 
     Args:
         excesses: values above the threshold, positive, at least two of them distinct.
@@ -376,7 +365,7 @@ def _each(
     width: int | None = None,
     check: bool = True,
 ) -> np.ndarray:
-    """Apply f to blocks of scalars and put the results in the shape behind (chain, draw)."""
+    """Apply `f` to blocks of scalars, and put the results into the shape behind (chain, draw)."""
     x = np.asarray(draws)
     if x.ndim < 2:
         raise ValueError(
@@ -403,7 +392,7 @@ def _each(
 
 
 def _lead(mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
-    """Broadcast a mask whose shape leads `shape` (or is ()) over the axes behind it."""
+    """Broadcast a mask over the trailing axes of `shape`. The shape of the mask leads `shape`, or is ()."""
     mask = np.asarray(mask, dtype=bool)
     if mask.shape != shape[: mask.ndim]:
         raise ValueError(
@@ -413,7 +402,7 @@ def _lead(mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray, "..."]:
 
 
 def _valid(diagnostic: Callable[[_Series, _Mask], np.ndarray], x: _Series, a: _Mask) -> np.ndarray:
-    """A diagnostic; NaN where it means nothing: too few draws, values not finite, a constant."""
+    """A diagnostic, NaN where it means nothing: for too few draws, values that are not finite, or a constant."""
     if x.shape[2] < _MIN_DRAWS:
         return np.full(len(x), np.nan)
     value = diagnostic(x, a)
@@ -452,7 +441,7 @@ def _sd(x: _Series, a: _Mask) -> np.ndarray:
 
 
 def _ordered(x: _Series, a: _Mask) -> tuple[np.ndarray, np.ndarray]:
-    """The active values of each scalar in order (idle ones last), and how many there are."""
+    """The active values of each scalar in ascending order (idle ones come last), and their number."""
     flat = (x if a is None else np.where(a, x, np.inf)).reshape(len(x), -1)
     count = np.full(len(x), flat.shape[1]) if a is None else a.sum(axis=(1, 2))
     return np.sort(flat, axis=1), count
@@ -472,13 +461,13 @@ def _quantile(ordered: np.ndarray, count: np.ndarray, q: float) -> np.ndarray:
 
 
 def _split(x: np.ndarray) -> np.ndarray:
-    """Halves of chains as chains; of an odd number of draws the middle one goes."""
+    """The halves of chains, as chains. For an odd number of draws the middle one is dropped."""
     half = x.shape[2] // 2
     return np.concatenate([x[..., :half], x[..., x.shape[2] - half :]], axis=1)
 
 
 def _scores(x: _Series, a: _Mask) -> np.ndarray:
-    """Centred normal scores of the ranks of the active values (Blom's); idle values 0."""
+    """Centred normal scores (Blom's) of the ranks of the active values. Idle values have 0."""
     flat = (x if a is None else np.where(a, x, np.inf)).reshape(len(x), -1)
     count = flat.shape[1] if a is None else a.sum(axis=(1, 2))[:, None]
     ranks = scipy_stats.rankdata(flat, method="average", axis=1)
@@ -490,7 +479,7 @@ def _scores(x: _Series, a: _Mask) -> np.ndarray:
 
 
 def _centred(x: np.ndarray, a: _Mask) -> np.ndarray:
-    """The series u = a (x - mean), whose mean carries the error of the active mean."""
+    """The series u = a (x - mean). The error of its mean is that of the active mean."""
     off = x - _mean(x, a)[:, None, None]
     return off if a is None else np.where(a, off, 0.0)
 

@@ -18,20 +18,19 @@ from .summary import Summary, summarise_draws
 
 @storage.result_type("draws")
 class Draws(Result):
-    """What a Markov chain sampler gives: draws of every choice, (chain, draw, ...).
+    """The result of a Markov chain sampler: draws of every choice, as arrays (chain, draw, ...).
 
     Attributes:
         choices: nested dict of the latent choices, arrays (chain, draw, ...).
-        derived: the same for values recorded by `deterministic` and the originals of reparametrised
+        derived: nested dict of values that `deterministic` recorded, and of the original values of reparametrised
             sites.
-        active: the tree of `choices`, booleans of a shape that leads the choice's: False for draws
-            that do not count, since the branch that holds the choice was not taken. What is absent
-            counts always.
-        stats: statistics of the sampler, (chain, draw), under ArviZ's names: "lp",
-            "acceptance_rate", "diverging", "energy", "tree_depth", "n_steps", "step_size",
-            "reached_max_treedepth".
-        target: what was sampled; a `Record` of it, if the draws were read from a file without it.
-        warmup: what the sampler has to say of its warm-up, arrays that lead with the chain.
+        active: a tree like `choices`, of booleans. It is False for draws that do not count, because the branch that
+            holds the choice was not taken. The shape of the booleans leads that of the choice. A choice that is absent
+            here always counts.
+        stats: statistics of the sampler, arrays (chain, draw), under ArviZ's names: "lp", "acceptance_rate",
+            "diverging", "energy", "tree_depth", "n_steps", "step_size", "reached_max_treedepth".
+        target: the target that was sampled. It is a `Record` if the draws were read from a file without the target.
+        warmup: what the sampler reports of its warm-up, arrays that lead with the chain.
 
     Examples:
         >>> import jax
@@ -58,29 +57,29 @@ class Draws(Result):
 
     @property
     def num_chains(self) -> int:
-        """Number of chains."""
+        """The number of chains."""
         return self.lead[0]
 
     @property
     def num_draws(self) -> int:
-        """Number of draws kept of each chain."""
+        """The number of draws that are kept of each chain."""
         return self.lead[1]
 
     def summary(
         self, *, quantiles: Sequence[float] = (0.05, 0.5, 0.95), all: bool = False
     ) -> Summary:
-        """Means, spreads, quantiles and diagnostics, one row a scalar, and a verdict in words.
+        """A table with one row for each scalar, and a verdict in words.
 
-        Columns are mean, sd, the quantiles, the Monte-Carlo standard error of the mean (mcse), bulk
-        and tail effective sample sizes and rank-normalised split R-hat. Draws that are idle (see
-        `active`) are left out; a column "active" then gives the fraction of those that count.
+        The columns are mean, standard deviation (sd), the quantiles, the Monte-Carlo standard error of the mean (mcse),
+        the effective sample sizes of bulk and tail, and rank-normalised split R-hat. Idle draws (see `active`) are left
+        out. Then a column "active" gives the fraction of draws that count.
 
         Args:
             quantiles: probabilities.
-            all: print every row; otherwise what fits a screen.
+            all: whether to print every row. By default the table fits a screen.
 
         Returns:
-            A `Summary`: prints as a table, gives rows by label and sites by address.
+            A `Summary`. It prints as a table, and gives rows by label and sites by address.
 
         Raises:
             WeftError: under tracing, or if a further axis leads (a vmap over data sets).
@@ -115,18 +114,18 @@ class Draws(Result):
         addresses keep their dots.
 
         Args:
-            predictions: what `predict` gave for these draws: a trace, or a nested dict of arrays
-                (chain, draw, ...).
-            log_likelihood: whether to evaluate the pointwise log likelihood of every observed site,
-                which leave-one-out needs; the name of an axis gives one number for each index of
-                it, summed over sites. The default is to do so where the target is at hand and the
-                result has at most 10^8 numbers.
+            predictions: the result of `predict` for these draws: a trace, or a nested dict of arrays (chain, draw,
+                ...).
+            log_likelihood: whether to evaluate the pointwise log likelihood of every observed site, which leave-one-out
+                needs. The name of an axis gives one number for each index of it, summed over sites. By default it is
+                evaluated if the target is there and the result has at most 10^8 numbers.
             coords: labels for dims, ``{"school": names}``.
-            batch_size: how many draws the log likelihood takes at once; chosen by size if left out.
+            batch_size: the number of draws for which the log likelihood is evaluated at once. It is chosen by size if
+                left out.
 
         Raises:
-            WeftError: where the log likelihood is asked for and the target, or a choice, is not at
-                hand; for coords of the wrong length or for no dim.
+            WeftError: if the log likelihood is asked for and the target, or a choice, is not there; or for coords of
+                the wrong length, or for a dim that does not exist.
 
         Examples:
             >>> import jax

@@ -1,7 +1,7 @@
 """Results in ArviZ's form, with dims from the named axes of the model.
 
-One function builds the groups as xarray Datasets, the same for both lines of ArviZ; the last step
-wraps them in what the installed one reads: `InferenceData` (0.2x) or `xarray.DataTree` (1.x).
+One function builds the groups as xarray Datasets, the same for both lines of ArviZ. The last step wraps them in the
+form that the installed line reads: `InferenceData` (0.2x) or `xarray.DataTree` (1.x).
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ def to_arviz(
 def pointwise_log_likelihood(
     target: Any, choices: Mapping[str, Any], by: str | None = None, batch_size: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Log density of every observation at every draw.
+    """The log density of every observation at every draw.
 
     Args:
         target: the target.
         choices: nested dict of its latent choices, arrays (chain, draw, ...).
-        by: name of an axis, for one number an index of it, summed over the observed sites that have
+        by: the name of an axis. Then there is one number for each index of it, summed over the observed sites that have
             it.
-        batch_size: draws evaluated at once.
+        batch_size: the number of draws that are evaluated at once.
 
     Returns:
-        Address of an observed site to an array (chain, draw, mapped axes..., *batch_shape), event
-        axes summed; with `by`, "log_likelihood" to an array (chain, draw, size). What is missing of
-        a site observed in part has 0.
+        A dict from the address of each observed site to an array (chain, draw, mapped axes..., *batch_shape), summed
+        over event axes. With `by`, a dict from "log_likelihood" to an array (chain, draw, size). Missing elements have
+        0.
 
     Raises:
         WeftError: if a latent choice is not among the choices.
@@ -99,7 +99,7 @@ def _evaluate(target: Any, latents: Any, by: str | None, batch_size: int) -> dic
 
 
 def plain_observed(target: Any) -> dict[str, Any]:
-    """The data of a target as a nested dict of arrays, NaN where a site is observed in part."""
+    """The data of a target as a nested dict of arrays. Missing elements are NaN."""
     found = {}
     for address, value in flatten(target.observed).items():
         value, where = np.asarray(value), _where(target, address)
@@ -139,7 +139,7 @@ def _groups(
 
 
 def _arrays(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Addresses to values, less the random keys, which NumPy does not know."""
+    """Values by address, without random keys, which NumPy does not know."""
     flat = flatten(tree)
     keys = jax.dtypes.prng_key
     return {a: v for a, v in flat.items() if not jnp.issubdtype(jnp.result_type(v), keys)}
@@ -216,17 +216,17 @@ class Recorded(NamedTuple):
 
 
 def recorded(predictions: Any) -> Recorded:
-    """The choices and derived values of a trace, or a nested dict of values as it comes."""
+    """The choices and derived values of a trace; a nested dict of values is taken as it is."""
     if isinstance(predictions, Mapping):
         return Recorded(dict(predictions), {})
     return Recorded(predictions.choices, predictions.derived)
 
 
 def _predictions(draws: Any, predictions: Any) -> tuple[str, dict[str, np.ndarray]]:
-    """The predicted values, and the group they belong to.
+    """The predicted values, and the group to which they belong.
 
-    Replicates of the observed data are posterior_predictive; where a site has another shape than
-    its data, the inputs are others and the group is predictions.
+    Replicates of the observed data are posterior_predictive. If a site has another shape than its data, the inputs are
+    others, and the group is predictions.
     """
     choices, derived = map(flatten, recorded(predictions))
     data = {} if draws.target is None else flatten(draws.target.observed)
@@ -295,7 +295,7 @@ def _dims(
     variables: Mapping[str, Any],
     sizes: dict[str, int],
 ) -> list[str]:
-    """Dims of one variable: names of the model, else ``theta_dim_0``, counted as ArviZ counts."""
+    """The dims of one variable: names of the model, or else ``theta_dim_0``, counted as ArviZ counts."""
     dims: list[str] = []
     unnamed = 0
     for i, size in enumerate(shape):

@@ -24,23 +24,21 @@ from .summary import Summary, summarise_particles
 
 @storage.result_type("particles")
 class Particles(Result):
-    r"""What a weighted sampler gives: particles with weights, and an estimate of the evidence.
+    r"""The result of a weighted sampler: particles with weights, and an estimate of the evidence.
 
-    A posterior expectation is :math:`\sum_i w_i f(x_i) / \sum_i w_i` with :math:`w_i = \exp(`
-    `log_weights` :math:`_i)`.
+    The posterior expectation of $f$ is $\sum_i w_i f(x_i) / \sum_i w_i$, where $\log w_i$ are the `log_weights`.
 
     Attributes:
         choices: nested dict of the latent choices, arrays (particle, ...).
-        derived: the same for values recorded by `deterministic`.
-        active: the tree of `choices`, booleans of a shape that leads the choice's: False where a
-            choice does not count.
-        log_weights: unnormalised, (particle,).
-        log_evidence: logarithm of an unbiased estimate of the evidence.
-        target: what was sampled; a `Record` of it, if the particles were read from a file without
-            it.
-        log_evidence_variance: variance of `log_evidence`, where the algorithm estimates one;
-            otherwise it is taken from the weights, 1/ESS - 1/N.
-        exact: whether the particles are all values there are, with their probabilities.
+        derived: nested dict of values that `deterministic` recorded.
+        active: a tree like `choices`, of booleans. It is False where a choice does not count. The shape of the booleans
+            leads that of the choice.
+        log_weights: unnormalised, of shape (particle,).
+        log_evidence: the logarithm of an unbiased estimate of the evidence.
+        target: the target that was sampled. It is a `Record` if the particles were read from a file without the target.
+        log_evidence_variance: the variance of `log_evidence`, if the algorithm estimates it. Otherwise it is taken from
+            the weights, 1/ESS - 1/N.
+        exact: whether the particles are all values of an enumeration, with their probabilities.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -63,39 +61,38 @@ class Particles(Result):
 
     @property
     def num_particles(self) -> int:
-        """Number of particles."""
+        """The number of particles."""
         return self.log_weights.shape[-1]
 
     @property
     def weights(self) -> Float[Array, " particle"]:
-        """Normalised weights."""
+        """The normalised weights."""
         return jax.nn.softmax(self.log_weights, axis=-1)
 
     def ess(self) -> Float[Array, ""]:
-        r"""Effective sample size :math:`(\sum_i w_i)^2 / \sum_i w_i^2` (Kish 1965); traceable."""
+        r"""The effective sample size $(\sum_i w_i)^2 / \sum_i w_i^2$ (Kish 1965). It can be traced."""
         return 1 / jnp.sum(jnp.square(self.weights), axis=-1)
 
     def khat(self) -> float:
-        r"""Pareto :math:`\hat k` of the weights; above 0.7 they mislead. See `diagnostics.khat`."""
+        r"""The Pareto $\hat k$ of the weights. Above 0.7 they mislead."""
         self._check("khat()")
         return diagnostics.khat(self.log_weights)
 
     def resample(self, key: PRNGKeyArray, num_samples: int | None = None) -> Particles:
         """Equally weighted particles, drawn from these by their weights.
 
-        Systematic resampling (Kitagawa 1996): of M samples a particle of normalised weight w is
-        taken either floor(M w) or ceil(M w) times, M w on average. The samples are then shuffled,
-        so that any part of them is a fair one.
+        This is systematic resampling (Kitagawa 1996). Among M samples a particle of normalised weight w occurs floor(M
+        w) or ceil(M w) times, on average M w times. The samples are shuffled, so any part of them is a fair sample.
 
         Args:
-            key: random key.
-            num_samples: how many; as many as there are particles if left out.
+            key: a random key.
+            num_samples: the number of samples; as many as there are particles if left out.
 
         Returns:
-            Particles whose weights are all equal to the evidence. Traceable.
+            Particles whose weights are all equal to the evidence.
 
         Raises:
-            WeftError: if no particle has a positive weight (where weights are concrete).
+            WeftError: if no particle has a positive weight. It is checked if weights are concrete.
 
         Examples:
             >>> import jax, jax.numpy as jnp
@@ -136,10 +133,10 @@ class Particles(Result):
 
         Args:
             quantiles: probabilities.
-            all: print every row; otherwise what fits a screen.
+            all: whether to print every row. By default the table fits a screen.
 
         Returns:
-            A `Summary`: prints as a table, gives rows by label and sites by address.
+            A `Summary`. It prints as a table, and gives rows by label and sites by address.
 
         Raises:
             WeftError: under tracing, or if a further axis leads (a vmap over data sets).
@@ -161,19 +158,19 @@ class Particles(Result):
         coords: Mapping[str, Sequence[Any]] | None = None,
         batch_size: int | None = None,
     ) -> Any:
-        """One chain of equally weighted draws in ArviZ's form, which knows no weights.
+        """One chain of equally weighted draws in ArviZ's form. ArviZ has no weights.
 
         Args:
-            seed: of the resampling.
-            num_samples: how many draws; as many as there are particles if left out.
-            predictions: what `predict` gave for `self.resample(jax.random.key(seed), num_samples)`.
+            seed: the seed of the resampling.
+            num_samples: the number of draws; as many as there are particles if left out.
+            predictions: the result of `predict` for `self.resample(jax.random.key(seed), num_samples)`.
             log_likelihood: as for `Draws`.
             coords: as for `Draws`.
             batch_size: as for `Draws`.
 
         Returns:
-            The same groups as `Draws.to_arviz`, without sample_stats; the effective sample size,
-            k-hat and log evidence of the particles are attributes of the posterior.
+            The same groups as `Draws.to_arviz`, without sample_stats. The effective sample size, k-hat and log evidence
+            of the particles are attributes of the posterior.
         """
         self._check("to_arviz()")
         attributes = {"particle_ess": float(self.ess()), "particle_khat": self.khat()}
@@ -185,7 +182,7 @@ class Particles(Result):
         return export.to_arviz(draws, predictions, log_likelihood, coords, batch_size, attributes)
 
     def _one_chain(self) -> Draws:
-        """The choices as draws of one chain; the weights are left out."""
+        """The choices as draws of one chain, without the weights."""
 
         def one(x: Any) -> Any:
             return jnp.asarray(x)[None]
@@ -245,6 +242,6 @@ class Particles(Result):
 
 @functools.partial(jax.jit, static_argnums=2)
 def shuffled(key: PRNGKeyArray, log_weights: Array, count: int) -> Int[Array, " count"]:
-    """Indices of a systematic resampling, shuffled."""
+    """The indices of a systematic resampling, shuffled."""
     draw, shuffle = jax.random.split(key)
     return jax.random.permutation(shuffle, systematic(draw, log_weights, count))

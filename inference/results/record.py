@@ -1,7 +1,7 @@
-"""What stays of a target when its result is read from a file: sites and data, but no model.
+"""Records: what is left of a target in a file, its sites and data but not its model.
 
-A `Record` stands where the target stood, so that tables and exports read the same attributes from
-either.
+A result that was read from a file has a `Record` in the place of its target. Tables and exports read the same
+attributes from either.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Record(eqx.Module):
 
     Attributes:
         observed: nested dict of the data.
-        table: one `SiteInfo` a site.
-        name: of the model.
-        latents: addresses of the latent choices.
+        table: one `SiteInfo` for each site.
+        name: the name of the model.
+        latents: the addresses of the latent choices.
     """
 
     observed: dict[str, Any]
@@ -36,7 +36,7 @@ class Record(eqx.Module):
         return {site.address: site for site in self.table}
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Say why a method of a target is not there."""
+        """Raise an error that says why a method of a target is not there."""
         if name.startswith("_"):
             raise AttributeError(name)
         raise AttributeError(
@@ -52,7 +52,7 @@ def name_of(target: Any) -> str | None:
 
 
 def to_meta(target: Any) -> dict[str, Any] | None:
-    """What JSON can say of a target."""
+    """The description of a target, as JSON can hold it."""
     if target is None:
         return None
     return {
@@ -78,7 +78,7 @@ def to_meta(target: Any) -> dict[str, Any] | None:
 
 
 def from_meta(meta: dict[str, Any] | None, observed: dict[str, Any]) -> Record | None:
-    """The record of what `to_meta` said."""
+    """The record that `to_meta` described."""
     if meta is None:
         return None
     table = []
@@ -95,7 +95,7 @@ def check_fits(target: Any, meta: dict[str, Any] | None, where: str) -> None:
     """Raise unless a target has the latent choices of the one that a file was written with.
 
     Raises:
-        WeftError: naming the choices that differ, shapes side by side.
+        WeftError: if they differ. The message shows the shapes of these choices side by side.
     """
     if meta is None:
         return

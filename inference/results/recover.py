@@ -1,4 +1,4 @@
-"""`recover`: the discrete choices that `marginalize` summed out, back from draws of the others."""
+"""`recover` gives back the choices that `marginalize` summed out, for draws of the other choices."""
 
 from __future__ import annotations
 
@@ -32,25 +32,28 @@ def recover(
     sites: Literal["sample", "marginals", "filtered", "viterbi"] = "sample",
     batch_size: int | None = None,
 ) -> R:
-    r"""The choices that were summed out, for every draw of the others: from :math:`p(z \mid x, y)`.
+    r"""The choices $z$ that were summed out, from $p(z \mid x, y)$, for every draw $x$ of the other choices.
+
+    The modes of `sites` are:
+
+    - `"sample"`: one joint draw of all these choices. Together with $x$ it is a draw of the posterior of the whole
+      model. For a chain this is forward filtering, backward sampling.
+    - `"marginals"`: the probability of every value, with an axis of values last. For a chain these are the smoothing
+      probabilities.
+    - `"filtered"`: the same for choices in a scan, given only the data of the steps up to the one that draws them.
+    - `"viterbi"`: the most probable joint values.
 
     Args:
-        key: random key; draws only are random.
+        key: a random key. Only draws are random.
         model: the marginalised model.
-        draws: draws or particles of it, with the target that they are of: data are taken from there.
+        draws: draws or particles of the model, with their target. The data are taken from the target.
         *args: the arguments of the model.
-        sites: `"sample"`, a joint draw of all of them for every draw of the others, so that both
-            together are draws of the whole model's posterior (forward filtering, backward sampling
-            for a chain); `"marginals"`, the probability of every value, an axis of values last (for
-            a chain the smoothing probabilities); `"filtered"`, the same, but of choices in a scan
-            given no more of its data than the steps up to the one that draws them; `"viterbi"`, the
-            most probable joint values.
-        batch_size: how many draws at once; bounds memory. All, if left out.
+        sites: one of the modes above.
+        batch_size: the number of draws that are treated at once; all if left out. It bounds memory.
 
     Returns:
-        The same draws with the choices in `derived`, under their addresses, leading with (chain,
-        draw) or (particle,); values recorded by `deterministic` that depend on them are there, too
-        (not with probabilities).
+        The same draws with the choices in `derived`, under their addresses. They lead with (chain, draw) or
+        (particle,). Values of `deterministic` that depend on these choices are there, too, except with probabilities.
 
     Raises:
         ModelError: if nothing is summed out of the model.
@@ -154,5 +157,5 @@ def _recover(
 
 
 def _given(value: jax.Array, data: Given | None) -> Given:
-    """A draw of a choice; of one observed in part it is whole, data included."""
+    """A draw of a choice. For a choice that is observed in part it is whole, with its data."""
     return Given(value, None, None if data is None else data.drop)

@@ -1,7 +1,7 @@
-"""What draws and particles share: values by address, how they print, and their files.
+"""The base of draws and particles: values by address, printing, and files.
 
-Both are pytrees of arrays, made in compiled code and passed through `jit` and `vmap` like any
-other. What describes them (tables, exports, files) runs on the host.
+Both are pytrees of arrays. They are made in compiled code, and pass through `jit` and `vmap` like any other. Tables,
+exports and files are made on the host.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PRINTED = 5_000_000
 
 
 class Result(eqx.Module):
-    """A result with choices: base of `Draws` and `Particles`.
+    """A result with choices. It is the base of `Draws` and `Particles`.
 
     Attributes:
         choices: nested dict of the latent choices, arrays that lead with the axes of the result.
-        derived: the same for values recorded by `deterministic`.
-        active: the tree of `choices`, booleans of a shape that leads the choice's: False where a
-            choice does not count. What is absent counts always.
-        target: what was sampled; a `Record` of it, if the result was read from a file without it.
+        derived: nested dict of values that `deterministic` recorded.
+        active: a tree like `choices`, of booleans. It is False where a choice does not count. The shape of the booleans
+            leads that of the choice. A choice that is absent here always counts.
+        target: the target that was sampled. It is a `Record` if the result was read from a file without the target.
     """
 
     choices: eqx.AbstractVar[dict[str, Any]]
@@ -42,7 +42,7 @@ class Result(eqx.Module):
 
     @abc.abstractmethod
     def summary(self) -> Summary:
-        """A table, one row a scalar, and a verdict in words."""
+        """A table with one row for each scalar, and a verdict in words."""
 
     @abc.abstractmethod
     def _title(self) -> str:
@@ -57,7 +57,7 @@ class Result(eqx.Module):
         return {}
 
     def __getitem__(self, address: str) -> Any:
-        """Values of a choice or a derived value by dotted address, ``draws["team.skill"]``."""
+        """The values of a choice, or a derived value, by dotted address: ``draws["team.skill"]``."""
         values = self._values()
         if address in values:
             return values[address]
@@ -71,11 +71,11 @@ class Result(eqx.Module):
         """Write everything but the model to one file; `weft.inference.load` reads it.
 
         Args:
-            path: the file, written under another name first and renamed when complete. `numpy.load`
-                opens it too.
+            path: the file. It is first written under another name and renamed when it is complete. `numpy.load` can
+                open it, too.
 
         Raises:
-            StorageError: if it cannot be written there, or if the type has not registered with `load`.
+            StorageError: if it cannot be written there, or if the type is not registered with `load`.
         """
         observed = {} if self.target is None else export.plain_observed(self.target)
         meta = {**self._saved_settings(), "target": record.to_meta(self.target)}
@@ -85,7 +85,7 @@ class Result(eqx.Module):
 
     @classmethod
     def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
-        """Rebuild from what `storage.read` gives.
+        """Rebuild a result from what `storage.read` gives.
 
         Raises:
             WeftError: if the file was written for another target.
@@ -105,7 +105,7 @@ class Result(eqx.Module):
         return self._printed(Summary._repr_html_)
 
     def _printed(self, form: Any) -> str:
-        """The summary, or what there is to say where it cannot be had or would take long."""
+        """The summary; a shorter text if the summary cannot be computed or would take long."""
         flat = self._values()
         size = sum(int(np.prod(jnp.shape(v), dtype=float)) for v in flat.values())
         reason = None
@@ -132,7 +132,7 @@ class Result(eqx.Module):
 
 
 def on_host(tree: dict[str, Any]) -> dict[str, Any]:
-    """Addresses to arrays on the host, in one transfer; random keys stay where they are."""
+    """Arrays by address, moved to the host in one transfer. Random keys stay where they are."""
     flat = flatten(tree)
     plain = {
         a: v for a, v in flat.items() if not jnp.issubdtype(jnp.result_type(v), jax.dtypes.prng_key)

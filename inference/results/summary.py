@@ -1,8 +1,7 @@
-"""The table of a result and the verdict under it.
+"""The table of a result, and the verdict under it.
 
-A `Summary` has one row a scalar and one column a statistic, says in words whether the numbers can
-be used and what to do if not, and prints on one screen. `summarise_draws` and `summarise_particles`
-make it from arrays.
+A `Summary` has one row for each scalar and one column for each statistic. It says in words whether the numbers can be
+used, and what to do if not. It prints on one screen. `summarise_draws` and `summarise_particles` make it from arrays.
 """
 
 from __future__ import annotations
@@ -24,17 +23,16 @@ _SCREEN = 24  # rows a table prints before it leaves some out
 
 
 class Summary:
-    """Statistics of a posterior, one row a scalar.
+    """Statistics of a posterior, one row for each scalar.
 
-    Read a row by its label, a whole site by its address, a column by name; `verdict` is the
-    judgement in words and `healthy` whether nothing was found wrong.
+    Read a row by its label, a whole site by its address, and a column by its name.
 
     Attributes:
-        columns: names of the columns, in order.
-        rows: labels of the rows: ``"mu"``, ``"theta[3]"``, ``"x[0,2]"``.
+        columns: the names of the columns, in order.
+        rows: the labels of the rows: ``"mu"``, ``"theta[3]"``, ``"x[0,2]"``.
         verdict: what the diagnostics say, in sentences.
-        healthy: False if they found anything that makes the numbers unreliable.
-        findings: the verdict, piece by piece.
+        healthy: False if the diagnostics found anything that makes the numbers unreliable.
+        findings: the parts of the verdict.
 
     Examples:
         >>> import jax
@@ -59,7 +57,7 @@ class Summary:
         hidden: Sequence[str] = (),
         all: bool = False,
     ) -> None:
-        """Take a title, address to column to values, what was found, remarks, and what to hide."""
+        """Take a title, values by address and column, findings, remarks, and the names of hidden columns."""
         self.title = title
         self._table = {address: dict(columns) for address, columns in table.items()}
         self._all = all
@@ -77,7 +75,7 @@ class Summary:
         self.verdict = " ".join([*(f.text for f in findings), *notes])
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        """Columns of a row, ``summary["theta[3]"]``, or of a site in its shape."""
+        """The columns of a row, ``summary["theta[3]"]``, or of a whole site in its shape."""
         if name in self._table:
             values = self._table[name]
             return {c: values[c] if values[c].ndim else float(values[c]) for c in self.columns}
@@ -93,7 +91,7 @@ class Summary:
         return len(self.rows)
 
     def column(self, name: str) -> np.ndarray:
-        """A column over all rows, in the order of `rows`."""
+        """A column for all rows, in the order of `rows`."""
         if name not in self.columns:
             raise AddressError(unknown(name, self.columns, " among the columns"))
         if not self._table:
@@ -101,11 +99,11 @@ class Summary:
         return np.concatenate([np.ravel(values[name]) for values in self._table.values()])
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """``{row: {column: value}}``."""
+        """The table as ``{row: {column: value}}``."""
         return {row: self[row] for row in self.rows}
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame, rows by label."""
+        """The table as a pandas DataFrame with rows by label."""
         import pandas
 
         return pandas.DataFrame.from_dict(
@@ -115,7 +113,7 @@ class Summary:
     # ------------------------------------------------------------------------------------- printing
 
     def _lines(self) -> Iterator[list[str] | str]:
-        """Rows of cells; a string is a remark that takes the place of rows."""
+        """The rows as lists of cells. A string stands for a remark in place of rows."""
         sizes = {a: max(1, next(iter(c.values())).size) for a, c in self._table.items()}
         sizes = {a: n for a, n in sizes.items() if next(iter(self._table[a].values())).size}
         shown = fair_shares(sizes, len(self.rows) if self._all else _SCREEN)
@@ -187,17 +185,17 @@ def summarise_draws(
     sites: Mapping[str, Any] | None = None,
     all: bool = False,
 ) -> Summary:
-    """Table and verdict of Markov chains.
+    """The table and the verdict of Markov chains.
 
     Args:
-        title: first line.
-        choices: dotted address to values (chain, draw, ...).
+        title: the first line.
+        choices: values of shape (chain, draw, ...), by dotted address.
         derived: the same for derived values.
-        active: dotted address of a choice to which of its draws count.
+        active: masks of the draws that count, by dotted address.
         stats: statistics of the sampler, see `Draws`.
-        quantiles: probabilities of the columns of quantiles.
-        sites: what is known of the addresses, for advice that names one.
-        all: print every row.
+        quantiles: the probabilities of the columns of quantiles.
+        sites: the table of sites, for advice that names one.
+        all: whether to print every row.
     """
     numbers, others = _numeric({**choices, **derived})
     table = {}
@@ -221,10 +219,10 @@ def summarise_particles(
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     all: bool = False,
 ) -> Summary:
-    """Table and verdict of weighted particles.
+    """The table and the verdict of weighted particles.
 
-    Arguments as for `summarise_draws`; values lead with the particle, and `exact` says that they
-    are all values there are.
+    The arguments are those of `summarise_draws`. Values lead with the particle. `exact` says that they are all values
+    of an enumeration.
     """
     numbers, others = _numeric({**choices, **derived})
     lw = np.asarray(log_weights, dtype=float)
@@ -241,13 +239,13 @@ def summarise_particles(
 
 
 def _internal(table: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[str, ...]:
-    """Columns not shown: what only the verdict reads, and activity where every draw counts."""
+    """The columns that are not shown: those that only the verdict reads, and "active" if every draw counts."""
     idle = any(np.any(columns["active"] != 1) for columns in table.values())
     return ("not_finite", "constant") if idle else ("not_finite", "constant", "active")
 
 
 def _numeric(values: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The values that have a mean, and where those are that have none (complex, random keys)."""
+    """The values that have a mean, and the addresses of those that have none (complex numbers, random keys)."""
     numbers, others = {}, []
     for address, value in values.items():
         dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
@@ -266,9 +264,10 @@ def _not_shown(addresses: Sequence[str]) -> list[str]:
 
 
 def fair_shares(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """How many rows of each site to print: small sites whole, large ones equal parts of the rest.
+    """The number of rows to print of each site.
 
-    A site that is cut costs one more line. Sites past the budget get no entry.
+    Small sites are printed whole, and large ones share the rest equally. A site that is cut costs one more line. Sites
+    beyond the budget have no entry.
 
     >>> fair_shares({"mu": 1, "theta": 100, "w": 3}, 10)
     {'mu': 1, 'theta': 5, 'w': 3}
@@ -288,7 +287,7 @@ def fair_shares(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
 
 
 def format_row(cells: Mapping[str, float]) -> list[str]:
-    """Cells as text: values to three digits of their standard deviation, sizes as integers."""
+    """Cells as text. Values have three digits of their standard deviation, and sizes are integers."""
     places = 3
     spread = cells.get("sd", math.nan)
     if math.isfinite(spread) and spread > 0:
