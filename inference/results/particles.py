@@ -142,10 +142,15 @@ class Particles(Result):
             WeftError: under tracing, or if a further axis leads (a vmap over data sets).
         """
         self._check("summary()")
-        parts = map(on_host, (self.choices, self.derived, self.active))
-        weights = np.asarray(self.log_weights)
         return summarise_particles(
-            self._title(), *parts, weights, exact=self.exact, quantiles=quantiles, all=all
+            self._title(),
+            on_host(self.choices),
+            on_host(self.derived),
+            on_host(self.active),
+            np.asarray(self.log_weights),
+            exact=self.exact,
+            quantiles=quantiles,
+            all=all,
         )
 
     def to_arviz(
