@@ -6,7 +6,6 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from blackjax.mcmc import hmc as _hmc
@@ -19,6 +18,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.modules import Noun
 
 from .kernel import Choices, Info, Kernel, entered
 
@@ -59,7 +59,7 @@ class DensityKernel(Kernel):
         return space.to_choices(state.position), self.report(info)
 
 
-class BoundKernel(eqx.Module):
+class BoundKernel(Noun):
     """A kernel and the density that it leaves invariant."""
 
     kernel: DensityKernel

@@ -19,6 +19,7 @@ from weft.ppl import Target
 from weft.ppl.programs.observations import entries
 from weft.ppl.stage.addresses import flatten, unflatten, unknown
 from weft.ppl.stage.errors import AddressError, DensityError, WeftError
+from weft.ppl.stage.modules import Module
 
 
 class Start(eqx.Module):
@@ -40,7 +41,7 @@ class Start(eqx.Module):
         return jnp.isfinite(self.log_density) & jnp.isfinite(self.gradient).all(-1)
 
 
-class InitStrategy(eqx.Module):
+class InitStrategy(Module):
     """How chains find their first point.
 
     Attributes:

@@ -19,7 +19,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -28,13 +27,14 @@ from weft.ppl.programs.handlers import Evaluate, Given, Unconstrain, bijection, 
 from weft.ppl.stage.addresses import Address, covers, dotted, flatten, unflatten, unknown
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
 from weft.ppl.stage.interpreter import Handler, interpret
+from weft.ppl.stage.modules import Module
 from weft.ppl.stage.sites import Site
 
 Choices = dict[str, Any]
 Info = dict[str, Array]
 
 
-class Kernel(eqx.Module):
+class Kernel(Module):
     """Base of the kernels: settings, and one move."""
 
     @abc.abstractmethod

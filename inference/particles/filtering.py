@@ -34,6 +34,7 @@ from weft.ppl.scans.panels import Series, series
 from weft.ppl.scans.splitting import Split, split
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import AddressError, ModelError, WeftError
+from weft.ppl.stage.modules import Module, Noun
 
 from .panel_filters import Lanes
 
@@ -41,7 +42,7 @@ Proposal = Callable[[Any, Int[Array, ""], dict[str, Any]], Program]
 """A proposal: from the carry, the step and what is observed there to a program over latent choices of the step."""
 
 
-class filtering(eqx.Module):
+class filtering(Module):
     r"""Filtering of any model whose `jax.lax.scan` holds the observations: for `smc`.
 
     The model is taken as it is written: one scan at the top level has sites that are observed. Choices before
@@ -143,7 +144,7 @@ class filtering(eqx.Module):
         return Lanes.of(one, apart.size, log_shared)
 
 
-class Filter(eqx.Module):
+class Filter(Noun):
     """The Feynman-Kac model of a filter; `filtering` makes it.
 
     A particle is a dict: what varies with choices before the scan, the carry, the law of those leaves of it that depend

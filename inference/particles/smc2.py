@@ -18,13 +18,14 @@ from weft.inference.resampling import systematic
 from weft.inference.run.algorithm import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.modules import Module
 
 from .filtering import Filter, filtering
 from .panel_filters import Lanes, each_lane, total_evidence
 from .pmmh import Parameters, random_step
 
 
-class smc2(eqx.Module):
+class smc2(Module):
     r"""SMC squared, for `smc`: the posterior of the choices before a scan, one observation after another.
 
     `smc(smc2(), num_particles=200).run(key, target)` gives weighted particles of the parameters, with estimates of
@@ -76,7 +77,7 @@ class smc2(eqx.Module):
         )
 
 
-class FilterOfFilters(eqx.Module):
+class FilterOfFilters(Module):
     """The Feynman-Kac model of `smc2`."""
 
     target: Target

@@ -30,6 +30,7 @@ from weft.ppl import Program, Target
 from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
 from weft.ppl.stage.jaxprs import equations
+from weft.ppl.stage.modules import Module
 from weft.ppl.stage.sites import Site, site_p
 from weft.ppl.stage.structure import summed_out
 
@@ -37,7 +38,7 @@ from .bridges import Bridge, Likelihood, Path
 from .feynman_kac import FeynmanKac
 
 
-class tempering(eqx.Module):
+class tempering(Module):
     r"""Sequential Monte Carlo from the prior, or a guide, to the target: `smc(tempering()).run(key, target)`.
 
     The settings are a function from a target to the Feynman-Kac model that `smc` runs. A step weighs
@@ -180,7 +181,7 @@ class Particle(eqx.Module):
     step_size: Float[Array, ""]
 
 
-class Tempered(eqx.Module):
+class Tempered(Module):
     """The Feynman-Kac model of a path of laws.
 
     Attributes:

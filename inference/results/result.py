@@ -16,6 +16,7 @@ import numpy as np
 from weft.ppl.stage.addresses import flatten, unknown
 from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import AddressError, WeftError
+from weft.ppl.stage.modules import Noun
 
 from . import export, record, storage
 from .summary import Summary
@@ -24,7 +25,7 @@ PRINTED = 5_000_000
 """So many numbers are summarised when a result is printed: it takes some seconds."""
 
 
-class Result(eqx.Module):
+class Result(Noun):
     """A result with choices. It is the base of `Draws` and `Particles`.
 
     Attributes:

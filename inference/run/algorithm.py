@@ -32,6 +32,7 @@ from weft.ppl import Target
 from weft.ppl.programs.printing import Printed
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.modules import Module
 
 from .runner import run_chunks, tracing
 
@@ -46,7 +47,7 @@ class State(eqx.Module):
     iteration: eqx.AbstractVar[Int[Array, ""]]
 
 
-class Algorithm(Printed, eqx.Module):
+class Algorithm(Printed, Module):
     """Base of all algorithms: settings with `init`, `step`, `result` and `run`."""
 
     @abc.abstractmethod

@@ -18,6 +18,7 @@ from weft.ppl.programs.handlers import Evaluate, Given, expand
 from weft.ppl.programs.traces import flat_records
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.interpreter import Handler, interpret
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.sites import Site
 from weft.ppl.stage.specs import Constant
 
@@ -137,7 +138,7 @@ class Family(eqx.Module):
         raise NotImplementedError
 
 
-class Guide(eqx.Module):
+class Guide(Noun):
     """The program of a family over a target's latent choices, as a function of the parameters.
 
     Attributes:

@@ -15,6 +15,7 @@ from weft.inference.weighted.importance import importance
 from weft.ppl import Program, Target
 from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.modules import Noun
 
 from .gradient_report import GradientReport, gradient_report
 
@@ -35,7 +36,7 @@ class Restarts(eqx.Module):
 
 
 @result_type("fit")
-class Fit(eqx.Module):
+class Fit(Noun):
     """The result of a fit.
 
     Attributes:

@@ -22,6 +22,7 @@ from weft.ppl.expectations.gradients import with_baselines
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import GradientError, WeftError
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.packing import is_traced
 
 
@@ -30,7 +31,7 @@ def stop(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if is_traced(x) else x, tree)
 
 
-class Objective(eqx.Module):
+class Objective(Noun):
     """Base of the objectives of a target and a guide.
 
     Attributes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import optax
 from jaxtyping import PRNGKeyArray
 from weft.ppl import Program, Target
 from weft.ppl.programs.printing import Printed
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.modules import Module
 
 from .fit import Fit, fit
 from .objectives import Objective, elbo
@@ -20,7 +20,7 @@ FLAT_RATE, FALLING_RATE = 0.01, 0.02
 """Learning rates of Adam where none is asked for."""
 
 
-class variational(Printed, eqx.Module):
+class variational(Printed, Module):
     r"""An algorithm that fits a guide to a target: `fit`, with its settings in one value.
 
         phi* = argmax over phi of  E [ objective(target, guide)(key, phi) ].

@@ -15,6 +15,7 @@ from weft.ppl.stage.compat import as_key, consts_first, needed
 from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.interpreter import interpret
 from weft.ppl.stage.jaxprs import Holds
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.structure import is_pathwise
 from weft.ppl.transforms.rewriting import stage_call
@@ -27,7 +28,7 @@ SAMPLES = "weft samples"
 """The axis of the draws that one call averages."""
 
 
-class Expectation(eqx.Module):
+class Expectation(Noun):
     """The estimator that ``expect`` makes: ``estimator(key, *args)``."""
 
     function: Callable[..., Any]

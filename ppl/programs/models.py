@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 from weft.ppl.stage.errors import ModelError
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.packing import pack
 from weft.ppl.stage.staging import built
 
@@ -16,7 +17,7 @@ from .printing import Printed
 from .programs import Program
 
 
-class Model(Printed, eqx.Module):
+class Model(Printed, Noun):
     """A function with sites. ``@gen`` makes one. Applied to arguments it gives a program.
 
     Attributes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ from weft.ppl.analysis.dependence import readers
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.compat import Tracer, as_key
 from weft.ppl.stage.errors import AddressError, DensityError
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.structure import SiteInfo
 
 from . import printing
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .programs import Program
 
 
-class Target(printing.Printed, eqx.Module):
+class Target(printing.Printed, Noun):
     """A program with some choices observed: an unnormalised density over the others. It is a pytree.
 
     Attributes:

@@ -6,18 +6,18 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.interpreter import Handler, Records, interpret, is_record
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.staging import Code
 from weft.ppl.stage.structure import SiteInfo, site_table
 
 from . import printing
 
 
-class Trace(printing.Printed, eqx.Module):
+class Trace(printing.Printed, Noun):
     """One execution of a program.
 
     Attributes:

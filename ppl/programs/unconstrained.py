@@ -14,6 +14,7 @@ from weft.ppl.stage.addresses import flatten, unflatten, unknown
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import AddressError
 from weft.ppl.stage.interpreter import interpret
+from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.packing import pack
 
 from . import printing
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Positions = dict[str, Any]
 
 
-class Unconstrained(printing.Printed, eqx.Module):
+class Unconstrained(printing.Printed, Noun):
     """A target on R^n. A position is a nested dict ``z`` of unconstrained arrays.
 
     ``biject_to(support)`` maps the array at an address to the choice. The log density includes the log-Jacobian.
@@ -83,7 +84,7 @@ class Unconstrained(printing.Printed, eqx.Module):
         return printing.unconstrained(self)
 
 
-class FlatUnconstrained(printing.Printed, eqx.Module):
+class FlatUnconstrained(printing.Printed, Noun):
     """An unconstrained target on vectors of R^n. It has the methods of ``Unconstrained``.
 
     Attributes:

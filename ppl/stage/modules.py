@@ -1,0 +1,72 @@
+"""Modules whose methods can be handed to JAX as functions.
+
+JAX keys what it traced and compiled by the function, which it hashes and compares. An Equinox module compares by its
+fields, so that a method of one that holds an array or a dict is no function to `jax.jit`, `jax.lax.scan` or
+`jax.checkpoint`. Modules are immutable, so the object itself is as good a key: a method of a `Module` hashes and
+compares by its function and by the identity of its owner. As with every function under `jax.jit`, what the first trace
+read from outside stays as it was then.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+
+
+class Method(eqx.Module):
+    """A method of a module: a pytree like the module, and one and the same function for one and the same module."""
+
+    __func__: Callable[..., Any] = eqx.field(static=True)
+    __self__: Any
+
+    def __init__(self, function: Callable[..., Any], owner: Any) -> None:
+        self.__func__ = function
+        self.__self__ = owner
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            setattr(self, name, getattr(function, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        return types.MethodType(self.__func__, self.__self__)
+
+    def __hash__(self) -> int:
+        return hash((self.__func__, id(self.__self__)))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Method)
+            and self.__func__ is other.__func__
+            and self.__self__ is other.__self__
+        )
+
+
+class Module(eqx.Module):
+    """Base of what has methods: an Equinox module whose methods compare by the identity of their owner."""
+
+    if not TYPE_CHECKING:
+
+        def __getattribute__(self, name: str) -> Any:
+            found = object.__getattribute__(self, name)
+            if (
+                isinstance(found, types.MethodType)
+                and found.__self__ is self
+                and not name.startswith("__")
+            ):
+                return Method(found.__func__, self)
+            return found
+
+
+class Noun(Module):
+    """Base of what holds arrays. It hashes and compares by identity: what can be called is a function to JAX, too."""
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
