@@ -27,7 +27,6 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import ArrayLike, Bool, Float
 from scipy import fft, special
-from scipy import stats as scipy_stats
 
 _BLOCK = 2**20  # numbers worked on at once: keeps the temporaries of thousands of scalars in cache
 _MIN_DRAWS = 4
@@ -470,7 +469,9 @@ def _scores(x: _Series, a: _Mask) -> np.ndarray:
     """Centred normal scores (Blom's) of the ranks of the active values. Idle values have 0."""
     flat = (x if a is None else np.where(a, x, np.inf)).reshape(len(x), -1)
     count = flat.shape[1] if a is None else a.sum(axis=(1, 2))[:, None]
-    ranks = scipy_stats.rankdata(flat, method="average", axis=1)
+    from scipy.stats import rankdata  # half a second, on first use
+
+    ranks = rankdata(flat, method="average", axis=1)
     if a is not None:
         ranks = np.minimum(
             ranks, count

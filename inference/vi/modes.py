@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 from weft.ppl import Target
 from weft.ppl.stage.errors import DensityError
@@ -23,6 +22,8 @@ def _climb(target: Target, z: Vector, num_steps: int) -> Vector:
 
     def loss(z: Vector) -> Array:
         return -space.log_density(z)
+
+    import optax
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)

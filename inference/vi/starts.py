@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.packing import Skeleton, pack
 
 from .parameters import partition, unwrap
+
+if TYPE_CHECKING:
+    import optax
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optax
 from jaxtyping import PRNGKeyArray
 from weft.ppl import Program, Target
 from weft.ppl.programs.printing import Printed
@@ -15,6 +14,9 @@ from weft.ppl.stage.modules import Module
 from .fit import Fit, fit
 from .objectives import Objective, elbo
 from .stopping import plateau
+
+if TYPE_CHECKING:
+    import optax
 
 FLAT_RATE, FALLING_RATE = 0.01, 0.02
 """Learning rates of Adam where none is asked for."""
@@ -110,12 +112,7 @@ class variational(Printed, Module):
         guide, params = self.guide, self.params
         if params is None:
             guide, params = self._made(target)
-        optimizer = self.optimizer
-        if optimizer is None:
-            rate: Any = FLAT_RATE
-            if self.stop is None:
-                rate = optax.cosine_decay_schedule(FALLING_RATE, self.num_steps)
-            optimizer = optax.adam(rate)
+        optimizer = self._default_optimizer() if self.optimizer is None else self.optimizer
         return fit(
             key,
             self.objective(target, guide),
@@ -127,6 +124,13 @@ class variational(Printed, Module):
             stop=self.stop,
             progress=progress,
         )
+
+    def _default_optimizer(self) -> optax.GradientTransformation:
+        import optax
+
+        if self.stop is not None:
+            return optax.adam(FLAT_RATE)
+        return optax.adam(optax.cosine_decay_schedule(FALLING_RATE, self.num_steps))
 
     def _made(self, target: Target) -> tuple[Callable[..., Any], Any]:
         """The guide and its first parameters, made for the target."""
