@@ -1,4 +1,4 @@
-"""Expectations of programs: ``expect(f)`` is an unbiased, differentiable estimator of the mean of ``f``."""
+"""Expectations of programs: ``expect(f)`` estimates the mean of ``f``. It is unbiased, and so are its derivatives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAMPLES = "weft samples"
 
 
 class Expectation(Noun):
-    """The estimator that ``expect`` makes: ``estimator(key, *args)``."""
+    """The estimator that ``expect`` makes. Call it as ``estimator(key, *args)``."""
 
     function: Callable[..., Any]
     num_samples: int = eqx.field(static=True, default=1)
@@ -68,22 +68,22 @@ _marked = Holds(lambda eqn: eqn.primitive is site_p and not is_pathwise(eqn.para
 def expect(f: Callable[..., Any], num_samples: int = 1, max_terms: int = 4096) -> Expectation:
     r"""An unbiased estimator of $\mathbb{E}[f(\text{args})]$, the mean over the choices that ``f`` makes.
 
-    ``f`` may call ``sample`` itself and run programs in place with ``draw``. Derivatives of the estimator, of any order
-    and in both modes, are unbiased estimates of those of the mean, also under ``jit`` and ``vmap``: each choice is
-    differentiated by its gradient strategy (``weft.gradients``), by default ``reparam`` where its distribution can be
-    and ``score`` elsewhere. A strategy that cannot be honoured is an error, never a silent bias.
+    ``f`` may call ``sample`` itself, and may run programs in place with ``draw``. Derivatives of the estimator are
+    unbiased estimates of those of the mean: of any order, in both modes, also under ``jit`` and ``vmap``. Each choice
+    is differentiated by its gradient strategy (``weft.gradients``). The default is ``reparam`` if the distribution
+    allows it, and ``score`` otherwise. A strategy that cannot be used is an error, never a silent bias.
 
     Args:
-        f: a function of arrays that returns arrays, or a model.
-        num_samples: how many independent draws are averaged. From two on, score terms have the mean of the other
-            draws as baseline (leave one out; Kool et al. 2019).
-        max_terms: how often the rest of the program is run at most, by ``enum``.
+        f: a function of arrays that returns arrays; or a model.
+        num_samples: the number of independent draws that are averaged. With two or more, the baseline of a score term
+            is the mean of the other draws (Kool et al. 2019).
+        max_terms: the most runs of the rest of the program that ``enum`` may take.
 
     Returns:
         ``estimator(key, *args)``.
 
     Raises:
-        GradientError: naming the site and the strategies that are possible there.
+        GradientError: if a strategy cannot be used. The message names the site, and the strategies that are possible.
 
     Examples:
         >>> import jax, numpyro.distributions as dist

@@ -1,10 +1,11 @@
 r"""Gradient strategies: how an expectation is differentiated through a choice.
 
-For a choice $x \sim q_\theta$ and the rest of the program $k$, each strategy but ``gumbel`` gives an estimator of
-$\nabla_\theta\, \mathbb{E}[k(x)]$ that is unbiased whatever the strategies of all other choices are (Lew et al. 2023,
-"ADEV: Sound automatic differentiation of expected values"). Strategies are values, given at a site,
-``sample(name, d, grad=gradients.mvd)``, or from outside with ``with_gradients``; they change no law, and matter to
-``expect`` alone. Left out, a choice is reparametrised where its distribution can be, and otherwise has a score term.
+Let $x \sim q_\theta$ be a choice and $k$ the rest of the program. Each strategy but ``gumbel`` gives an unbiased
+estimator of $\nabla_\theta\, \mathbb{E}[k(x)]$, whatever the strategies of all other choices are (Lew et al. 2023,
+"ADEV: Sound automatic differentiation of expected values"). Strategies are values. They are given at a site,
+``sample(name, d, grad=gradients.mvd)``, or from outside, with ``with_gradients``. They change no law, and matter only
+to ``expect``. A choice without a strategy is reparametrised if its distribution allows it. Otherwise it has a score
+term.
 
 | strategy | needs | variance |
 | --- | --- | --- |
@@ -38,27 +39,28 @@ from .surrogates import with_baselines as with_baselines
 
 
 class Strategy(eqx.Module):
-    """How an expectation differentiates through a choice. See the module for the list.
+    """A way to differentiate an expectation through a choice. This is the base of all strategies.
 
     Attributes:
-        pathwise: whether the draw itself carries the derivative, so that it needs no mark.
+        pathwise: whether the draw itself carries the derivative. Then it needs no mark.
     """
 
     pathwise: ClassVar[bool] = False
 
     def draw(self, site: Site, key: jax.Array) -> jax.Array:
-        """A draw, marked with what its derivative takes."""
+        """A draw, marked with what its derivative needs."""
         raise NotImplementedError
 
     def fits(self, site: Site) -> bool:
-        """Whether the strategy can be honoured at a site."""
+        """Whether the strategy can be used at a site."""
         raise NotImplementedError
 
 
 class Reparam(Strategy):
     """The pathwise derivative: the draw is a differentiable function of the parameters and of noise.
 
-    Where its sampler is none, it follows the distribution function (mixtures on the line, von Mises).
+    If the sampler is not differentiable, the draw follows the distribution function: for mixtures on the line, and for
+    von Mises laws.
     """
 
     pathwise: ClassVar[bool] = True
@@ -74,7 +76,7 @@ class Reparam(Strategy):
 
 
 class Learned(eqx.Module):
-    """A baseline that is regressed on the cost that follows: made by ``learned``."""
+    """A baseline that is regressed on the cost that follows. ``learned`` makes it."""
 
     value: Any
 
@@ -83,8 +85,8 @@ class Score(Strategy):
     r"""The score function (REINFORCE): $(k(x) - b)\, \nabla \log q_\theta(x)$.
 
     Attributes:
-        baseline: b, a number for every lane of the site, from anything that comes before the choice;
-            or ``learned(...)``.
+        baseline: b, one number for each draw, computed from anything that comes before the choice; or
+            ``learned(...)``.
     """
 
     baseline: Any = None
@@ -116,7 +118,10 @@ class Score(Strategy):
 
 
 class Enum(Strategy):
-    r"""The sum over all values: $\sum_v q_\theta(v)\, k(v)$. Of several copies one at a time, the others as drawn."""
+    r"""The sum over all values: $\sum_v q_\theta(v)\, k(v)$.
+
+    If the choice has several copies, one is enumerated at a time, and the others stay as they were drawn.
+    """
 
     def fits(self, site: Site) -> bool:
         return site.spec.values is not None and not site.spec.event_shape
@@ -139,7 +144,8 @@ class Enum(Strategy):
 class Mvd(Strategy):
     r"""Measure-valued derivatives: $c\, (k(x^+) - k(x^-))$ for each parameter (Pflug 1996; Mohamed et al. 2020).
 
-    For Bernoulli, Categorical, Normal, Poisson, Exponential, Gamma (its rate) and Geometric; first order only.
+    They exist for Bernoulli, Categorical, Normal, Poisson, Exponential, Gamma (its rate) and Geometric laws, and are of
+    first order only.
     """
 
     def fits(self, site: Site) -> bool:
@@ -166,10 +172,12 @@ class Mvd(Strategy):
 
 
 class Reweight(Strategy):
-    """Importance weights: the choice is drawn from another law, which no parameter moves, and what follows is weighed.
+    """Importance weights: the choice is drawn from a proposal, and the weight multiplies what follows.
+
+    No parameter moves the proposal.
 
     Attributes:
-        proposal: a distribution of the same shape that covers the choice's.
+        proposal: a distribution of the same shape that covers the distribution of the choice.
     """
 
     proposal: Any = None
@@ -208,10 +216,11 @@ class Reweight(Strategy):
 class Gumbel(Strategy):
     r"""Straight through the Gumbel-softmax relaxation (Jang, Gu and Poole 2017; Maddison et al. 2017): **biased**.
 
-    The draw is exact; its derivative is that of $\operatorname{softmax}((\log q + g) / T)$ at the same noise $g$. The
-    gradient is wrong on average, the more so the higher the temperature and the less linear the rest of the program;
-    its variance grows as the temperature falls. For Bernoulli, and for ``Multinomial(1, probs, total_count_max=1)``, a
-    categorical choice by its indicators. The draw must be used by arithmetic.
+    The draw is exact. Its derivative is that of $\operatorname{softmax}((\log q + g) / T)$ at the same noise $g$. The
+    gradient is wrong on average. The error grows with the temperature, and with the curvature of the rest of the
+    program. The variance grows as the temperature falls. The strategy is for Bernoulli choices, and for
+    ``Multinomial(1, probs, total_count_max=1)``, which is a categorical choice given by its indicators. The draw must
+    be used by arithmetic.
 
     Attributes:
         temperature: T.
@@ -256,12 +265,12 @@ gumbel = Gumbel()
 def learned(baseline: Any, *inputs: Any) -> Learned:
     """A baseline that learns: its value is regressed on the cost that follows the choice.
 
-    The gradient of the objective that it is used in moves the parameters of the baseline towards the cost, and nothing
-    else: derivatives with respect to ``inputs`` are stopped.
+    The gradient of the objective also moves the parameters of the baseline, towards the cost. It moves nothing else by
+    that: derivatives with respect to ``inputs`` are stopped.
 
     Args:
-        baseline: an array, say a number among the parameters (a running mean); or a function of ``inputs``, say a
-            network.
+        baseline: an array, such as a number among the parameters, which becomes a running mean; or a function of
+            ``inputs``, such as a network.
         *inputs: anything that is known before the choice.
 
     Examples:
@@ -278,10 +287,10 @@ def learned(baseline: Any, *inputs: Any) -> Learned:
 
 
 def chosen(site: Site) -> Strategy:
-    """The strategy of a site: the one asked for, or the default.
+    """The strategy of a site: the one that was asked for, or the default.
 
     Raises:
-        GradientError: if it cannot be honoured there.
+        GradientError: if the strategy cannot be used there.
     """
     asked = _strategy(site) if "grad" in site.parts else None
     if asked is None:
@@ -300,7 +309,7 @@ def chosen(site: Site) -> Strategy:
 
 
 def marked_draw(site: Site, key: jax.Array) -> jax.Array:
-    """A draw of a site, marked as its strategy wants it."""
+    """A draw of a site, marked as its strategy needs it."""
     return chosen(site).draw(site, key)
 
 
@@ -311,7 +320,7 @@ def fitting(site: Site) -> list[str]:
 
 
 def _strategy(site: Site) -> Any:
-    """The strategy as it stands in the payload; its arrays may be placeholders."""
+    """The strategy in the payload of a site. Its arrays may be placeholders."""
     return site.skeleton.unpack(site.operands[:-1])["grad"]
 
 
@@ -324,7 +333,7 @@ def _address(site: Site) -> str:
 
 
 def _own_density(site: Site, value: jax.Array) -> jax.Array:
-    """Log density of a draw by itself: not scaled, and zero where a mask says that it is not made."""
+    """The log density of a draw, without scaling. It is zero where a mask says that the choice is not made."""
     if "where" not in site.parts:
         return site.log_prob(value)
     own = site.guarded().log_prob(value)
@@ -332,7 +341,7 @@ def _own_density(site: Site, value: jax.Array) -> jax.Array:
 
 
 def _made(site: Site, density: jax.Array) -> jax.Array:
-    """Where a mask says that a choice is made, in the shape of a density."""
+    """The mask of where a choice is made, in the shape of a density."""
     return site.over_lanes(lambda p, lp: jnp.broadcast_to(p["where"], lp.shape), density)
 
 
@@ -406,7 +415,7 @@ def _triples(d: Any) -> Triples | None:
 
 
 def _only(site: Site, value: jax.Array, others: tuple[str, ...]) -> jax.Array:
-    """``value``, with an error when a derivative with respect to other parameters is asked for."""
+    """``value``, with an error if a derivative with respect to the named parameters is asked for."""
     if not others:
         return value
     parameters = [
@@ -421,7 +430,7 @@ def _only(site: Site, value: jax.Array, others: tuple[str, ...]) -> jax.Array:
 
 
 def guarded(value: jax.Array, parameters: list[Any], message: str) -> jax.Array:
-    """``value``, with an error when a derivative is asked with respect to some parameters."""
+    """``value``, with an error if a derivative with respect to the given parameters is asked for."""
 
     @jax.custom_jvp
     def drawn(value: Any, parameters: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Which choice does what to an estimator: its keys drawn anew at one address, or its draws moved along a line.
+"""Interventions on the keys of single choices of an estimator, for sensitivity analyses.
 
-An expectation is a function of one key for each address. A ``Probe`` that is in force while an estimator is traced
-stands between the two: it lists the choices that are met, and lets the keys of one address differ from those of the
-same run otherwise. That is all that a sensitivity analysis needs (Sobol indices), or a search for jumps along the path
-of a reparametrised draw.
+An expectation is a function of keys, one for each address. A ``Probe`` can be in force while an estimator is traced. It
+lists the choices of the estimator. And it can replace the keys of one address, while all others stay as they were. A
+sensitivity analysis (Sobol indices) needs nothing more, and neither does a search for jumps along the path of a
+reparametrised draw.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Choice:
     """A choice of an expectation.
 
     Attributes:
-        address: dotted address; that of ``draw(guide)`` is the guide's own.
-        distribution: name of the distribution's class.
-        strategy: the gradient strategy; None where the density is estimated, by choices that have their own.
-        default: whether none was asked for.
-        fits: names of the strategies that its distribution allows.
-        size: number of scalars, all copies included.
-        num_values: how many values one element may take, where that is finite and known.
-        in_loop: whether it stands in a scan or a loop, where no strategy has the rest of the program.
+        address: its dotted address. In ``draw(guide)`` it is the guide's own.
+        distribution: the name of the distribution's class.
+        strategy: its gradient strategy. None if its density is estimated, by choices with strategies of their own.
+        default: whether the strategy is the default.
+        fits: the names of the strategies that its distribution allows.
+        size: the number of scalars, all copies included.
+        num_values: the number of values of one element, if that is finite and known.
+        in_loop: whether it stands in a scan or a loop. There no strategy has the rest of the program.
     """
 
     address: str
@@ -58,7 +58,7 @@ class Choice:
 
 
 class Moved(NamedTuple):
-    """The key of a draw on the line between two: ``step`` of the way from that of ``key`` to that of ``other``."""
+    """The key of a draw on the line between the draws of ``key`` and ``other``, a part ``step`` of the way."""
 
     key: Any
     other: Any
@@ -66,14 +66,14 @@ class Moved(NamedTuple):
 
 
 class Probe:
-    """What is done to the keys of the expectations that are traced while it is in force.
+    """An intervention on the keys of all expectations that are traced while it is in force.
 
-    Without ``salt`` nothing is, and the choices are listed. With it, the keys at the address ``addresses[which]`` are
-    replaced by independent ones, one set for each salt; with ``step``, too, the reparametrised draws there are moved a
-    part of the way to those of the other keys, and the estimators give plain values, without gradients.
+    Without ``salt`` it only lists the choices. With ``salt``, the keys at the address ``addresses[which]`` are replaced
+    by independent ones, another set for each salt. With ``step`` as well, the reparametrised draws there move a part of
+    the way to the draws of the new keys. Then the estimators give plain values, without gradients.
 
     Attributes:
-        choices: the choices met, by address.
+        choices: the choices that were found, by address.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Probe:
 
     @property
     def moves(self) -> bool:
-        """Whether draws are moved, and nothing is differentiated."""
+        """Whether draws are moved. Then nothing is differentiated."""
         return self.step is not None
 
     def keys(self, jaxpr: Any, key: jax.Array) -> dict[str, Any]:
-        """All keys of a program."""
+        """The keys of all choices of a program, after the intervention."""
         plan = key_plan(jaxpr)
         own = derive_keys(plan, key)
         if self.salt is None:
@@ -111,7 +111,7 @@ class Probe:
         return jax.tree_util.tree_map_with_path(one, own, other)
 
     def handler(self) -> Handler:
-        """What is done at the sites."""
+        """The handler that runs a program under this probe."""
         return Line(None, drawn=marked_draw) if self.moves else Evaluate(None, drawn=marked_draw)
 
 
@@ -135,7 +135,7 @@ def probed(probe: Probe) -> Iterator[Probe]:
 
 @dataclasses.dataclass(frozen=True)
 class Line(Evaluate):
-    """An evaluation whose reparametrised draws are moved along lines, and named."""
+    """Evaluates a program whose reparametrised draws are moved along lines, and names these draws."""
 
     def draw(self, site: Site, key: Any) -> jax.Array:
         if not isinstance(key, Moved):
@@ -154,7 +154,7 @@ class Line(Evaluate):
 
 
 def _still(context: Context) -> Context:
-    """The same keys, not moved: for what makes keys of its own from them."""
+    """The keys without the movement, for parts of a program that derive keys of their own from them."""
     keys = jax.tree.map(
         lambda k: k.key if isinstance(k, Moved) else k,
         context.keys,
