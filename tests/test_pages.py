@@ -89,3 +89,25 @@ def test_reference_names_only_what_users_import() -> None:
             found = functools.reduce(getattr, owner.split(".")[1:], weft)
             assert hasattr(found, last), f"{page.name} shows {name}, which is not there"
             assert owner in PUBLIC, f"{page.name} shows {name} by a path that is not public"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("ppl", "inference", "models", "tests", "examples", "benchmarks", "requirements", ".ci")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    text = page.read_text()
+    paths = re.findall(r"`([\w.]+/[\w./-]*\.(?:py|txt|sh))", text)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    missing = [p for p in paths if p.split("/")[0] in FOLDERS and not (ROOT / p).exists()]
+    missing += [x for x in links if not (page.parent / x).exists()]
+    assert missing == [], f"{page.name} names files that are not there"
+
+
+def test_every_file_with_references_is_found_from_its_paper() -> None:
+    table = (ROOT / "docs/papers.md").read_text()
+    sources = [p for folder in FOLDERS[:3] for p in (ROOT / folder).rglob("*.py")]
+    named = {p.relative_to(ROOT).as_posix() for p in sources if "References:\n" in p.read_text()}
+    assert named, "no file names its references"
+    assert {p for p in named if f"`{p}`" not in table} == set()
