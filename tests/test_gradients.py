@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -523,6 +524,36 @@ def test_gumbel_of_indicators() -> None:
     wanted = jax.vmap(jax.grad(by_hand, argnums=1), (0, None))(keys, 0.3)
     error = np.hypot(found.std(), wanted.std()) / np.sqrt(len(keys))
     assert abs(found.mean() - wanted.mean()) < 5 * error
+
+
+class Guarded(eqx.Module):
+    """A coin of a user's own, whose density compares."""
+
+    logit: Any
+
+    def sample(self, key: Any, sample_shape: Any = ()) -> Any:
+        return dist.Bernoulli(logits=self.logit).sample(key, sample_shape)
+
+    def log_prob(self, x: Any) -> Any:
+        own = x * jax.nn.log_sigmoid(self.logit) + (1 - x) * jax.nn.log_sigmoid(-self.logit)
+        return jnp.where((x == 0) | (x == 1), own, -jnp.inf)
+
+
+@pytest.mark.parametrize("d", [lambda t: dist.Bernoulli(logits=t), Guarded])
+def test_gumbel_goes_through_the_densities_of_sites(d: Any) -> None:
+    """What they compare has no derivative; their arithmetic has: log q has the slope t in b."""
+
+    def program(t: Any) -> Any:
+        b = sample("b", dist.Bernoulli(logits=0.2 * t), grad=gradients.gumbel(0.5))
+        return gen(lambda t: sample("y", d(t)))(lax.stop_gradient(t)).log_density({"y": b})
+
+    def relaxed(t: Any) -> Any:
+        b = sample("b", dist.Bernoulli(logits=0.2 * t), grad=gradients.gumbel(0.5))
+        return b * lax.stop_gradient(t)
+
+    found, right = (jax.grad(expect(f), argnums=1)(KEY, 0.7) for f in (program, relaxed))
+    assert abs(float(found)) > 1e-3
+    np.testing.assert_allclose(found, right, rtol=1e-5)
 
 
 def test_gumbel_where_it_has_no_derivative() -> None:

@@ -50,7 +50,7 @@ FORMS = {
     "custom_jvp": (doubled, "call"),
     "custom_vjp": (tripled, "call"),
     "scan": (lambda x: lax.scan(lambda c, y: (c + y, c), 0.0, x)[0], "loop"),
-    "while": (lambda x: lax.while_loop(lambda c: c.sum() < 3, lambda c: c + 1, x), "while"),
+    "while": (lambda x: lax.while_loop(lambda c: c.sum() < 3, lambda c: c + 1, x), "unbounded"),
     "cond": (lambda x: lax.cond(x[0] > 0, jnp.sin, jnp.cos, x), "branches"),
     "reduce": (reduced, None),
     "reduce_and": (lambda x: jnp.all(x > 0), None),

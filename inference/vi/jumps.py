@@ -20,6 +20,7 @@ What is inside a `while_loop` is not followed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,17 +32,8 @@ from jaxtyping import Array, PRNGKeyArray
 from weft.ppl.expectations.gradients import Reparam
 from weft.ppl.expectations.sensitivity import PATH, Choice, Probe, probed
 from weft.ppl.expectations.surrogates import mark_p
-from weft.ppl.stage.compat import (
-    Literal,
-    bind,
-    cond_p,
-    inner_jaxprs,
-    open_jaxpr,
-    scan_p,
-    scan_sizes,
-    where_in_source,
-    while_p,
-)
+from weft.ppl.stage.compat import bind, open_jaxpr, where_in_source
+from weft.ppl.stage.jaxprs import Place, evaluate, evaluate_inside, flow, inside, kind, wiring
 from weft.ppl.stage.staging import Code, stage
 
 NUM_LINES = 16
@@ -94,8 +86,7 @@ _WORDS = {
 
 # --- following the draws ----------------------------------------------------------------------------------------------
 
-Place = tuple[int, ...]
-"""Where an equation stands: its number, then of the jaxpr in it and of the equation there, and so on."""
+Numbers = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +95,11 @@ class _Taint:
 
     Attributes:
         smooth: addresses of those it may be differentiated with respect to.
-        stepped: equations through which it is piecewise constant in some.
+        stepped: equations, by their numbers (see `Place`), through which it is piecewise constant in some.
     """
 
     smooth: frozenset[str] = frozenset()
-    stepped: frozenset[Place] = frozenset()
+    stepped: frozenset[Numbers] = frozenset()
 
     def __or__(self, other: _Taint) -> _Taint:
         return _Taint(self.smooth | other.smooth, self.stepped | other.stepped)
@@ -118,64 +109,44 @@ _CLEAN = _Taint()
 
 
 class _Follower:
-    """One pass over a jaxpr.
+    """The draws of an objective, followed through its equations.
 
     Attributes:
         found: equations whose result is piecewise constant in a draw: name, line of the source, and
             the draws' addresses.
+        out: what the objective has of the draws.
     """
 
-    def __init__(self) -> None:
-        self.found: dict[Place, tuple[str, str, frozenset[str]]] = {}
+    def __init__(self, jaxpr: Any) -> None:
+        self.found: dict[Numbers, tuple[str, str, frozenset[str]]] = {}
+        ins = [_CLEAN] * len(open_jaxpr(jaxpr)[0].invars)
+        (self.out,) = flow(jaxpr, ins, self.transfer, _union)
 
-    def run(
-        self, jaxpr: Any, args: Sequence[_Taint], place: Place = (), outer: str = ""
-    ) -> list[_Taint]:
-        opened, _ = open_jaxpr(jaxpr)
-        env: dict[Any, _Taint] = dict(zip(opened.invars, args, strict=True))
-        for i, eqn in enumerate(opened.eqns):
-            ins = [_CLEAN if isinstance(v, Literal) else env.get(v, _CLEAN) for v in eqn.invars]
-            # What stands in a library's own jit may have no line: that of the call, then.
-            line = where_in_source(eqn) or outer
-            outs = self.equation(eqn, ins, (*place, i), line)
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [_CLEAN if isinstance(v, Literal) else env.get(v, _CLEAN) for v in opened.outvars]
-
-    def equation(self, eqn: Any, ins: list[_Taint], place: Place, line: str) -> list[_Taint]:
-        name, params = eqn.primitive.name, eqn.params
-        every = _union(ins)
+    def transfer(self, eqn: Any, ins: list[_Taint], place: Place) -> list[_Taint] | None:
+        name, params, every = eqn.primitive.name, eqn.params, _union(ins)
         if name == "name" and params["name"].startswith(PATH):
             return [every | _Taint(frozenset([params["name"].removeprefix(PATH)]))]
         if eqn.primitive is mark_p:  # a strategy of its own takes care of it
             return [ins[0] if params["kind"] == "control" else _CLEAN]
         if name == "stop_gradient":
             return [_Taint(stepped=every.stepped)]
-        if eqn.primitive is scan_p:
-            num_consts, num_carry = scan_sizes(params)
-            while True:
-                outs = self.run(params["jaxpr"], ins, (*place, 0), line)
-                carry = ins[num_consts : num_consts + num_carry]
-                grown = [a | b for a, b in zip(carry, outs[:num_carry], strict=True)]
-                if grown == carry:
-                    return outs
-                ins = [*ins[:num_consts], *grown, *ins[num_consts + num_carry :]]
-        if eqn.primitive is cond_p:
-            branches = [
-                self.run(b, ins[1:], (*place, k), line) for k, b in enumerate(params["branches"])
-            ]
-            chosen = _Taint(stepped=ins[0].stepped)
-            return [chosen | _union(outs) for outs in zip(*branches, strict=True)]
-        inner = inner_jaxprs(eqn)
-        if _inlined(eqn):
-            return self.run(inner[0], ins, (*place, 0), line)
+        w = wiring(eqn)
+        if w is not None and w.rounds is not None:
+            return None
         floats = [i.smooth for i, v in zip(ins, eqn.invars, strict=True) if _real(v)]
         smooth = frozenset[str]().union(*floats)
         if smooth and _steps(eqn):
-            self.found[place] = (name, line, smooth)
-            every = every | _Taint(stepped=frozenset([place]))
+            self.found[place.numbers] = (name, _line(eqn, place), smooth)
+            every = every | _Taint(stepped=frozenset([place.numbers]))
             if name in _ROUNDINGS:
                 return [_Taint(stepped=every.stepped)]
         return [every if _real(v) else _Taint(stepped=every.stepped) for v in eqn.outvars]
+
+
+def _line(eqn: Any, place: Place) -> str:
+    """The line of an equation. What stands in a library's own jit may have none: that of the call, then."""
+    around = [eqn, *(e for e, _ in reversed(place.around))]
+    return next(filter(None, map(where_in_source, around)), "")
 
 
 def _steps(eqn: Any) -> bool:
@@ -184,15 +155,6 @@ def _steps(eqn: Any) -> bool:
     if name in ("convert_element_type", "argmax", "argmin", "sort", "top_k"):
         return any(not _real(v) for v in eqn.outvars)
     return name in _COMPARISONS or name in _ROUNDINGS or name in ("rem", "is_finite")
-
-
-def _inlined(eqn: Any) -> bool:
-    """Whether an equation is a call of the one jaxpr in it, custom derivatives included."""
-    inner = inner_jaxprs(eqn)
-    if not inner or eqn.primitive in (scan_p, cond_p, while_p):
-        return False
-    opened, _ = open_jaxpr(inner[0])
-    return len(opened.invars) == len(eqn.invars) and len(opened.outvars) == len(eqn.outvars)
 
 
 def _union(taints: Sequence[_Taint]) -> _Taint:
@@ -208,68 +170,51 @@ def _real(v: Any) -> bool:
 
 # --- trying them ------------------------------------------------------------------------------------------------------
 
-Seen = dict[Place, tuple[list[Array], list[Array]]]
+Seen = dict[Numbers, tuple[list[Array], list[Array]]]
 """For each equation watched, what is floating of its operands, and what is piecewise constant of its results."""
 
 
-def _watch(jaxpr: Any, args: Sequence[Any], places: frozenset[Place], place: Place = ()) -> Any:
+def _watch(
+    jaxpr: Any, args: Sequence[Any], places: frozenset[Numbers], numbers: Numbers = ()
+) -> Any:
     """Evaluate a jaxpr; also give what the equations at some places take and give."""
-    opened, consts = open_jaxpr(jaxpr)
-    env: dict[Any, Any] = dict(zip(opened.constvars, consts, strict=True))
-    env.update(zip(opened.invars, args, strict=True))
     seen: Seen = {}
-    for i, eqn in enumerate(opened.eqns):
-        here = (*place, i)
-        ins = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        inside = any(p[: len(here)] == here for p in places)
-        if not inside:
-            outs = bind(eqn, ins)
-        elif here in places:
+    count = itertools.count()
+
+    def equation(eqn: Any, ins: list[Any]) -> Sequence[Any] | None:
+        here = (*numbers, next(count))
+        if here in places:
             outs = bind(eqn, ins)
             floats = [jnp.asarray(x) for x, v in zip(ins, eqn.invars, strict=True) if _real(v)]
             seen[here] = (floats, _flags(eqn, ins, outs))
-        else:
-            outs, found = _watch_inside(eqn, ins, places, here)
-            seen.update(found)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [v.val if isinstance(v, Literal) else env[v] for v in opened.outvars], seen
+            return outs
+        if not any(p[: len(here)] == here for p in places):
+            return None
+        outs, found = _watch_inside(eqn, ins, places, here)
+        seen.update(found)
+        return outs
+
+    return evaluate(jaxpr, args, equation), seen
 
 
-def _watch_inside(eqn: Any, ins: list[Any], places: frozenset[Place], here: Place) -> Any:
-    params = eqn.params
-    if eqn.primitive is scan_p:
-        num_consts, num_carry = scan_sizes(params)
-        consts, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
+def _watch_inside(eqn: Any, ins: list[Any], places: frozenset[Numbers], here: Numbers) -> Any:
+    """The same of an equation with jaxprs in it; what a branch does not have is zero there."""
+    jaxprs = inside(eqn)
 
-        def step(carry: Any, x: Any) -> Any:
-            outs, seen = _watch(params["jaxpr"], [*consts, *carry, *x], places, (*here, 0))
-            return outs[:num_carry], (outs[num_carry:], seen)
+    def body(k: int, args: Sequence[Any]) -> Any:
+        return _watch(jaxprs[k], args, places, (*here, k))
 
-        xs = ins[num_consts + num_carry :]
-        carry, (ys, seen) = jax.lax.scan(step, carry, xs, params["length"], params["reverse"])
-        return [*carry, *ys], seen
-    if eqn.primitive is cond_p:
-        index, *operands = ins
-        branches = params["branches"]
+    zeros: Seen = {}
+    if kind(eqn) == "branches":
+        for k in range(len(jaxprs)):
+            shapes = jax.eval_shape(lambda *args, k=k: body(k, args)[1], *ins[1:])
+            zeros.update(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
-        def run(k: int) -> Callable[..., Any]:
-            return lambda *a: _watch(branches[k], a, places, (*here, k))
+    def filled(k: int, args: Sequence[Any]) -> Any:
+        outs, seen = body(k, args)
+        return outs, {**zeros, **seen}
 
-        shapes = [jax.eval_shape(run(k), *operands)[1] for k in range(len(branches))]
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), {p: x for s in shapes for p, x in s.items()}
-        )
-
-        def branch(k: int) -> Callable[..., Any]:
-            def filled(*a: Any) -> Any:
-                outs, seen = run(k)(*a)
-                return outs, {**zeros, **seen}
-
-            return filled
-
-        index = jnp.clip(index, 0, len(branches) - 1)
-        return jax.lax.switch(index, [branch(k) for k in range(len(branches))], *operands)
-    return _watch(inner_jaxprs(eqn)[0], ins, places, (*here, 0))
+    return evaluate_inside(eqn, ins, filled)
 
 
 def _flags(eqn: Any, ins: list[Any], outs: list[Any]) -> list[Array]:
@@ -295,7 +240,7 @@ class _Lines(eqx.Module):
     code: Code = eqx.field(static=True)
     captured: list[Array]
     arrays: list[Array]
-    places: tuple[Place, ...] = eqx.field(static=True)
+    places: tuple[Numbers, ...] = eqx.field(static=True)
 
     def at(self, line: tuple[PRNGKeyArray, Any, Any], t: Any) -> tuple[Array, Seen]:
         """The objective and what is watched at one point of a line."""
@@ -328,7 +273,7 @@ def _switches(lines: _Lines, key: PRNGKeyArray, num_addresses: int) -> Array:
     )
 
 
-def _differ(places: tuple[Place, ...], a: Seen, b: Seen) -> Array:
+def _differ(places: tuple[Numbers, ...], a: Seen, b: Seen) -> Array:
     return jnp.stack(
         [
             jnp.any(jnp.stack([jnp.any(x != y) for x, y in zip(a[p][1], b[p][1], strict=True)]))
@@ -404,10 +349,8 @@ def find_jumps(
 
     some = (key, jnp.int32(0), jnp.uint32(0), jnp.zeros(()))
     code, captured = stage(moved, [*some, *arrays])
-    follower = _Follower()
-    opened, _ = open_jaxpr(code.jaxpr)
-    (out,) = follower.run(code.jaxpr, [_CLEAN] * len(opened.invars))
-    reached = {p: follower.found[p] for p in sorted(out.stepped)}
+    follower = _Follower(code.jaxpr)
+    reached = {p: follower.found[p] for p in sorted(follower.out.stepped)}
     if not reached:
         return {}
     places = tuple(reached)

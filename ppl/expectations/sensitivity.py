@@ -169,7 +169,7 @@ def _still(context: Context) -> Context:
 def _choices(jaxpr: Any) -> Iterator[Choice]:
     for eqn, place in equations(jaxpr, enter=lambda e: e.primitive is not estimated_p):
         prefix, copies = scopes(place), math.prod(n for n in place.rounds if n is not None)
-        in_loop = not {"loop", "while"}.isdisjoint(place.kinds)
+        in_loop = not {"loop", "unbounded"}.isdisjoint(place.kinds)
         if eqn.primitive is site_p:
             found = _choice(eqn.params, prefix, copies, in_loop)
             if found is not None:

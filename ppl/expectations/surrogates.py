@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,18 +35,25 @@ from weft.ppl.stage.compat import (
     ShapedArray,
     Tracer,
     bind,
-    cond_p,
-    inner_jaxprs,
     open_jaxpr,
-    scan_p,
     scan_sizes,
     where_in_source,
 )
 from weft.ppl.stage.errors import GradientError
-from weft.ppl.stage.jaxprs import Holds, equations
+from weft.ppl.stage.jaxprs import (
+    Holds,
+    equations,
+    evaluate_inside,
+    inside,
+    is_call,
+    is_checkpoint,
+    is_loop,
+    kind,
+    states_derivative,
+)
+from weft.ppl.stage.sites import DENSITY
 
 stop = jax.lax.stop_gradient
-CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 # --- marks ------------------------------------------------------------------------------------------------------------
 
@@ -207,6 +213,9 @@ def _spread(eqn: Any, inputs: Sequence[Node]) -> list[dict[Effect, Places]]:
 class Evaluator:
     """One evaluation of a marked jaxpr.
 
+    It is a loop over equations of its own (``go``), and not ``jaxprs.evaluate``, since some strategies need the rest of
+    the program as a function: the equations that follow, out of calls and branches too.
+
     Attributes:
         axis: name of the axis of independent samples, whose other members give baselines; None, if there is one.
         max_terms: how often the rest of the program is run at most, by enumeration.
@@ -214,6 +223,7 @@ class Evaluator:
         moved: the floating arguments, which derivatives may be taken with respect to.
         pure: whether marks are taken for mere draws, weights excepted.
         weighs: whether there are weights.
+        scores: whether the call that is evaluated belongs to a density.
     """
 
     def __init__(self, axis: str | None = None, max_terms: int = 4096) -> None:
@@ -223,6 +233,7 @@ class Evaluator:
         self.moved: list[Any] = []
         self.pure = False
         self.weighs = False
+        self.scores = False
 
     def __call__(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
         """Results of a jaxpr, with derivatives by the strategies of its marks."""
@@ -276,10 +287,10 @@ class Evaluator:
                 return self.enumerate(eqn, inputs, rest, terms)
             elif eqn.primitive is mark_p:
                 return self.measure_valued(eqn, inputs, rest, terms)
-            elif eqn.primitive is cond_p:
+            elif kind(eqn) == "branches":
                 return self.branches(eqn, inputs, rest, terms)
-            elif eqn.primitive.name in CALLS or "prevent_cse" in eqn.params:
-                return self.run(inner_jaxprs(eqn)[0], inputs, lambda o: rest(o, terms), terms)
+            elif is_call(eqn):
+                return self.run(inside(eqn)[0], inputs, lambda o: rest(o, terms), terms)
             else:
                 raise _no_tail(eqn, tailed)
         return then([read(v) for v in jaxpr.outvars])
@@ -291,10 +302,10 @@ class Evaluator:
         if any(n.relaxed is not None for n in inputs):
             return self.relaxed(eqn, inputs)
         dependent = any(n.deps for n in inputs) and (self.weighs or not self.pure)
-        if eqn.primitive.name in CALLS and (marked or dependent):
-            return self.run(inner_jaxprs(eqn)[0], inputs, lambda outs: outs)
+        if _is_plain(eqn) and (marked or dependent):
+            return self.run(inside(eqn)[0], inputs, lambda outs: outs)
         if marked:
-            return self.inside(eqn, inputs)
+            return self.beside(eqn, inputs)
         values = bind(eqn, [n.value for n in inputs])
         if not dependent:
             return [Node(v) for v in values]
@@ -329,12 +340,12 @@ class Evaluator:
     def relaxed(self, eqn: Any, inputs: list[Node]) -> Sequence[Node]:
         """An equation of relaxed integers: sums, products and changes of shape carry their derivatives to floats."""
         name = eqn.primitive.name
-        if name in CALLS:
-            return self.run(inner_jaxprs(eqn)[0], inputs, lambda outs: outs)
+        if _is_plain(eqn):
+            with self.scoring(eqn):
+                return self.run(inside(eqn)[0], inputs, lambda outs: outs)
         data = inputs[1:] if name == "select_n" else inputs
-        if _of_a_density(
-            eqn
-        ):  # what its formula decides by the value has no part in its derivative
+        if name not in CARRIES and (self.scores or is_of_a_density(eqn)):
+            # What the formula of a density decides by the value has no part in its derivative.
             values = bind(eqn, [n.value for n in inputs])
             return [Node(v, d) for v, d in zip(values, _spread(eqn, inputs), strict=True)]
         if name not in CARRIES or any(n.relaxed is not None for n in inputs if n not in data):
@@ -354,7 +365,7 @@ class Evaluator:
             raise _not_carried(eqn)
         return [Node(inputs[0].value.astype(dtype), deps, relaxed=floats[0])]
 
-    def inside(self, eqn: Any, inputs: list[Node]) -> list[Node]:
+    def beside(self, eqn: Any, inputs: list[Node]) -> list[Node]:
         """A scan, a branch or a checkpoint that holds score terms: their sums come out beside its results."""
         values = [n.value for n in inputs]
 
@@ -366,46 +377,32 @@ class Evaluator:
                 raise _not_carried(eqn)
             return [n.value for n in outs], _totals(inner.effects)
 
-        params = eqn.params
-        if eqn.primitive is scan_p:
-            num_consts, num_carry = scan_sizes(params)
-            consts, carry = values[:num_consts], values[num_consts : num_consts + num_carry]
-
-            def step(carry: Any, x: Any) -> Any:
-                outs, totals = body(params["jaxpr"], [*consts, *carry, *x])
-                return outs[:num_carry], (outs[num_carry:], totals)
-
-            xs = values[num_consts + num_carry :]
-            carry, (ys, totals) = jax.lax.scan(
-                step, carry, xs, params["length"], params["reverse"], params["unroll"]
-            )
-            # What comes out of a step depends on the steps before it.
-            log_q, log_weight = (jax.lax.cumsum(t, reverse=params["reverse"]) for t in totals[:2])
-            totals = [jnp.sum(t) for t in totals]
-            whole, learned = (totals[0], totals[1]), (totals[3], totals[4])
-            effect = Effect(log_q, log_weight, totals[2], learned, whole)
-            self.effects.append(effect)
-            places = [(None,)] * num_carry + [(0,)] * len(ys)
-            return [
-                Node(v, {**_through(inputs, 0), effect: p})
-                for v, p in zip([*carry, *ys], places, strict=True)
-            ]
-        if eqn.primitive is cond_p:
-            branches = [lambda *a, b=b: body(b, a) for b in params["branches"]]
-            outs, totals = jax.lax.switch(values[0], branches, *values[1:])
-        elif "prevent_cse" in params:
-            inner = inner_jaxprs(eqn)[0]
-            settings = {k: params[k] for k in ("policy", "prevent_cse") if k in params}
-            outs, totals = jax.checkpoint(lambda *a: body(inner, a), **settings)(*values)
-        else:
+        if kind(eqn) not in ("loop", "branches", "call") or states_derivative(eqn):
             names = ", ".join(dict.fromkeys(repr(name) for name, _ in kinds([eqn])))
             raise GradientError(
                 f"the choices {names} stand in {_a(eqn)}, where no strategy but reparam is possible"
             )
-        log_q, log_weight, control, *learned = totals
-        effect = Effect(log_q, log_weight, control, (learned[0], learned[1]))
+        jaxprs = inside(eqn)
+        outs, totals = evaluate_inside(eqn, values, lambda k, args: body(jaxprs[k], args))
+        earlier = _through(inputs, 0)
+        if not is_loop(eqn):
+            log_q, log_weight, control, *learned = totals
+            effect = Effect(log_q, log_weight, control, (learned[0], learned[1]))
+            self.effects.append(effect)
+            return [Node(v, {**earlier, effect: ()}) for v in outs]
+        # What comes out of a step depends on the steps before it.
+        reverse = eqn.params["reverse"]
+        log_q, log_weight = (jax.lax.cumsum(t, reverse=reverse) for t in totals[:2])
+        totals = [jnp.sum(t) for t in totals]
+        effect = Effect(
+            log_q, log_weight, totals[2], (totals[3], totals[4]), (totals[0], totals[1])
+        )
         self.effects.append(effect)
-        return [Node(v, {**_through(inputs, 0), effect: ()}) for v in outs]
+        num_carry = scan_sizes(eqn.params)[1]
+        return [
+            Node(v, {**earlier, effect: (None,) if o < num_carry else (0,)})
+            for o, v in enumerate(outs)
+        ]
 
     # -- costs
 
@@ -518,6 +515,15 @@ class Evaluator:
         return jax.lax.switch(index.value, [through(b) for b in eqn.params["branches"]])
 
     @contextlib.contextmanager
+    def scoring(self, eqn: Any) -> Iterator[None]:
+        """What follows stands in a call of a density, if the call does."""
+        before, self.scores = self.scores, self.scores or is_of_a_density(eqn)
+        try:
+            yield
+        finally:
+            self.scores = before
+
+    @contextlib.contextmanager
     def purely(self) -> Iterator[None]:
         """Run what follows without strategies: its value alone."""
         before, self.pure = self.pure, True
@@ -600,16 +606,21 @@ CARRIES = LINEAR | {"mul", "select_n"}
 """Equations through which a relaxed integer has derivatives."""
 
 
-def _of_a_density(eqn: Any) -> bool:
-    """Whether a comparison or the like stands in one of NumPyro's distributions."""
-    library = f"{os.sep}numpyro{os.sep}" in where_in_source(eqn)
-    return library and eqn.primitive.name not in CARRIES
+def is_of_a_density(eqn: Any) -> bool:
+    """Whether an equation was made while the density of a site was evaluated."""
+    return DENSITY in str(eqn.source_info.name_stack)
+
+
+def _is_plain(eqn: Any) -> bool:
+    """Whether an equation is a call that may be evaluated in place; checkpoints keep their purpose."""
+    return is_call(eqn) and not is_checkpoint(eqn)
 
 
 def _not_carried(eqn: Any) -> GradientError:
     return GradientError(
         f"a choice with the strategy gumbel goes as an integer into {_a(eqn)}{where_in_source(eqn)}, which has no "
-        "derivative: write it by arithmetic, such as b * x + (1 - b) * y, or take enum, mvd or score there"
+        "derivative: write it by arithmetic, such as b * x + (1 - b) * y, take densities by sites of a program (not by "
+        "log_prob), or take enum, mvd or score there"
     )
 
 
@@ -739,6 +750,5 @@ def _no_tail(eqn: Any, names: Sequence[str]) -> GradientError:
 
 
 def _a(eqn: Any) -> str:
-    return {"scan": "a scan", "while": "a while_loop"}.get(
-        eqn.primitive.name, repr(eqn.primitive.name)
-    )
+    words = {"loop": "a scan", "unbounded": "a while_loop"}
+    return words.get(kind(eqn) or "", repr(eqn.primitive.name))

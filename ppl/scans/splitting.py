@@ -532,7 +532,7 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
 
 _WHERE = {
     "branches": "a cond",
-    "while": "a while_loop",
+    "unbounded": "a while_loop",
     "scope": "a nested program",
 }
 

@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from .compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_sizes
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -82,8 +84,8 @@ class Wiring(NamedTuple):
     """What an equation does with the jaxprs inside it.
 
     Attributes:
-        kind: ``"call"``, ``"loop"`` (a known number of rounds), ``"while"`` (an unknown one), ``"branches"`` (one of
-            the bodies), or a name of its own for a primitive of Weft.
+        kind: ``"call"``; ``"loop"``, a known number of rounds; ``"unbounded"``, an unknown one; ``"branches"``, one of
+            the bodies; or a name of its own, for a primitive of Weft.
         bodies: in the order in which they are evaluated.
         chooses: the operand that chooses among the bodies, if one does.
         rounds: how often they are evaluated; None, if nobody knows.
@@ -159,7 +161,7 @@ def _while(eqn: Any) -> Wiring:
     reads = (*range(before), *carry)
     predicate = Body(params["cond_jaxpr"], reads, (None,), (None,), (0,) * len(reads), (0,))
     body = whole(params["body_jaxpr"], eqn, before)._replace(back=carry)
-    return Wiring("while", (predicate, body), rounds=None)
+    return Wiring("unbounded", (predicate, body), rounds=None)
 
 
 @wired("cond")
@@ -209,6 +211,46 @@ def evaluate(jaxpr: Any, args: Sequence[Any], equation: Equation | None = None) 
     """The results of a jaxpr; ``equation`` may take an equation over, or leave it as it is."""
     opened, _ = open_jaxpr(jaxpr)
     return results(opened.eqns, inputs(jaxpr, args), opened.outvars, equation)
+
+
+def evaluate_inside(
+    eqn: Any, ins: Sequence[Any], body: Callable[[int, Sequence[Any]], tuple[Sequence[Any], Any]]
+) -> tuple[list[Any], Any]:
+    """Evaluate an equation with a function in place of each of its jaxprs, which gives more than their results.
+
+    Args:
+        eqn: a call, a loop of known length, or branches. A derivative that a call states is lost.
+        ins: values of its operands.
+        body: ``body(k, args)`` gives the results of the k-th jaxpr, and more: arrays, alike for all branches.
+
+    Returns:
+        The results, and what there was besides: of the branch that is taken, stacked over the rounds of a loop.
+    """
+    what, params = kind(eqn), eqn.params
+
+    def once(*args: Any, k: int = 0) -> tuple[list[Any], Any]:
+        outs, more = body(k, args)
+        return list(outs), more
+
+    if what == "branches":
+        some = [functools.partial(once, k=k) for k in range(len(inside(eqn)))]
+        return jax.lax.switch(ins[0], some, *ins[1:])
+    if what == "loop":
+        num_consts, num_carry = scan_sizes(params)
+        consts, rest = ins[:num_consts], ins[num_consts:]
+
+        def step(carry: Any, xs: Any) -> Any:
+            outs, more = once(*consts, *carry, *xs)
+            return outs[:num_carry], (outs[num_carry:], more)
+
+        settings = {k: params[k] for k in ("length", "reverse", "unroll")}
+        carry, (ys, more) = jax.lax.scan(step, rest[:num_carry], rest[num_carry:], **settings)
+        return [*carry, *ys], more
+    assert what == "call", f"{eqn.primitive.name} is no call, loop or branch"
+    if not is_checkpoint(eqn):
+        return once(*ins)
+    settings = {k: params[k] for k in ("policy", "prevent_cse") if k in params}
+    return jax.checkpoint(once, **settings)(*ins)
 
 
 # --- places and folds -------------------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ class Lane(NamedTuple):
     mapped: tuple[bool, ...]
 
 
+DENSITY = "weft density"
+"""The scope of the equations by which the density of a site is evaluated."""
+
+
 # --- the primitive ----------------------------------------------------------------------------------------------------
 
 site_p = Primitive("site")
@@ -220,7 +224,8 @@ class Site:
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         """Log density of each element, shape ``lanes + batch_shape``, as the distribution states it."""
-        return self.over_lanes(lambda payload, v: jnp.asarray(payload["d"].log_prob(v)), value)
+        with jax.named_scope(DENSITY):
+            return self.over_lanes(lambda payload, v: jnp.asarray(payload["d"].log_prob(v)), value)
 
     def log_prob_anywhere(self, value: jax.Array) -> jax.Array:
         """The same, and minus infinity outside the support, where some distributions state a number."""
@@ -232,7 +237,8 @@ class Site:
                 return log_prob
             return jnp.where(inside, log_prob, -jnp.inf)
 
-        return self.over_lanes(one, value)
+        with jax.named_scope(DENSITY):
+            return self.over_lanes(one, value)
 
     def weigh(self, log_prob: jax.Array) -> jax.Array:
         """Apply the site's scale and mask to a log density."""

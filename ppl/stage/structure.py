@@ -214,7 +214,7 @@ def _wired(eqn: Any, w: Wiring, place: _Place) -> Scope:
         place = place.under(Axis(w.rounds or 0, None, "scan"))
     elif w.kind == "branches":
         place = dataclasses.replace(place, conditional=True)
-    elif w.kind == "while":
+    elif w.kind == "unbounded":
         place = dataclasses.replace(place, in_while=True)
     merged: Scope = {}
     for body in w.bodies:
