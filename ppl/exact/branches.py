@@ -23,7 +23,7 @@ from .choices import IMPOSSIBLE
 from .factors import Factor
 from .plan import Address
 from .region import Lost, Region, addresses, rule
-from .tables import Limit, Variable, apply, is_lifted, variables_of
+from .tables import Limit, Variable, apply, is_table, variables_of
 
 
 @rule(cond_p)
@@ -35,7 +35,7 @@ def branches(
     limit, last = region.plan.limit, len(eqn.params["branches"]) - 1
     index = apply(lambda i: jnp.clip(i, 0, last), limit, index)
     operands = [
-        x.like(finite_cotangents(x.array)) if is_lifted(x) else finite_cotangents(x)
+        x.like(finite_cotangents(x.array)) if is_table(x) else finite_cotangents(x)
         for x in operands
     ]
     outside, known, anonymous = region.read_later(context), {}, context.anonymous
@@ -146,7 +146,7 @@ def _records(limit: Limit, index: Any, records: list[Records]) -> Records:
         if any(n is None for n in nodes):
             taken = jnp.asarray([n is not None for n in nodes])
             active = apply(lambda i, t: t[i], limit, index, taken)
-        if is_lifted(value) or is_lifted(active):
+        if is_table(value) or is_table(active):
             raise ModelError(
                 f"whether {name!r} is a choice at all depends on {addresses(variables_of([value, active]))}: a "
                 "choice in a branch that is summed over must stand in every branch, or be observed"

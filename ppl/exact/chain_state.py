@@ -11,7 +11,7 @@ from weft.ppl.stage.interpreter import Records
 
 from .factors import Factor
 from .families import Placement
-from .tables import Axes, Lifted, Variable, axes_of, is_lifted
+from .tables import PlateAxes, Table, Variable, axes_of, is_table
 
 
 @dataclasses.dataclass
@@ -63,14 +63,14 @@ class State:
 
     def arrays(self) -> Any:
         """The arrays of the state: slots, factor, placements."""
-        slots = [x.array if is_lifted(x) else x for x in self.slots]
+        slots = [x.array if is_table(x) else x for x in self.slots]
         placements = [self.placements[v] for v in self.born if v in self.placements]
         return slots, None if self.alpha is None else self.alpha.table, placements
 
     def with_arrays(self, arrays: Any) -> State:
         """A state of the same form with other arrays."""
         slots = [
-            x.like(a) if is_lifted(x) else a for a, x in zip(arrays[0], self.slots, strict=True)
+            x.like(a) if is_table(x) else a for a, x in zip(arrays[0], self.slots, strict=True)
         ]
         alpha = None if self.alpha is None else dataclasses.replace(self.alpha, table=arrays[1])
         placed = [v for v in self.born if v in self.placements]
@@ -101,7 +101,7 @@ class Step:
 
     def arrays(self) -> Any:
         """All that differs between steps; outputs that are tables are not stacked."""
-        ys = [None if is_lifted(y) else y for y in self.ys]
+        ys = [None if is_table(y) else y for y in self.ys]
         constant = None if isinstance(self.constant, float) else self.constant
         return ys, self.records, [f.table for f in self.others], constant, self.key
 
@@ -109,7 +109,7 @@ class Step:
         """What steps of this form leave together, from their stacked arrays."""
         ys, records, tables, constants, keys = stacked
         return Step(
-            [old if is_lifted(old) else new for old, new in zip(self.ys, ys, strict=True)],
+            [old if is_table(old) else new for old, new in zip(self.ys, ys, strict=True)],
             records,
             [
                 dataclasses.replace(f, table=jnp.sum(t, 0))
@@ -140,15 +140,15 @@ def renamed(after: State, before: State, step: int) -> State:
 
 
 def _rename(x: Any, names: dict[Variable, Variable]) -> Any:
-    if not is_lifted(x):
+    if not is_table(x):
         return x
-    axes: Axes = {names.get(v) or v: p for v, p in x.axes.items()}
+    axes: PlateAxes = {names.get(v) or v: p for v, p in x.axes.items()}
     back = {v: i for i, v in enumerate(axes)}
     new = sorted(axes, key=lambda v: v.number)
     n = len(axes)
     array = jnp.transpose(x.array, [*(back[v] for v in new), *range(n, x.array.ndim)])
     forms = {names.get(v) or v: f for v, f in x.forms.items()}
-    return Lifted(array, axes, forms)
+    return Table(array, axes, forms)
 
 
 def located(variable: Variable, place: Placement, alpha: Factor) -> Placement:

@@ -14,7 +14,7 @@ from .chain_state import State, Step, located
 from .factors import Factor, multiply
 from .filtered import filtered
 from .region import Lost, Region
-from .tables import Entangled, Lifted, Variable, is_lifted, variables_of
+from .tables import Entangled, Table, Variable, is_table, variables_of
 
 
 class Steps:
@@ -30,8 +30,8 @@ class Steps:
         self.xs = ins[num_consts + num_carry :]
         keys, given = context.only(context.names(self.body))
         self.orders: dict[str, int] = {}  # of choices that are carried, how many steps
-        self.forms = [_one_step(x) if is_lifted(x) else None for x in self.xs]
-        arrays = [jnp.moveaxis(x.array, len(x.axes), 0) if is_lifted(x) else x for x in self.xs]
+        self.forms = [_one_step(x) if is_table(x) else None for x in self.xs]
+        arrays = [jnp.moveaxis(x.array, len(x.axes), 0) if is_table(x) else x for x in self.xs]
         inputs = (arrays, keys, given)
         self.inputs = jax.tree.map(lambda a: a[::-1], inputs) if eqn.params["reverse"] else inputs
 
@@ -164,7 +164,7 @@ class Steps:
         return jax.tree.map(lambda a: a[::-1], joined) if self.eqn.params["reverse"] else joined
 
 
-def _one_step(x: Lifted) -> Lifted:
+def _one_step(x: Table) -> Table:
     """The table that an input is to one step."""
     for v, places in x.axes.items():
         if 0 in places:
@@ -173,4 +173,4 @@ def _one_step(x: Lifted) -> Lifted:
                 f"them; sample {v.address!r} inside the scan's step"
             )
     axes = {v: tuple(p - 1 for p in places) for v, places in x.axes.items()}
-    return Lifted(x.array, axes, x.forms)
+    return Table(x.array, axes, x.forms)

@@ -24,7 +24,7 @@ from .placements import placed
 from .plan import Elimination
 from .region import Region, addresses, rule
 from .scores import Score
-from .tables import Axes, Entangled, Lifted, Plate, Variable, apply, axes_of, is_lifted
+from .tables import Entangled, Plate, PlateAxes, Table, Variable, apply, axes_of, is_table
 
 IMPOSSIBLE = -1e30
 """As good as minus infinity: its exponential is zero, and derivatives stay finite."""
@@ -52,7 +52,7 @@ def _site(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
 def _kept(region: Region, eqn: Any, site: Site, context: Context) -> tuple[list[Any], Records]:
     """A choice that stays, a factor or a record, whose parameters may be tables."""
     limit, name = region.plan.limit, site.name
-    if site.spec.kind == "deterministic" and any(map(is_lifted, site.operands)):
+    if site.spec.kind == "deterministic" and any(map(is_table, site.operands)):
         value = apply(lambda operands: site.at(operands).part("value"), limit, site.operands)
         return [value], {}  # recover() knows it
     scale, site = _unscaled(site)
@@ -62,7 +62,7 @@ def _kept(region: Region, eqn: Any, site: Site, context: Context) -> tuple[list[
         return region.kept.site(site.at(operands), None, given)
 
     value, record, terms = apply(handle, limit, site.operands, context.given.get(name))
-    if site.spec.kind == "sample" and is_lifted(value):
+    if site.spec.kind == "sample" and is_table(value):
         raise ModelError(_unknown_value(site, value.axes))
     if "log_density" in terms:
         region.weigh(terms["log_density"], site.address, scale)
@@ -73,15 +73,15 @@ def _kept(region: Region, eqn: Any, site: Site, context: Context) -> tuple[list[
 def _recorded(region: Region, site: Site, record: dict[str, Any]) -> dict[str, Any]:
     """A record without what depends on choices that are summed out."""
     density = record["value"]
-    if is_lifted(density):
+    if is_table(density):
         if getattr(region.kept, "record", None) != "log_density":
             raise ModelError(_unknown_value(site, density.axes))
         region.shared[site.address] = labels_of(density)
         record = {"value": jnp.zeros(density.shape, density.dtype)}
-    return {k: v for k, v in record.items() if not is_lifted(v)}
+    return {k: v for k, v in record.items() if not is_table(v)}
 
 
-def _unknown_value(site: Site, axes: Axes) -> str:
+def _unknown_value(site: Site, axes: PlateAxes) -> str:
     return (
         f"the value of {'.'.join(site.address)!r} is not known without {addresses(axes)}: its support, or whether it "
         "is drawn at all, depends on that. Give it a support that does not, or keep the choice"
@@ -100,7 +100,7 @@ def _unscaled(site: Site) -> tuple[Any, Site]:
 # --- choices that are summed out --------------------------------------------------------------------------------------
 
 
-def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Lifted:
+def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Table:
     """A finite choice: the table of its values, and its own density as a factor."""
     spec, name, shape = site.spec, ".".join(site.address), site.shape
     listed = None if spec.values is None else np.asarray(spec.values.value)
@@ -122,7 +122,7 @@ def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Lifted:
         values = np.broadcast_to(listed.reshape(-1, *(1,) * len(shape)), (len(listed), *shape))
         axes = tuple(i for i, size in enumerate(shape) if size > 1)
     variable = _variable(region, site, context, len(values), axes, None, copies if joint else 1)
-    value = Lifted(np.asarray(values, spec.dtype), {variable: axes})
+    value = Table(np.asarray(values, spec.dtype), {variable: axes})
     _prior(region, eqn, site, context, value)
     weights = context.given.get(site.name)
     if isinstance(weights, Weights):
@@ -131,7 +131,7 @@ def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Lifted:
             extra = jnp.sum(extra.reshape(-1, copies)[index, np.arange(copies)], -1)
             extra = extra.reshape(-1, *(1,) * len(shape))
             extra = extra * (np.arange(copies) == 0).reshape(shape)
-        region.weigh(Lifted(extra, {variable: axes}), site.address)
+        region.weigh(Table(extra, {variable: axes}), site.address)
     return value
 
 
@@ -146,7 +146,7 @@ def _joint_indices(region: Region, name: str, num_values: int, copies: int) -> n
     return np.indices((num_values,) * copies).reshape(copies, terms).T
 
 
-def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Lifted:
+def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table:
     """A choice that is integrated out: the table of its points, and its own density as a factor."""
     plan, spec, name, shape = region.plan, site.spec, ".".join(site.address), site.shape
     family = family_of(site.skeleton.unpack(range(site.skeleton.num_arrays))["d"], spec.event_shape)
@@ -172,14 +172,14 @@ def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Lifte
     plan.limit.check([variable], f"the choice {name!r}")
     region.placements[variable] = placement = placed(region, site, family)
     points = placement.points(family).reshape(-1, *shape).astype(spec.dtype)
-    value = Lifted(points, {variable: axes}, {variable: (1.0, True)})
+    value = Table(points, {variable: axes}, {variable: (1.0, True)})
     _prior(region, eqn, site, context, value)
     weights = context.given.get(site.name)
     if isinstance(weights, Weights):
         extra = weights.log_weights * family.statistic(points)
         own = extra.reshape(len(points), *copies, -1) if family.event else extra
         own = jnp.sum(own, -1) if family.event else own
-        region.weigh(Lifted(own, {variable: axes}), (PROBE,))
+        region.weigh(Table(own, {variable: axes}), (PROBE,))
     return value
 
 
@@ -205,7 +205,7 @@ def _variable(
     return found
 
 
-def _prior(region: Region, eqn: Any, site: Site, context: Context, value: Lifted) -> None:
+def _prior(region: Region, eqn: Any, site: Site, context: Context, value: Table) -> None:
     """Count the density of a choice that is summed out."""
     scale, site = _unscaled(site)
     certify(eqn, site, context, value)
@@ -222,10 +222,10 @@ def _prior(region: Region, eqn: Any, site: Site, context: Context, value: Lifted
         return own
 
     own = apply(log_prob, region.plan.limit, site.operands, value)
-    if is_lifted(own) and site.spec.discrete:
+    if is_table(own) and site.spec.discrete:
         # Sums of the least float, which some distributions give to what is impossible, would overflow.
         own = own.like(jnp.maximum(own.array, IMPOSSIBLE))
     region.weigh(own, site.address, scale)
     if not value.axes.keys() <= axes_of(own).keys():  # a uniform one says nothing, yet is summed
         nothing = jnp.zeros(value.array.shape, jnp.result_type(float))
-        region.weigh(Lifted(nothing, value.axes), site.address, scale)
+        region.weigh(Table(nothing, value.axes), site.address, scale)

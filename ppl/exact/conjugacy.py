@@ -24,7 +24,7 @@ from .families import Beta, Dirichlet, Family, Gamma, InverseGamma, base_of
 from .gaussian import Gaussian
 from .matrices import InverseWishart, Wishart
 from .region import addresses
-from .tables import Variable, axes_of, is_affine, is_lifted, variables_of
+from .tables import Variable, axes_of, is_affine, is_table, variables_of
 
 
 def family_of(d: Any, event_shape: tuple[int, ...]) -> Family | None:
@@ -145,7 +145,7 @@ def _is_quadratic(site: Site, leaves: list[Any], read: list[int]) -> bool:
         return here.log_prob(leaves[-1] if own else jnp.ones(site.shape, site.spec.dtype))
 
     avals = [
-        jax.ShapeDtypeStruct(x.shape if is_lifted(x) else jnp.shape(x), x.dtype) for x in leaves
+        jax.ShapeDtypeStruct(x.shape if is_table(x) else jnp.shape(x), x.dtype) for x in leaves
     ]
     return is_polynomial(log_density, avals, read, 2)
 

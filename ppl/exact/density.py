@@ -33,7 +33,7 @@ from .plan import Address, Options, Plan
 from .region import Lost, Region, addresses
 from .scores import Score, filled
 from .semirings import Semiring, log_sum
-from .tables import Entangled, Limit, is_lifted
+from .tables import Entangled, Limit, is_table
 
 R = TypeVar("R")
 
@@ -93,7 +93,7 @@ def score(
     for out in outs:
         if isinstance(out, Lost):
             raise ModelError(out.why)
-        if is_lifted(out):
+        if is_table(out):
             raise ReturnsChoice(
                 f"the return value depends on {addresses(out.axes)}, which is summed out and has no value: return "
                 "something else, and get it back with recover"

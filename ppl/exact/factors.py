@@ -16,7 +16,7 @@ import numpy as np
 from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import ModelError
 
-from .tables import Entangled, Lifted, Plate, Variable
+from .tables import Entangled, Plate, Table, Variable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,13 +32,13 @@ class Factor:
     scale: Any = None
     sites: tuple[str, ...] = ()
 
-    def as_table(self) -> Lifted:
+    def as_table(self) -> Table:
         """The factor as a table whose own axes are the plates."""
         own = [p.root() for p in self.plates]
         axes = {v: tuple(own.index(p.root()) for p in v.plates) for v in self.variables}
         n = len(self.variables)
         order = sorted(range(n), key=lambda i: self.variables[i].number)
-        return Lifted(jnp.transpose(self.table, [*order, *range(n, self.table.ndim)]), axes)
+        return Table(jnp.transpose(self.table, [*order, *range(n, self.table.ndim)]), axes)
 
     def total(self) -> jax.Array:
         """Its log density, when all variables are summed out."""
@@ -50,7 +50,7 @@ PROBE = "~probe"
 """The site of a factor that is zero, and there for its derivative only."""
 
 
-def labels_of(term: Lifted) -> list[Plate | None]:
+def labels_of(term: Table) -> list[Plate | None]:
     """For every axis of a value the plate that runs along it; plates that share one are merged."""
     labels: list[Plate | None] = [None] * len(term.shape)
     for variable, places in term.axes.items():
@@ -62,7 +62,7 @@ def labels_of(term: Lifted) -> list[Plate | None]:
     return labels
 
 
-def factor_of(term: Lifted, name: str, scale: Any = None) -> Factor:
+def factor_of(term: Table, name: str, scale: Any = None) -> Factor:
     """A density term as a factor: axes that no variable has copies along are summed.
 
     Raises:

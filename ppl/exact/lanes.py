@@ -19,14 +19,14 @@ from weft.ppl.stage.sites import Lane
 from .factors import Factor
 from .region import Lost, Region, addresses, rule
 from .tables import (
-    Axes,
     Entangled,
     Forms,
-    Lifted,
     Plate,
+    PlateAxes,
+    Table,
     Variable,
     axes_of,
-    is_lifted,
+    is_table,
     variables_of,
 )
 
@@ -119,7 +119,7 @@ class _End:
     def arrays(self) -> Any:
         """All that differs between lanes."""
         inner = self.inner
-        outs = [None if isinstance(x, Lost) else x.array if is_lifted(x) else x for x in self.outs]
+        outs = [None if isinstance(x, Lost) else x.array if is_table(x) else x for x in self.outs]
         keys = [inner.keys[v] for v in self.keyed]
         placements = [inner.placements[v] for v in self.placed]
         return outs, [f.table for f in inner.factors], inner.constant, keys, placements
@@ -151,7 +151,7 @@ class Entered:
     """An input of a vmap: its array, the table that it is to one lane, and the axis that is mapped."""
 
     array: Any
-    form: Lifted | None
+    form: Table | None
     axis: int | None
 
     def value(self, part: Any) -> Any:
@@ -198,9 +198,9 @@ class _Slices:
 
     def enter(self, x: Any, mapped: bool) -> Entered:
         """An input, as one lane reads it."""
-        if not is_lifted(x):
+        if not is_table(x):
             return Entered(x, None, 0 if mapped else None)
-        axes: Axes = {}
+        axes: PlateAxes = {}
         forms: Forms = {}
         for v, places in x.axes.items():
             inside, rest = v, tuple(p - mapped for p in places)
@@ -211,7 +211,7 @@ class _Slices:
             axes[inside] = rest
             if v in x.forms:
                 forms[inside] = x.forms[v]
-        return Entered(x.array, Lifted(x.array, axes, forms), len(x.axes) if mapped else None)
+        return Entered(x.array, Table(x.array, axes, forms), len(x.axes) if mapped else None)
 
     def enter_factor(self, factor: Factor) -> tuple[Factor, int]:
         """A factor over copies along the lane, and the axis of its table to map."""
@@ -238,9 +238,9 @@ class _Slices:
         return self.promoted[variable]
 
     def leave_value(self, old: Any, new: Any) -> Any:
-        if not is_lifted(old):
+        if not is_table(old):
             return new
-        axes: Axes = {}
+        axes: PlateAxes = {}
         forms: Forms = {}
         for v, places in old.axes.items():
             outside, shifted = v, [p + 1 for p in places]
@@ -253,7 +253,7 @@ class _Slices:
             axes[outside] = tuple(shifted)
             if v in old.forms:
                 forms[outside] = old.forms[v]
-        return Lifted(jnp.moveaxis(new, 0, len(old.axes)), axes, forms)
+        return Table(jnp.moveaxis(new, 0, len(old.axes)), axes, forms)
 
     def leave_factor(self, factor: Factor, table: Any) -> Factor:
         mine = [v for v in factor.variables if v in self.whole or v in self.promoted]

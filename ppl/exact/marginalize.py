@@ -1,10 +1,12 @@
 r"""Exact marginalisation: a model without some of its discrete choices.
 
 ``marginalize(model, "z")`` is a model of all other choices, with density $p(x) = \sum_z p(x, z)$. Drawing from it is
-drawing from the model; scoring it walks the model once with $z$ as a table of its values (``lifting``), collects the
-density terms as factors and sums them out (``elimination``). What depends on $z$ shows in the staged program, so that
-nothing has to be declared: copies along a ``vmap`` or a batch axis are summed one by one, a ``lax.scan`` is a Markov
-chain (``chains``), branches are tables as well.
+drawing from the model. Scoring it walks the model once: $z$ is a table of its values (``tables``), density terms are
+factors over such tables (``factors``), and these are summed out (``elimination``). What depends on $z$ shows in the
+staged program, so nothing has to be declared. Copies along a ``vmap`` or a batch axis are summed one by one
+(``lanes``), a ``lax.scan`` is a Markov chain (``chains``), and branches are tables as well (``branches``).
+
+This file is the transform. Its equation is scored in ``density``, by the handler in ``region``.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from .gaussian import Gaussian
 from .plan import Options, Plan
 from .region import Lost, Region
 from .scores import Score
-from .tables import Entangled, Lifted, Limit, Variable, is_affine, is_lifted, variables_of
+from .tables import Entangled, Limit, Table, Variable, is_affine, is_table, variables_of
 
 HANDED = "handed on"
 """Name of the choice by which a step reads what was handed on to it."""
@@ -128,7 +128,7 @@ class Walked:
 
     def depends(self, i: int) -> bool:
         """Whether an output depends on what is summed out."""
-        return is_lifted(self.outs[i]) or isinstance(self.outs[i], Lost)
+        return is_table(self.outs[i]) or isinstance(self.outs[i], Lost)
 
     def hand_on(self, outs: Sequence[int]) -> tuple[Form, list[jax.Array]]:
         """The message of some outputs.
@@ -140,7 +140,7 @@ class Walked:
         for x in values:
             if isinstance(x, Lost):
                 raise ModelError(x.why)
-        values = [x if is_lifted(x) else jnp.asarray(x) for x in values]
+        values = [x if is_table(x) else jnp.asarray(x) for x in values]
         region, chosen = self.region, variables_of(values)
         region.finish({v for f in region.factors for v in f.variables} - set(chosen))
         alpha = multiply([f for f in region.factors if f.variables])
@@ -160,7 +160,7 @@ class Walked:
         self, values: list[Any], chosen: list[Variable], alpha: Factor, names: str
     ) -> tuple[Form, list[jax.Array]]:
         for x in values:
-            if not jnp.issubdtype(x.dtype, jnp.inexact) or (is_lifted(x) and not is_affine(x)):
+            if not jnp.issubdtype(x.dtype, jnp.inexact) or (is_table(x) and not is_affine(x)):
                 raise ModelError(
                     f"filtering: the carry of the scan holds a function of {names} that is not affine: carry the "
                     "choice, and compute what is wanted of it in the next step"
@@ -209,9 +209,9 @@ def _finite(
     form = Form(tuple((tuple(x.shape), np.dtype(x.dtype)) for x in values), math.prod(sizes))
     tables = []
     for x in values:
-        own = x.axes if is_lifted(x) else {}
+        own = x.axes if is_table(x) else {}
         lead = [v.num_values if v in own else 1 for v in chosen]
-        array = x.array if is_lifted(x) else jnp.asarray(x)
+        array = x.array if is_table(x) else jnp.asarray(x)
         full = jnp.broadcast_to(jnp.reshape(array, (*lead, *x.shape)), (*sizes, *x.shape))
         tables.append(full.reshape(-1, *x.shape))
     log_probs = alpha.table.reshape(-1)
@@ -220,14 +220,14 @@ def _finite(
 
 def _corner(x: Any) -> jax.Array:
     """A table of normal choices where all are at the first point, zero."""
-    return x.array[(0,) * len(x.axes)] if is_lifted(x) else x
+    return x.array[(0,) * len(x.axes)] if is_table(x) else x
 
 
 def _slopes(x: Any, chosen: list[Variable], sizes: list[int]) -> jax.Array:
     """The derivative of an affine function, by each number of each choice; the axis of these comes last."""
     found = []
     for v, d in zip(chosen, sizes, strict=True):
-        if not isinstance(x, Lifted) or v not in x.axes:
+        if not isinstance(x, Table) or v not in x.axes:
             found.append(jnp.zeros((*x.shape, d), x.dtype))
             continue
         along = jnp.moveaxis(x.array, list(x.axes).index(v), -1)

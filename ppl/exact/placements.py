@@ -15,7 +15,7 @@ from weft.ppl.stage.sites import Site
 
 from .families import Family, Placement
 from .region import Region
-from .tables import apply, axes_of, is_lifted
+from .tables import apply, axes_of, is_table
 
 
 def placed(region: Region, site: Site, family: Family) -> Placement:
@@ -36,7 +36,7 @@ def placed(region: Region, site: Site, family: Family) -> Placement:
 
 def _likely(region: Region, x: Any, shape: tuple[int, ...]) -> jax.Array:
     """A table at likely values of its choices."""
-    array = x.array if is_lifted(x) else jnp.asarray(x)
+    array = x.array if is_table(x) else jnp.asarray(x)
     left = list(axes_of(x).items())
     while left:
         (variable, places), *left = left

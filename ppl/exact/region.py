@@ -28,7 +28,7 @@ from .elimination import sum_out
 from .factors import Factor, factor_of
 from .families import Placement
 from .plan import Address, Plan
-from .tables import Plate, Variable, equation, is_lifted, variables_of
+from .tables import Plate, Variable, equation, is_table, variables_of
 
 
 class Lost:
@@ -88,7 +88,7 @@ class Region(Handler):
             if sited and not _is_record(eqn):
                 raise ModelError(lost.why)
             return [lost] * len(eqn.outvars), {}, {}
-        tables = any(map(is_lifted, ins))
+        tables = any(map(is_table, ins))
         if not sited:
             return (equation(eqn, ins, self.plan.limit), {}, {}) if tables else None
         if tables or eqn.primitive is site_p or self.plan.holds(eqn, context.prefix):
@@ -108,7 +108,7 @@ class Region(Handler):
 
     def weigh(self, term: Any, address: Address, scale: Any = None) -> None:
         """Count a density term."""
-        if not is_lifted(term):
+        if not is_table(term):
             self.constant = self.constant + jnp.sum(term if scale is None else term * scale)
             return
         if scale is not None and jnp.ndim(scale):
@@ -181,7 +181,7 @@ def _cast(x: Any, aval: Any) -> Any:
     dtype = getattr(aval, "dtype", None)
     if isinstance(x, Lost) or dtype is None or x.dtype == dtype:
         return x
-    if is_lifted(x):
+    if is_table(x):
         return x.like(jax.lax.convert_element_type(x.array, dtype))
     return jax.lax.convert_element_type(x, dtype)
 

@@ -1,13 +1,13 @@
-r"""Values as tables over discrete choices: the arithmetic below exact marginalisation.
+r"""Values as tables over choices: the arithmetic below exact marginalisation.
 
-A choice $z$ that is summed out has no value while a program is scored; what is computed from it is a function of it.
-Such a function is kept as a table: a ``Lifted`` array has one leading axis for every choice it depends on, then its own
+A choice $z$ that is summed out has no value while a program is scored. What is computed from it is a function of it.
+Such a function is kept as a ``Table``: an array with one leading axis for every choice it depends on, then its own
 axes. Any JAX equation is applied to tables by ``jax.vmap`` over the leading axes, so nothing has to be known of it.
 
-A choice of shape $(N,)$ is $N$ choices $z_1 \ldots z_N$. A table over all of them would have $V^N$ entries. Where
-every element of a value reads at most the copy with its own index (it is *diagonal*), $V$ evaluations with all copies
-set to the same value say everything. That an equation keeps values diagonal is proved from what is known of it
-(``analysis.independence``); for every other equation the copies are *entangled*, which is an error.
+A choice of shape $(N,)$ is $N$ choices $z_1 \ldots z_N$. A table over all of them would have $V^N$ entries. But where
+every element of a value reads at most the copy with its own index (the value is *diagonal*), $V$ evaluations with all
+copies set to the same value say everything. That an equation keeps values diagonal is proved from what is known of it
+(``analysis.independence``). For every other equation the copies are *entangled*, which is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _numbers = itertools.count()
 
 
 class Plate:
-    """One axis of independent copies of a choice. Plates that are found to share their index are merged."""
+    """One axis of independent copies of a choice. Plates that turn out to share their index are merged."""
 
     __slots__ = ("name", "parent", "size")
 
@@ -57,13 +57,14 @@ class Plate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variable:
-    """A discrete choice that is summed out, one for every index of its plates.
+    """A choice that is summed out, one for every index of its plates.
 
     Attributes:
         address: dotted address of its site.
         num_values: how many values it may take.
         plates: the axes of its copies.
-        family: of a continuous choice, which is integrated out; its table is over points (``conjugacy``).
+        family: of a continuous choice, which is integrated out; its table is over points (``families``).
+        number: variables are ordered by it.
     """
 
     address: str
@@ -76,29 +77,36 @@ class Variable:
         return f"Variable({self.address}, {self.num_values})"
 
 
-Axes = dict[Variable, tuple[int, ...]]
+PlateAxes = dict[Variable, tuple[int, ...]]
+"""For each variable that a value depends on: which of the value's own axes are its plates."""
+
 Forms = dict[Variable, tuple[float, bool]]
-"""Of a normal choice: (1, ...), an affine function of all normal choices together. Of another: a multiple of this power
-of it, and whether it is the choice itself."""
+"""What kind of function of continuous choices a value is, where that is known.
+
+For a normal choice the entry is (1, ...): the value is affine in all normal choices together. For any other choice it
+is the power of which the value is a multiple, and whether the value is the choice itself.
+"""
 
 
-class Lifted:
-    """A table: ``array`` leads with one axis for each variable in ``axes``, in the order of their numbers.
+class Table:
+    """A value that depends on choices which are summed out, at each of their values.
 
-    ``axes`` tells for every variable which of the value's own axes are its plates; ``forms`` what kind of function it
-    is of continuous ones, where that is known.
+    Attributes:
+        array: leads with one axis for each variable, in the order of their numbers; then come the value's own axes.
+        axes: the variables, and which of the value's own axes are their plates.
+        forms: what kind of function the value is of continuous variables.
     """
 
     __slots__ = ("array", "axes", "forms")
 
-    def __init__(self, array: Any, axes: Axes, forms: Forms | None = None) -> None:
+    def __init__(self, array: Any, axes: PlateAxes, forms: Forms | None = None) -> None:
         self.array = array
         self.axes = dict(sorted(axes.items(), key=lambda item: item[0].number))
         self.forms = {} if forms is None else forms
 
-    def like(self, array: Any) -> Lifted:
+    def like(self, array: Any) -> Table:
         """Another table of the same kind."""
-        return Lifted(array, self.axes, self.forms)
+        return Table(array, self.axes, self.forms)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,11 +118,11 @@ class Lifted:
         return self.array.dtype
 
     def __repr__(self) -> str:
-        return f"Lifted({', '.join(v.address for v in self.axes)}; {self.dtype}{list(self.shape)})"
+        return f"Table({', '.join(v.address for v in self.axes)}; {self.dtype}{list(self.shape)})"
 
 
-def axes_of(x: Any) -> Axes:
-    return x.axes if isinstance(x, Lifted) else {}
+def axes_of(x: Any) -> PlateAxes:
+    return x.axes if isinstance(x, Table) else {}
 
 
 def variables_of(xs: Iterable[Any]) -> list[Variable]:
@@ -123,8 +131,8 @@ def variables_of(xs: Iterable[Any]) -> list[Variable]:
     return sorted(found, key=lambda v: v.number)
 
 
-def is_lifted(x: Any) -> bool:
-    return isinstance(x, Lifted)
+def is_table(x: Any) -> bool:
+    return isinstance(x, Table)
 
 
 def num_terms(variables: Iterable[Variable]) -> int:
@@ -132,7 +140,10 @@ def num_terms(variables: Iterable[Variable]) -> int:
 
 
 class Entangled(ModelError):
-    """Copies of a choice meet in one equation, or a table would be too large."""
+    """Copies of a choice meet in one equation, or a table would be too large.
+
+    ``addresses`` are those of normal choices, of which the copies could be integrated jointly.
+    """
 
     addresses: frozenset[str] = frozenset()
 
@@ -185,13 +196,13 @@ class Limit:
 
 
 def apply(f: Callable[..., Any], limit: Limit, *args: Any) -> Any:
-    """``f(*args)`` where leaves of ``args`` may be lifted; leaves of what it returns then are, too."""
-    leaves, treedef = jax.tree.flatten(args, is_leaf=is_lifted)
-    if not any(map(is_lifted, leaves)):
+    """``f(*args)`` where leaves of ``args`` may be tables; leaves of what it returns then are, too."""
+    leaves, treedef = jax.tree.flatten(args, is_leaf=is_table)
+    if not any(map(is_table, leaves)):
         return f(*args)
     avals = [
         jax.ShapeDtypeStruct(
-            x.shape if is_lifted(x) else jnp.shape(x),
+            x.shape if is_table(x) else jnp.shape(x),
             getattr(x, "dtype", None) or jnp.result_type(x),
         )
         for x in leaves
@@ -203,7 +214,7 @@ def apply(f: Callable[..., Any], limit: Limit, *args: Any) -> Any:
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any], limit: Limit) -> list[Any]:
-    """Evaluate a jaxpr without sites on values of which some are lifted."""
+    """Evaluate a jaxpr without sites on values of which some are tables."""
     return jaxprs.evaluate(jaxpr, args, lambda eqn, ins: equation(eqn, ins, limit))
 
 
@@ -215,50 +226,57 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     if is_call(eqn):
         return evaluate(inner_jaxprs(eqn)[0], ins, limit)
     limit.check(variables, f"the equation {eqn.primitive.name!r}{where_in_source(eqn)}")
-    out_axes: list[Axes] = [{} for _ in eqn.outvars]
+    out_axes = _plate_axes(eqn, ins, variables)
+    f: Callable[..., Any] = functools.partial(_bind, eqn)
+    for variable in reversed(variables):
+        f = jax.vmap(f, [0 if variable in axes_of(x) else None for x in ins])
+    outs = folded(eqn, [x.array if isinstance(x, Table) else x for x in ins], f)
+    forms = forms_of(eqn, ins, variables)
+    return [_trim(out, variables, axes, forms) for out, axes in zip(outs, out_axes, strict=True)]
+
+
+def _plate_axes(eqn: Any, ins: list[Any], variables: list[Variable]) -> list[PlateAxes]:
+    """For each result of an equation the variables it depends on, and where their plates are."""
+    out_axes: list[PlateAxes] = [{} for _ in eqn.outvars]
     for variable in variables:
-        aligned: list[list[int]] = [[] for _ in eqn.outvars]
+        aligned: list[list[int | None]] = [[] for _ in eqn.outvars]
         for i, plate in enumerate(variable.plates):
             places = [axes_of(x)[variable][i] if variable in axes_of(x) else None for x in ins]
             try:
                 found = align(eqn, places)
             except Unaligned as e:
-                error = Entangled(entangled(variable, plate, eqn, str(e)))
-                if variable.family is not None and variable.family.quadratic:
-                    error.addresses = frozenset({variable.address})
-                raise error from None
+                raise _entangled(variable, plate, eqn, str(e)) from None
             for out, place in zip(aligned, found, strict=True):
-                out.append(-1 if place is None else place)
-        for out, places in zip(out_axes, aligned, strict=True):
-            if -1 not in places:
-                out[variable] = tuple(places)
-    f: Callable[..., Any] = functools.partial(_bind, eqn)
-    for variable in reversed(variables):
-        f = jax.vmap(f, [0 if variable in axes_of(x) else None for x in ins])
-    outs = folded(eqn, [x.array if isinstance(x, Lifted) else x for x in ins], f)
-    forms = forms_of(eqn, ins, variables)
-    return [_trim(out, variables, axes, forms) for out, axes in zip(outs, out_axes, strict=True)]
+                out.append(place)
+        for axes, places in zip(out_axes, aligned, strict=True):
+            known = [p for p in places if p is not None]
+            if len(known) == len(places):
+                axes[variable] = tuple(known)
+    return out_axes
 
 
 def _bind(eqn: Any, *args: Any) -> list[Any]:
     return bind(eqn, args)
 
 
-def _trim(array: Any, variables: list[Variable], axes: Axes, forms: Forms) -> Any:
+def _trim(array: Any, variables: list[Variable], axes: PlateAxes, forms: Forms) -> Any:
     """A result that leads with all ``variables``; those that it does not depend on are dropped."""
     for i in reversed(range(len(variables))):
         if variables[i] not in axes:
             array = jax.lax.index_in_dim(array, 0, i, keepdims=False)
-    return Lifted(array, axes, {v: f for v, f in forms.items() if v in axes}) if axes else array
+    return Table(array, axes, {v: f for v, f in forms.items() if v in axes}) if axes else array
 
 
-def entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> str:
-    return (
+def _entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> Entangled:
+    error = Entangled(
         f"the {plate.size} copies of {variable.address!r} along {plate.name} are not independent: the equation "
         f"{eqn.primitive.name!r}{where_in_source(eqn)} {why}. Exact summing goes copy by copy, and must see that each "
         f"number reads one copy only; where copies do meet, marginalize(model, {variable.address!r}, joint=True) sums "
         f"over all {variable.num_values}^{plate.size} joint values"
     )
+    if variable.family is not None and variable.family.quadratic:
+        error.addresses = frozenset({variable.address})
+    return error
 
 
 # --- which functions of continuous choices equations compute ----------------------------------------------------------
