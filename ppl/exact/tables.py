@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from weft.ppl.analysis.affinity import UNKNOWN, is_linear, multiple_of, power_of
 from weft.ppl.analysis.constants import folded
 from weft.ppl.analysis.independence import Unaligned, align
-from weft.ppl.stage import jaxprs
 from weft.ppl.stage.compat import bind, inner_jaxprs, where_in_source
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.jaxprs import is_call
+from weft.ppl.stage.jaxprs import evaluate, is_call
 
 _numbers = itertools.count()
 
@@ -210,12 +209,8 @@ def apply(f: Callable[..., Any], limit: Limit, *args: Any) -> Any:
     closed, shape = jax.make_jaxpr(
         lambda *xs: f(*jax.tree.unflatten(treedef, xs)), return_shape=True
     )(*avals)
-    return jax.tree.unflatten(jax.tree.structure(shape), evaluate(closed, leaves, limit))
-
-
-def evaluate(jaxpr: Any, args: Sequence[Any], limit: Limit) -> list[Any]:
-    """Evaluate a jaxpr without sites on values of which some are tables."""
-    return jaxprs.evaluate(jaxpr, args, lambda eqn, ins: equation(eqn, ins, limit))
+    outs = evaluate(closed, leaves, functools.partial(equation, limit=limit))
+    return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
 def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
@@ -224,7 +219,7 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     if not variables:
         return bind(eqn, ins)
     if is_call(eqn):
-        return evaluate(inner_jaxprs(eqn)[0], ins, limit)
+        return evaluate(inner_jaxprs(eqn)[0], ins, functools.partial(equation, limit=limit))
     limit.check(variables, f"the equation {eqn.primitive.name!r}{where_in_source(eqn)}")
     out_axes = _plate_axes(eqn, ins, variables)
     f: Callable[..., Any] = functools.partial(_bind, eqn)

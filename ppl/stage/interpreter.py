@@ -34,7 +34,7 @@ from .compat import (
 from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
 from .errors import DensityError
-from .jaxprs import inputs, read, run
+from .jaxprs import inputs, read, steps
 from .sites import Site, site_p
 from .structure import (
     anonymous_name,
@@ -215,21 +215,17 @@ def walk(jaxpr: Any, args: Any, context: Context) -> Result:
     """Evaluate the equations of a jaxpr in order, each as the handler says, or by its rule, or as it is."""
     opened, _ = open_jaxpr(jaxpr)
     frame = Frame(opened, inputs(jaxpr, args), outer=context.frame)
-    here = dataclasses.replace(context, frame=frame)
+    context = dataclasses.replace(context, frame=frame)
     records: Records = {}
     terms = context.handler.terms()
-
-    def equation(eqn: Any, ins: list[Any]) -> list[Any]:
-        nonlocal here, terms
-        outs, found, more = step(eqn, ins, here)
+    for eqn, ins in steps(opened.eqns, frame.values):
+        outs, found, more = step(eqn, ins, context)
         if eqn_holds_sites(eqn):
-            here = here.after(eqn)
+            context = context.after(eqn)
         records.update(found)
         terms = _add(terms, more)
+        frame.values.update(zip(eqn.outvars, outs, strict=True))
         frame.at += 1
-        return outs
-
-    run(opened.eqns, frame.values, equation)
     return [read(v, frame.values) for v in opened.outvars], records, terms
 
 

@@ -182,10 +182,18 @@ def read(v: Any, values: Values) -> Any:
     return v.val if isinstance(v, Literal) else values[v]
 
 
+def steps(eqns: Sequence[Any], values: Values) -> Iterator[tuple[Any, list[Any]]]:
+    """Equations in order, each with its operands' values; who takes them adds the results to ``values``.
+
+    It is for loops that nest. JAX records the Python stack at every equation, and a callback would make it deeper.
+    """
+    for eqn in eqns:
+        yield eqn, [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+
+
 def run(eqns: Sequence[Any], values: Values, equation: Equation | None = None) -> Values:
     """Evaluate equations in order; their results are added to ``values``."""
-    for eqn in eqns:
-        ins = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+    for eqn, ins in steps(eqns, values):
         outs = None if equation is None else equation(eqn, ins)
         values.update(zip(eqn.outvars, bind(eqn, ins) if outs is None else outs, strict=True))
     return values
