@@ -1,4 +1,4 @@
-"""Functions of choices whose means tell laws apart, and their exact means where these can be had."""
+"""Functions of choices whose means tell laws apart, and their exact means if these can be computed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Functions = Mapping[str, Callable[[dict[str, Any]], Any]]
 
 
 def complete(choices: Any, target: Target, what: str) -> dict[str, Any]:
-    """Every latent choice once, in the shape and dtype of its site."""
+    """One draw as arrays, with every latent choice in the shape and dtype of its site."""
     flat = flatten(choices) if isinstance(choices, Mapping) else {}
     absent = [a for a in target.latents if a not in flat]
     if absent:
@@ -52,7 +52,7 @@ def complete(choices: Any, target: Target, what: str) -> dict[str, Any]:
 
 
 def settled(choices: Any, target: Target, what: str) -> dict[str, Any]:
-    """The latent choices of one draw; those in a branch not taken have their first value, or 0."""
+    """The latent choices of one draw. Choices in a branch that is not taken have their first value, or 0."""
     choices = complete(choices, target, what)
     if not may_idle(target):
         return choices
@@ -71,7 +71,7 @@ def settled(choices: Any, target: Target, what: str) -> dict[str, Any]:
 
 
 class Features(NamedTuple):
-    """Functions of settled choices: labels of the elements of each, and all of them in one array."""
+    """Functions of settled choices: the labels of their elements, and all values in one array."""
 
     labels: dict[str, list[str]]
     of: Callable[[dict[str, Any]], Array]
@@ -93,9 +93,10 @@ def functions_of(
     what: str,
     pilot: tuple[Callable[..., Any], PRNGKeyArray] | None = None,
 ) -> Features:
-    """The functions to look at, the user's or the usual; only those whose mean is known, if there is no `pilot`.
+    """The functions to compare: those of the user, or the usual ones.
 
-    `pilot` is a function from keys to exact draws and a key: from these come the quantiles of what is not finite.
+    `pilot` is a function from keys to exact draws, and a key. The quantiles of choices that are not finite come from
+    these draws. Without `pilot`, only functions whose mean is known are taken.
     """
     if functions is not None:
         parts = {name: _own(name, f, target) for name, f in functions.items()}
@@ -125,7 +126,7 @@ def functions_of(
 
 
 def _own(name: str, function: Callable[[dict[str, Any]], Any], target: Target) -> _Part:
-    """A function of the user's."""
+    """A function that the user gives."""
     shape = jax.eval_shape(function, target.latent_shapes()).shape
     return [name + place for place in _places(shape)], function
 
@@ -201,7 +202,7 @@ def _short(value: Any) -> str:
 
 
 def integral(target: Target, features: Features, choices: Any, weights: Array) -> Array:
-    """Sums of all functions over weighted draws; where the weight is zero, nothing is asked of them."""
+    """Sums of all functions over weighted draws. Draws of weight zero may have any value."""
     values = jax.vmap(lambda x: features.of(settled(x, target, "the sampler")))(choices)
     w = weights[:, None]
     return jnp.sum(jnp.where(w == 0, 0, w * values.astype(w.dtype)), axis=0)
@@ -211,7 +212,7 @@ def integral(target: Target, features: Features, choices: Any, weights: Array) -
 
 
 def enumerated(target: Target) -> Particles | None:
-    """All values of the latent choices with their probabilities, where they are finite and not too many."""
+    """All values of the latent choices with their probabilities, if they are finite and not too many."""
     every = enumeration(max_terms=MAX_TERMS)
     try:
         every.check(target)
@@ -221,7 +222,7 @@ def enumerated(target: Target) -> Particles | None:
 
 
 def every_value(target: Target, exact: Particles) -> dict[str, Any]:
-    """The choices of an enumeration, of which the first varies slowest; idle ones, too, which it has at zero."""
+    """The choices of an enumeration, the first of which varies slowest. Idle choices are zero."""
     flat, found = flatten(exact.choices), {}
     missing = {a: np.asarray(target.missing.get(a, range(flat[a][0].size))) for a in target.latents}
     supports = {a: np.asarray(target.sites[a].values) for a in target.latents}
@@ -238,7 +239,7 @@ def every_value(target: Target, exact: Particles) -> dict[str, Any]:
 def exact_evidence(
     target: Target, exact: Particles | None, given: float | None, what: str
 ) -> float:
-    """The log evidence: as given, by enumeration, or with everything summed and integrated out."""
+    """The log evidence: as given, by enumeration, or by summing and integrating everything out."""
     if given is not None:
         return float(given)
     if exact is not None:
@@ -262,7 +263,7 @@ def exact_means(
     exact: Particles | None,
     expected: Mapping[str, Any] | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Means of the functions under the target and, where it is known, their variance."""
+    """The means of the functions under the target, and their variance if it is known."""
     if expected is not None:
         found = [np.zeros(0)]
         for name, labels in features.labels.items():

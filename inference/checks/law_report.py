@@ -1,4 +1,4 @@
-"""The outcome of checking a law: comparisons of means with what they should be, as a table and a verdict."""
+"""Reports of checks: comparisons of means with what they should be, as a table and a verdict."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class LawRow:
     """One comparison.
 
     Attributes:
-        name: what was averaged.
+        name: the function that was averaged.
         estimate: the mean over the runs.
-        expected: what it should be.
-        error: standard error of the difference.
+        expected: the exact mean.
+        error: the standard error of the difference.
         z: the difference in standard errors.
     """
 
@@ -32,16 +32,16 @@ class LawRow:
 
 @dataclasses.dataclass(frozen=True)
 class LawReport(Printed):
-    """Whether a sampler obeys a law. Prints as a table and a verdict; true if it passed.
+    """The report on whether a sampler obeys a law. It prints as a table and a verdict.
 
     Attributes:
         law: the law, in words.
         rows: the comparisons.
-        threshold: beyond so many standard errors a comparison is refused (Student's t, by Bonferroni's inequality
-            for all rows together).
-        false_alarm: how probable it is, at most, that a right sampler is refused.
-        num_runs: independent runs of the sampler.
-        notes: what else there is to say.
+        threshold: a comparison beyond so many standard errors is refused. It is a quantile of Student's t, by
+            Bonferroni's inequality for all rows together.
+        false_alarm: the probability, at most, that a correct sampler is refused.
+        num_runs: the number of independent runs of the sampler.
+        notes: further remarks.
     """
 
     law: str
@@ -52,7 +52,7 @@ class LawReport(Printed):
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> LawRow:
-        """The row of a name."""
+        """The row with a name."""
         for row in self.rows:
             if row.name == name:
                 return row
@@ -60,7 +60,7 @@ class LawReport(Printed):
 
     @property
     def refused(self) -> tuple[LawRow, ...]:
-        """The comparisons that failed, the worst first; what is no number failed, too."""
+        """The comparisons that failed, the worst first. A result that is not a number failed, too."""
         failed = [row for row in self.rows if not abs(row.z) <= self.threshold]
         return tuple(sorted(failed, key=_distance))
 
@@ -115,7 +115,7 @@ def _distance(row: LawRow) -> float:
 def least_error(spread: np.ndarray | None, size: float) -> np.ndarray | float:
     """The standard error of as many independent draws of the target.
 
-    Where next to no run met a value, the spread of the runs is too small, or zero; this holds up.
+    It is a lower bound for the error. If hardly any run met a value, the spread of the runs is too small, or zero.
     """
     return 0.0 if spread is None else np.sqrt(spread / size)
 
@@ -127,7 +127,7 @@ def compare(
     least: np.ndarray | float = 0.0,
     rounding: float = 1.0,
 ) -> list[LawRow]:
-    """Means of `(run, function)` against what is expected; `rounding` is the size of the log weights."""
+    """Compare means of `(run, function)` with what is expected. `rounding` is the size of the log weights."""
     eps, values = np.finfo(values.dtype).eps, np.asarray(values, float)
     error = np.maximum(values.std(0, ddof=1) / math.sqrt(len(values)), least)
     # A log weight of size L is known up to some units of its last place, eps L.
@@ -137,7 +137,7 @@ def compare(
 
 
 def compare_pairs(names: list[str], before: np.ndarray, after: np.ndarray) -> list[LawRow]:
-    """Means after and before, with the error of their difference."""
+    """Compare means after with means before, with the error of their difference."""
     eps, n = np.finfo(before.dtype).eps, len(before)
     before, after = np.asarray(before, float), np.asarray(after, float)
     error = np.hypot(
@@ -147,7 +147,7 @@ def compare_pairs(names: list[str], before: np.ndarray, after: np.ndarray) -> li
 
 
 def compare_flows(names: list[str], before: np.ndarray, after: np.ndarray) -> list[LawRow]:
-    """Means of g(before) h(after) against those of h(before) g(after), for every two functions."""
+    """Compare means of g(before) h(after) with those of h(before) g(after), for every two functions."""
     eps, n = np.finfo(before.dtype).eps, len(before)
     before, after = np.asarray(before, float), np.asarray(after, float)
     there = before.T @ after / n

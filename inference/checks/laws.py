@@ -47,36 +47,37 @@ def check_proper_weighting(
     traced: bool = True,
     false_alarm: float = 1e-3,
 ) -> LawReport:
-    r"""Whether weighted draws estimate integrals under the unnormalised target $\gamma$ without bias.
+    r"""Check that weighted draws estimate integrals under the unnormalised target $\gamma$ without bias.
 
-    The law, for every function $g$ and any number of particles, with $\hat Z$ the estimate of the evidence and $W_i$
-    the normalised weights:
+    The law holds for every function $g$ and any number of particles. Write $\hat Z$ for the estimate of the evidence,
+    and $W_i$ for the normalised weights. Then
 
     $$E[\hat Z \sum_i W_i g(x_i)] = \int g \, d\gamma.$$
 
     Importance sampling and every stage of sequential Monte Carlo obey it exactly. Both sides are divided by the
-    evidence, so that the row `"evidence"` expects one. The other functions are, unless given, the probabilities of all
-    values of each finite choice, and of all joint values if there are at most 64: together these are the whole law.
+    evidence, so the row `"evidence"` expects one. The other functions are by default the indicators of all values of
+    each finite choice, and of all joint values if there are at most 64. Together these are the whole law.
 
-    The standard error comes from the spread of independent runs. It lies where weights have no variance, which happens
-    if the proposal has lighter tails than the target: the mean of the runs is then too low most of the time, its error
-    looks small, and a right sampler may be refused. A note says so if the tail of the runs' evidence looks that heavy.
+    The standard error comes from the spread of independent runs. It misleads if weights have no variance, which happens
+    if the proposal has lighter tails than the target. Then the mean of the runs is too low most of the time, its error
+    looks small, and a correct sampler may be refused. A note says so if the tail of the runs' evidence looks that
+    heavy.
 
     Args:
-        sampler: an algorithm, whose `run(key, target)` gives `Particles`; or a function of a key that gives
-            `Particles` or a pair `(choices, log_weights)`, whose mean weight estimates the evidence: arrays that lead
-            with the particle, or a single draw with a scalar.
-        target: what it samples.
+        sampler: an algorithm whose `run(key, target)` gives `Particles`; or a function of a key that gives `Particles`
+            or a pair `(choices, log_weights)`. The pair holds arrays that lead with the particle, or a single draw with
+            a scalar. Its mean weight estimates the evidence.
+        target: the target that is sampled.
         key: a random key.
-        functions: by name, functions of the latent choices of one particle to arrays, instead of the usual ones. In a
-            branch not taken, choices have their first value, or 0.
-        expected: what the functions' means under the normalised target are; where latent choices are not finite, only
-            functions named here are looked at. The usual ones of a continuous choice are `"x"` and `"x^2"`.
-        log_evidence: the log evidence, where neither enumeration nor `marginalize` finds it.
-        num_runs: independent runs.
-        batch_size: how many of them at once; bounds memory.
-        traced: whether JAX can trace the sampler; otherwise it is called run by run.
-        false_alarm: how probable it may be that a right sampler is refused.
+        functions: functions by name, from the latent choices of one particle to arrays, instead of the usual ones. In a
+            branch that is not taken, choices have their first value, or 0.
+        expected: the means of the functions under the normalised target. If latent choices are not finite, only
+            functions that are named here are compared. For a continuous choice the usual ones are `"x"` and `"x^2"`.
+        log_evidence: the log evidence, if neither enumeration nor `marginalize` finds it.
+        num_runs: the number of independent runs.
+        batch_size: the number of runs at once. It bounds memory.
+        traced: whether JAX can trace the sampler. If not, it is called run by run.
+        false_alarm: the probability with which a correct sampler may be refused.
 
     Returns:
         The report.
@@ -151,28 +152,28 @@ def check_marginals(
     traced: bool = True,
     false_alarm: float = 1e-3,
 ) -> LawReport:
-    r"""Whether draws of a sampler have the marginals of the target.
+    r"""Check that draws of a sampler have the marginals of the target.
 
-    Each run gives the mean of every function: over all draws of all chains, or the weighted mean
-    $\sum_i W_i g(x_i)$ over particles. The mean over runs is compared with the exact one; its standard error comes from
-    the spread of the runs, so that neither autocorrelation nor resampling has to be accounted for.
+    Each run gives the mean of every function: over all draws of all chains, or the weighted mean $\sum_i W_i g(x_i)$
+    over particles. The mean over runs is compared with the exact one. Its standard error comes from the spread of the
+    runs, so neither autocorrelation nor resampling has to be accounted for.
 
-    Such means are biased in a right sampler, too: a ratio of estimates by some 1/N of the spread of $g$, a Markov chain
-    by where it began. The more runs, the smaller a bias is noticed: with R runs of N draws it is of the order
-    $\sqrt{R / N}$ standard errors. So take few runs and many draws; `check_proper_weighting` and `check_invariance`
-    have no such limit.
+    Such means are biased in a correct sampler, too. A ratio of estimates is biased by some 1/N of the spread of $g$,
+    and a Markov chain by its first point. More runs notice a smaller bias: with R runs of N draws the bias is of the
+    order of $\sqrt{R / N}$ standard errors. So take few runs and many draws. `check_proper_weighting` and
+    `check_invariance` have no such limit.
 
     Args:
-        sampler: an algorithm, whose `run(key, target)` gives `Draws` or `Particles`; or a function of a key that gives
+        sampler: an algorithm whose `run(key, target)` gives `Draws` or `Particles`; or a function of a key that gives
             one of these or a pair `(choices, log_weights)`.
-        target: what it samples.
+        target: the target that is sampled.
         key: a random key.
         functions: as for `check_proper_weighting`.
         expected: as for `check_proper_weighting`.
-        num_runs: independent runs.
-        batch_size: how many of them at once; bounds memory.
-        traced: whether JAX can trace the sampler; otherwise it is called run by run.
-        false_alarm: how probable it may be that a right sampler is refused, were it not biased.
+        num_runs: the number of independent runs.
+        batch_size: the number of runs at once. It bounds memory.
+        traced: whether JAX can trace the sampler. If not, it is called run by run.
+        false_alarm: the probability with which a correct sampler may be refused if it has no bias.
 
     Returns:
         The report.
@@ -236,40 +237,40 @@ def check_invariance(
     traced: bool = True,
     false_alarm: float = 1e-3,
 ) -> LawReport:
-    r"""Whether a Markov kernel leaves the law $p$ of the target as it is: $\sum_x p(x) K(x, \cdot) = p$.
+    r"""Check that a Markov kernel leaves the law $p$ of the target invariant: $\sum_x p(x) K(x, \cdot) = p$.
 
     Every run starts at an exact draw $x$ of the target, and goes to $x'$. Then $E[g(x') - g(x)] = 0$ for every function
-    $g$, and if the kernel is reversible, $E[g(x) h(x') - h(x) g(x')] = 0$ for every two. The differences of each run
-    are averaged, so that a kernel with small steps is tested as sharply as one with large steps; for indicators of
+    $g$. If the kernel is reversible, $E[g(x) h(x') - h(x) g(x')] = 0$ for every two functions. The differences of each
+    run are averaged, so a kernel with small steps is tested as sharply as one with large steps. For indicators of
     values these are McNemar's test, and Bowker's test of detailed balance. With a reversible kernel the differences are
-    symmetric about zero, for which the test keeps its size whatever the tails.
+    symmetric about zero, and then the test keeps its size whatever the tails.
 
-    The functions are, unless given, the indicators of all values of each finite choice, and of all joint values if
-    there are at most 64; of another choice, its elements, their squares, and whether they are below each of five
-    quantiles; and the log density.
+    The default functions are, for each finite choice, the indicators of all its values, and of all joint values if
+    there are at most 64. For other choices they are the elements, their squares, and whether they are below each of
+    five quantiles. The log density is always one of the functions.
 
-    To leave a law invariant is not to converge to it: a kernel that never moves passes.
+    Invariance is not convergence: a kernel that never moves passes.
 
     Args:
-        kernel: a kernel with `move(key, choices, target)`, or a function `(key, choices, target)`, that gives the next
+        kernel: a kernel with `move(key, choices, target)`, or a function `(key, choices, target)`. It gives the next
             choices, or a pair of them and anything else.
-        target: what it is to leave invariant.
+        target: the target whose law is to stay invariant.
         key: a random key.
-        draw: an exact draw of the target's latent choices from a key; needed where they are not finite. A choice in a
-            branch not taken is drawn from its prior there, which kernels leave to it.
-        functions: by name, functions of the latent choices to arrays, instead of the usual ones.
-        num_steps: how often the kernel is applied; more steps let small errors add up.
+        draw: a function from a key to an exact draw of the target's latent choices. It is needed if they are not
+            finite. A choice in a branch that is not taken must be drawn from its prior there.
+        functions: functions by name, from the latent choices to arrays, instead of the usual ones.
+        num_steps: the number of times that the kernel is applied. More steps let small errors add up.
         reversible: whether to test detailed balance, too.
-        num_runs: independent runs.
-        batch_size: how many of them at once; bounds memory.
-        traced: whether JAX can trace the kernel; otherwise it is called run by run.
-        false_alarm: how probable it may be that a right kernel is refused.
+        num_runs: the number of independent runs.
+        batch_size: the number of runs at once. It bounds memory.
+        traced: whether JAX can trace the kernel. If not, it is called run by run.
+        false_alarm: the probability with which a correct kernel may be refused.
 
     Returns:
-        The report; its column "expected" has the means before the moves.
+        The report. Its column "expected" has the means before the moves.
 
     Raises:
-        WeftError: if exact draws cannot be had, or a move changes the structure, shapes or dtypes of the choices.
+        WeftError: if there are no exact draws, or if a move changes the structure, shapes or dtypes of the choices.
 
     References:
         Geweke (2004), "Getting it right", for tests of this kind; McNemar (1947); Bowker (1948).
@@ -324,7 +325,7 @@ def check_invariance(
 
 
 class _Weighted(NamedTuple):
-    """Draws `(particle, ...)`; weights that sum to the evidence; how many draws this is, infinitely many if exact."""
+    """Draws `(particle, ...)`, weights that sum to the evidence, and the number of draws (infinite if exact)."""
 
     choices: dict[str, Any]
     log_weights: Array
@@ -345,7 +346,7 @@ def _runner(sampler: Any, target: Target, what: str) -> Callable[[PRNGKeyArray],
 
 
 def _weighted(result: Any, target: Target, what: str) -> _Weighted:
-    """What a run gives, in one form."""
+    """The result of a run, in one form."""
     exact = False
     if isinstance(result, Draws):
         choices = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result.choices)
@@ -393,7 +394,7 @@ def _repeat(
     *,
     traced: bool,
 ) -> np.ndarray:
-    """What is measured of independent runs, `(run, ...)`."""
+    """The measurements of independent runs, `(run, ...)`."""
     keys = jax.random.split(as_key(key), num_runs)
     if not traced:
         measured = jax.jit(measure)
