@@ -2,10 +2,10 @@
 
 from . import kernels as kernels
 from . import testing as testing
+from .markov.hamiltonian import hmc as hmc
+from .markov.hamiltonian import nuts as nuts
 from .markov.initialisation import InitStrategy as InitStrategy
 from .markov.mcmc import mcmc as mcmc
-from .markov.samplers import hmc as hmc
-from .markov.samplers import nuts as nuts
 from .particles.conditional import backward_sampling as backward_sampling
 from .particles.conditional import particle_gibbs as particle_gibbs
 from .particles.feynman_kac import FeynmanKac as FeynmanKac

@@ -1,7 +1,11 @@
-"""Kernels of kernels: on some of the choices, one after the other, at random, several times."""
+"""Kernels of kernels: on some of the choices, one after the other, at random, several times.
+
+Each is written once, as a move of warm-up; a move by itself is one with nothing to learn.
+"""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
+from weft.inference.run.adaptation import Phase
 from weft.ppl import Target
 from weft.ppl.analysis.dependence import site_inputs
 from weft.ppl.stage.addresses import Address, dotted, flatten, unflatten
@@ -19,7 +24,36 @@ from weft.ppl.stage.errors import DensityError, WeftError
 from .kernel import Choices, Info, Kernel, chosen, entered, idling, pooled, unchanged
 
 
-class block(Kernel):
+class Combinator(Kernel):
+    """Base of the kernels of kernels. A warm-up tunes what their parts have to tune."""
+
+    @abc.abstractmethod
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
+    ) -> tuple[Choices, Info, Any]:
+        """A move with what `tuning` has for the parts; where it is None, with the parts as they are."""
+
+    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+        return self.warm(key, choices, target, None, None)[:2]
+
+
+class Several(Combinator):
+    """Base of `cycle` and `mixture`, which have a field `kernels`: what is tuned of the i-th has the name "i"."""
+
+    def tuning(self: Any, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
+        keys = jax.random.split(key, len(self.kernels))
+        found = {
+            str(i): kernel.tuning(own, choices, target)
+            for i, (own, kernel) in enumerate(zip(keys, self.kernels, strict=True))
+        }
+        return {i: tuning for i, tuning in found.items() if tuning is not None} or None
+
+    def tuned(self: Any, values: Any) -> Any:
+        kernels = tuple(k.tuned(values.get(str(i), {})) for i, k in enumerate(self.kernels))
+        return eqx.tree_at(lambda k: k.kernels, self, kernels)
+
+
+class block(Combinator):
     r"""A kernel on some of the choices, all others given: it leaves :math:`\pi(x_B \mid x_{-B})` as it is.
 
     Attributes:
@@ -54,18 +88,31 @@ class block(Kernel):
         self.kernel = kernel
         self.addresses = tuple(dotted(a) for a in addresses)
 
-    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
+        return self.kernel.tuning(key, *self._inside(choices, target))
+
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
+    ) -> tuple[Choices, Info, Any]:
+        mine, given = self._inside(choices, target)
+        after, info, tuning = _move(self.kernel, key, mine, given, tuning, now)
+        after = unchanged(mine, after, f"block: {type(self.kernel).__name__}")
+        flat = flatten(entered(choices, target))
+        return unflatten({**flat, **flatten(after)}), info, tuning
+
+    def tuned(self, values: Any) -> block:
+        return eqx.tree_at(lambda k: k.kernel, self, self.kernel.tuned(values))
+
+    def _inside(self, choices: Choices, target: Target) -> tuple[Choices, Target]:
+        """The choices that move, and the target in which all others are given."""
         flat = flatten(entered(choices, target))
         moved = chosen(self.addresses, target, "block")
-        others = {a: x for a, x in flat.items() if a not in moved}
         _require_apart(target, moved)
-        mine = unflatten({a: flat[a] for a in moved})
-        after, info = self.kernel.move(key, mine, target.given(unflatten(others)))
-        after = unchanged(mine, after, f"block: {type(self.kernel).__name__}")
-        return unflatten({**flat, **flatten(after)}), info
+        others = {a: x for a, x in flat.items() if a not in moved}
+        return unflatten({a: flat[a] for a in moved}), target.given(unflatten(others))
 
 
-class cycle(Kernel):
+class cycle(Several):
     r"""Kernels one after the other, :math:`K_1 K_2 \cdots K_n`.
 
     Its report pools theirs (any of booleans, the sum of counts, the mean of the rest), and has
@@ -93,17 +140,23 @@ class cycle(Kernel):
         _require_kernels("cycle", kernels)
         self.kernels = kernels
 
-    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
-        choices, infos = entered(choices, target), []
-        for own, kernel in zip(jax.random.split(key, len(self.kernels)), self.kernels, strict=True):
-            after, info = kernel.move(own, choices, target)
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
+    ) -> tuple[Choices, Info, Any]:
+        choices, infos, keys = (
+            entered(choices, target),
+            [],
+            jax.random.split(key, len(self.kernels)),
+        )
+        for i, (own, kernel) in enumerate(zip(keys, self.kernels, strict=True)):
+            after, info, tuning = _move_part(i, kernel, own, choices, target, tuning, now)
             choices = unchanged(choices, after, f"cycle: {type(kernel).__name__}")
             infos.append(info)
         rates = {f"acceptance_rate_{i}": info["acceptance_rate"] for i, info in enumerate(infos)}
-        return choices, {**pooled(infos), **rates}
+        return choices, {**pooled(infos), **rates}, tuning
 
 
-class mixture(Kernel):
+class mixture(Several):
     r"""One of several kernels, drawn anew for each move, :math:`\sum_i w_i K_i`.
 
     Its report is that of the kernel drawn (what only others report is nothing, False or zero), and
@@ -129,37 +182,39 @@ class mixture(Kernel):
         self.kernels = tuple(kernels)
         self.weights = weights
 
-    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
+    ) -> tuple[Choices, Info, Any]:
         before = entered(choices, target)
         draw_key, move_key = jax.random.split(key)
         index = jax.random.categorical(draw_key, jnp.log(self.weights))
 
-        def branch(kernel: Kernel) -> Any:
-            def run(_: Any) -> tuple[Choices, Info]:
-                after, info = kernel.move(move_key, before, target)
+        def branch(i: int, kernel: Kernel) -> Any:
+            def run(tuning: Any) -> tuple[Choices, Info, Any]:
+                after, info, tuning = _move_part(i, kernel, move_key, before, target, tuning, now)
                 after = unchanged(before, after, f"mixture: {type(kernel).__name__}")
-                return after, {k: jnp.asarray(v) for k, v in info.items()}
+                return after, {k: jnp.asarray(v) for k, v in info.items()}, tuning
 
             return run
 
-        runs = [branch(kernel) for kernel in self.kernels]
+        runs = [branch(i, kernel) for i, kernel in enumerate(self.kernels)]
         shapes: dict[str, Any] = {}
         for run in runs:
-            shapes = {**jax.eval_shape(run, 0)[1], **shapes}
+            shapes = {**jax.eval_shape(run, tuning)[1], **shapes}
 
         def filled(run: Any) -> Any:
-            def f(_: Any) -> tuple[Choices, Info]:
-                after, info = run(_)
+            def f(tuning: Any) -> tuple[Choices, Info, Any]:
+                after, info, tuning = run(tuning)
                 full = {k: info.get(k, _nothing(s)).astype(s.dtype) for k, s in shapes.items()}
-                return after, full
+                return after, full, tuning
 
             return f
 
-        after, info = jax.lax.switch(index, [filled(run) for run in runs], 0)
-        return after, {**info, "kernel": index}
+        after, info, tuning = jax.lax.switch(index, [filled(run) for run in runs], tuning)
+        return after, {**info, "kernel": index}, tuning
 
 
-class repeat(Kernel):
+class repeat(Combinator):
     """A kernel several times in a row.
 
     Its report pools those of the moves: any of booleans, the sum of counts, the mean of the rest.
@@ -177,25 +232,53 @@ class repeat(Kernel):
         if isinstance(self.n, (int, np.integer)) and self.n < 1:
             raise WeftError(f"repeat: n is at least 1, got {self.n}")
 
-    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
+        return self.kernel.tuning(key, choices, target)
+
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
+    ) -> tuple[Choices, Info, Any]:
         before = entered(choices, target)
 
-        def once(i: Any, choices: Choices) -> tuple[Choices, Info]:
-            after, info = self.kernel.move(jax.random.fold_in(key, i), choices, target)
+        def once(i: Any, choices: Choices, tuning: Any) -> tuple[Choices, Info, Any]:
+            own = jax.random.fold_in(key, i)
+            after, info, tuning = _move(self.kernel, own, choices, target, tuning, now)
             after = unchanged(before, after, f"repeat: {type(self.kernel).__name__}")
-            return after, {k: jnp.asarray(v) for k, v in info.items()}
+            return after, {k: jnp.asarray(v) for k, v in info.items()}, tuning
 
         def body(i: Any, state: Any) -> Any:
-            after, info = once(i, state[0])
-            return after, {
+            after, info, tuning = once(i, state[0], state[2])
+            added = {
                 k: x | info[k] if x.dtype == bool else x + info[k] for k, x in state[1].items()
             }
+            return after, added, tuning
 
-        shapes = jax.eval_shape(once, jnp.int32(0), before)[1]
+        shapes = jax.eval_shape(once, jnp.int32(0), before, tuning)[1]
         zeros = {k: jnp.zeros(s.shape, s.dtype) for k, s in shapes.items()}
-        after, info = jax.lax.fori_loop(0, self.n, body, (before, zeros))
+        after, info, tuning = jax.lax.fori_loop(0, self.n, body, (before, zeros, tuning))
         mean = lambda x: x / self.n if jnp.issubdtype(x.dtype, jnp.inexact) else x  # noqa: E731
-        return after, {k: mean(x) for k, x in info.items()}
+        return after, {k: mean(x) for k, x in info.items()}, tuning
+
+    def tuned(self, values: Any) -> repeat:
+        return eqx.tree_at(lambda k: k.kernel, self, self.kernel.tuned(values))
+
+
+def _move(
+    kernel: Kernel, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Any
+) -> tuple[Choices, Info, Any]:
+    """A move, one of warm-up where there is something to tune."""
+    if tuning is None:
+        return *kernel.move(key, choices, target), None
+    return kernel.warm(key, choices, target, tuning, now)
+
+
+def _move_part(
+    i: int, kernel: Kernel, key: Any, choices: Choices, target: Target, tuning: Any, now: Any
+) -> tuple[Choices, Info, Any]:
+    """A move of the i-th of several kernels; the tuning is that of all of them."""
+    own = None if tuning is None else tuning.get(str(i))
+    after, info, own = _move(kernel, key, choices, target, own, now)
+    return after, info, tuning if own is None else {**(tuning or {}), str(i): own}
 
 
 def _nothing(shape: Any) -> Array:

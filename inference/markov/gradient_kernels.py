@@ -1,257 +1,260 @@
-"""Kernels that follow a density on R^n: BlackJAX's transitions as moves of a target."""
+"""Kernels that follow the gradient of a density on R^n: BlackJAX's transitions as moves of a target."""
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from blackjax.mcmc import barker as _barker
 from blackjax.mcmc import hmc as _hmc
 from blackjax.mcmc import mala as _mala
 from blackjax.mcmc import nuts as _nuts
-from blackjax.mcmc import random_walk as _random_walk
-from blackjax.mcmc import slice as _slice
 from blackjax.mcmc.hmc import HMCState
+from blackjax.mcmc.proposal import static_binomial_sampling
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PRNGKeyArray
-from weft.ppl import Target
-from weft.ppl.stage.errors import DensityError, WeftError
-from weft.ppl.stage.modules import Noun
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, PRNGKeyArray
 
-from .kernel import Choices, Info, Kernel, entered
-
-LogDensity = Callable[[Any], Float[Array, ""]]
+from .density_kernels import AdaptiveKernel, LogDensity, rate
+from .kernel import Info
 
 
-class DensityKernel(Kernel):
-    """Base of the kernels that follow a density on R^n: settings, and the two functions of a density."""
+class GradientKernel(AdaptiveKernel):
+    """Base of the kernels here, which all have the fields `step_size` and `inverse_mass`."""
 
-    @abc.abstractmethod
-    def init(self, position: Any, log_density: LogDensity) -> Any:
-        """The state at a position."""
+    def scales(self: Any) -> tuple[Any, Any]:
+        return self.step_size, self.inverse_mass
 
-    @abc.abstractmethod
-    def step(self, key: PRNGKeyArray, state: Any, log_density: LogDensity) -> tuple[Any, Any]:
-        """One transition: the next state, and what happened."""
+    def with_scales(self: Any, step_size: Any, inverse_mass: Any) -> Any:
+        names = lambda k: (k.step_size, k.inverse_mass)  # noqa: E731
+        return eqx.tree_at(names, self, (step_size, inverse_mass), is_leaf=lambda x: x is None)
 
-    @abc.abstractmethod
+
+class Hamiltonian(GradientKernel):
+    """Base of `hmc` and `nuts`. Whether a step size is reasonable, one leapfrog step tells."""
+
+    def trial(self, step_size: Any, inverse_mass: Any) -> hmc:
+        return hmc(step_size, 1, inverse_mass)
+
+    def init(self, position: Any, log_density: LogDensity) -> HMCState:
+        return _hmc.init(position, log_density)
+
     def report(self, info: Any) -> Info:
-        """What happened, under the names that statistics have."""
-
-    def on(self, log_density: LogDensity) -> BoundKernel:
-        """This kernel for one density."""
-        return BoundKernel(self, log_density)
-
-    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
-        choices = entered(choices, target)
-        discrete = [a for a in target.latents if target.sites[a].is_discrete]
-        if discrete:
-            raise DensityError(
-                f"{type(self).__name__} moves continuous choices, and {', '.join(map(repr, discrete))} "
-                f"{'is' if len(discrete) == 1 else 'are'} discrete: move the others by block(...), these by gibbs or "
-                "metropolis_hastings, and join the two with cycle"
-            )
-        space = target.unconstrain().flat
-        state = self.init(space.from_choices(choices), space.log_density)
-        state, info = self.step(key, state, space.log_density)
-        return space.to_choices(state.position), self.report(info)
+        return {
+            **rate(info),
+            "diverging": info.is_divergent,
+            "n_steps": jnp.asarray(info.num_integration_steps),
+        }
 
 
-class BoundKernel(Noun):
-    """A kernel and the density that it leaves invariant."""
-
-    kernel: DensityKernel
-    log_density: LogDensity
-
-    def init(self, position: Any) -> Any:
-        """The state at a position."""
-        return self.kernel.init(position, self.log_density)
-
-    def step(self, key: PRNGKeyArray, state: Any) -> tuple[Any, Any]:
-        """One transition: the next state, and what happened."""
-        return self.kernel.step(key, state, self.log_density)
-
-
-def _metric(inverse_mass: Any, position: Any) -> Any:
-    return jnp.ones_like(ravel_pytree(position)[0]) if inverse_mass is None else inverse_mass
-
-
-class hmc(DensityKernel):
+class hmc(Hamiltonian):
     """Hamiltonian Monte Carlo with a fixed number of leapfrog steps.
 
     Attributes:
-        step_size: of the leapfrog integrator.
+        step_size: of the leapfrog integrator; None to have a warm-up search for the first one.
         num_steps: leapfrog steps of a proposal; may be traced.
         inverse_mass: `(n,)` variances or an `(n, n)` covariance over the flattened position, or a
-            BlackJAX metric; `None` for the identity.
+            BlackJAX metric, which does not adapt; None for the identity.
         divergence_threshold: the energy error beyond which a trajectory counts as divergent.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to.
+        dense_mass: whether a warm-up estimates a full covariance.
+        adapt: what a warm-up tunes: True, `"step_size"` alone, or False.
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics.
     """
 
-    step_size: Any
-    num_steps: Any
+    step_size: Any = None
+    num_steps: Any = 10
     inverse_mass: Any = None
     divergence_threshold: int = 1000
-
-    def init(self, position: Any, log_density: LogDensity) -> HMCState:
-        return _hmc.init(position, log_density)
+    target_acceptance: Any = eqx.field(default=0.8, kw_only=True)
 
     def step(
         self, key: PRNGKeyArray, state: HMCState, log_density: LogDensity
     ) -> tuple[HMCState, _hmc.HMCInfo]:
         kernel = _hmc.build_kernel(divergence_threshold=self.divergence_threshold)
         metric = _metric(self.inverse_mass, state.position)
-        return kernel(key, state, log_density, self.step_size, metric, self.num_steps)
-
-    def report(self, info: Any) -> Info:
-        return _trajectory(info)
+        return kernel(key, state, log_density, self.known_step(), metric, self.num_steps)
 
 
-class nuts(DensityKernel):
+class nuts(Hamiltonian):
     """The No-U-Turn sampler: a trajectory doubles until it turns back, the next state is drawn
     along it.
 
     Attributes:
-        step_size: of the leapfrog integrator.
+        step_size: of the leapfrog integrator; None to have a warm-up search for the first one.
         inverse_mass: as in `hmc`.
         max_tree_depth: the trajectory has at most `2 ** max_tree_depth` steps.
         divergence_threshold: the energy error beyond which a trajectory counts as divergent.
+        target_acceptance: as in `hmc`, with `dense_mass` and `adapt`.
 
     References:
         Hoffman and Gelman (2014); Betancourt (2017), appendix A, for the multinomial choice along
         the trajectory.
     """
 
-    step_size: Any
+    step_size: Any = None
     inverse_mass: Any = None
     max_tree_depth: int = 10
     divergence_threshold: int = 1000
-
-    def init(self, position: Any, log_density: LogDensity) -> HMCState:
-        return _hmc.init(position, log_density)
+    target_acceptance: Any = eqx.field(default=0.8, kw_only=True)
 
     def step(
         self, key: PRNGKeyArray, state: HMCState, log_density: LogDensity
     ) -> tuple[HMCState, _nuts.NUTSInfo]:
         kernel = _nuts.build_kernel(divergence_threshold=self.divergence_threshold)
         metric = _metric(self.inverse_mass, state.position)
-        return kernel(key, state, log_density, self.step_size, metric, self.max_tree_depth)
-
-    def report(self, info: Any) -> Info:
-        return _trajectory(info)
+        return kernel(key, state, log_density, self.known_step(), metric, self.max_tree_depth)
 
 
-class mala(DensityKernel):
+class mala(GradientKernel):
     r"""Langevin dynamics with a Metropolis step: one step along the gradient, with noise.
 
-    :math:`x' = x + \epsilon \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi`, :math:`\xi \sim N(0, I)`.
+    :math:`x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi`, :math:`\xi \sim N(0, M^{-1})`.
 
     Attributes:
-        step_size: :math:`\epsilon`.
+        step_size: :math:`\epsilon`; None to have a warm-up search for the first one.
+        inverse_mass: :math:`M^{-1}`, `(n,)` variances or an `(n, n)` covariance over the flattened position;
+            None for the identity.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. The best is
+            0.574 in many dimensions.
+        dense_mass: whether a warm-up estimates a full covariance.
+        adapt: what a warm-up tunes: True, `"step_size"` alone, or False.
 
     References:
-        Roberts and Tweedie (1996), Bernoulli 2.
+        Roberts and Tweedie (1996), Bernoulli 2; Roberts and Rosenthal (1998), JRSS B 60, for the rate.
     """
 
-    step_size: Any
+    step_size: Any = None
+    inverse_mass: Any = None
+    target_acceptance: Any = eqx.field(default=0.574, kw_only=True)
 
     def init(self, position: Any, log_density: LogDensity) -> _mala.MALAState:
         return _mala.init(position, log_density)
 
+    def report(self, info: Any) -> Info:
+        return rate(info)
+
     def step(
         self, key: PRNGKeyArray, state: _mala.MALAState, log_density: LogDensity
     ) -> tuple[_mala.MALAState, _mala.MALAInfo]:
-        return _mala.build_kernel()(key, state, log_density, self.step_size)
-
-    def report(self, info: Any) -> Info:
-        return {"acceptance_rate": info.acceptance_rate}
-
-
-class random_walk(DensityKernel):
-    """A normal step in all directions, accepted by the ratio of the densities.
-
-    Attributes:
-        scale: standard deviation of the step; one, `(n,)` of them, or an `(n, n)` covariance, over the
-            flattened position.
-
-    References:
-        Metropolis et al. (1953).
-    """
-
-    scale: Any = 1.0
-
-    def init(self, position: Any, log_density: LogDensity) -> _random_walk.RWState:
-        return _random_walk.init(position, log_density)
-
-    def step(
-        self, key: PRNGKeyArray, state: _random_walk.RWState, log_density: LogDensity
-    ) -> tuple[_random_walk.RWState, _random_walk.RWInfo]:
-        flat, unravel = ravel_pytree(state.position)
-        scale = jnp.asarray(self.scale, flat.dtype)
-        if scale.shape not in ((), flat.shape, flat.shape * 2):
-            raise WeftError(
-                f"random_walk: scale has shape {scale.shape}; the position has {flat.size} numbers, so it is (), "
-                f"{flat.shape} or {flat.shape * 2}"
-            )
-
-        def propose(key: PRNGKeyArray, position: Any) -> Any:
-            noise = jax.random.normal(key, flat.shape, flat.dtype)
-            step = jnp.linalg.cholesky(scale) @ noise if scale.ndim == 2 else scale * noise
-            return unravel(flat + step)
-
-        return _random_walk.build_rmh()(key, state, log_density, propose)
-
-    def report(self, info: Any) -> Info:
-        return {"acceptance_rate": info.acceptance_rate}
-
-
-class slice_sampler(DensityKernel):
-    """Every number in turn, in random order, drawn from the part of its line where the density is above a level.
-
-    An interval about the current point steps out until both its ends are below the level, and shrinks
-    to points drawn from it until one is above.
-
-    Attributes:
-        width: of the first interval; one number or `(n,)`, over the flattened position.
-        max_expansions: the interval has at most so many widths.
-        max_shrinkage: a number stays where it is after so many points below the level.
-
-    References:
-        Neal (2003), Slice sampling, figures 3 and 5.
-    """
-
-    width: Any = 1.0
-    max_expansions: int = 10
-    max_shrinkage: int = 100
-
-    def init(self, position: Any, log_density: LogDensity) -> _slice.SliceState:
-        return _slice.init(position, log_density)
-
-    def step(
-        self, key: PRNGKeyArray, state: _slice.SliceState, log_density: LogDensity
-    ) -> tuple[_slice.SliceState, _slice.SliceInfo]:
-        kernel = _slice.build_coordinate_kernel(
-            interval=_slice.stepping_out,
-            initial_widths=self.width,
-            max_expansions=self.max_expansions,
-            max_shrinkage=self.max_shrinkage,
+        move = _mala.build_kernel()
+        step_size = self.known_step()
+        return _scaled(
+            lambda s, f: move(key, s, f, step_size), state, log_density, self.inverse_mass
         )
-        return kernel(key, state, log_density)
+
+
+class barker(GradientKernel):
+    r"""Barker's proposal: a normal step in each coordinate, turned towards the gradient with some probability.
+
+    With :math:`z \sim N(0, \epsilon^2)` a coordinate moves by :math:`z` with probability
+    :math:`1 / (1 + e^{-z \partial \log \pi(x)})`, else by :math:`-z`; then a Metropolis step. It forgives steps
+    that are too long, where `mala` stands still.
+
+    Attributes:
+        step_size: :math:`\epsilon`; None to have a warm-up search for the first one.
+        inverse_mass: as in `mala`, with `dense_mass` and `adapt`.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. 0.4 is good for
+            few dimensions; in the limit of many 0.574 is best.
+
+    References:
+        Livingstone and Zanella (2022), JRSS B 84; Vogrinc, Livingstone and Zanella (2023), Biometrika 110, for
+        the limit.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> from weft import gen, kernels, sample
+        >>> @gen
+        ... def model():
+        ...     sample("rate", dist.Gamma(2.0, 1.0))
+        >>> after, info = kernels.barker(1.0).move(jax.random.key(0), {"rate": 2.0}, model().given())
+        >>> bool(0 < info["acceptance_rate"] <= 1)
+        True
+    """
+
+    step_size: Any = None
+    inverse_mass: Any = None
+    target_acceptance: Any = eqx.field(default=0.4, kw_only=True)
+
+    def init(self, position: Any, log_density: LogDensity) -> _barker.BarkerState:
+        return _barker.init(position, log_density)
 
     def report(self, info: Any) -> Info:
-        return {
-            "acceptance_rate": jnp.asarray(info.is_accepted, float),
-            "n_steps": info.num_expansions + info.num_shrink,
-        }
+        return rate(info)
+
+    def step(
+        self, key: PRNGKeyArray, state: _barker.BarkerState, log_density: LogDensity
+    ) -> tuple[_barker.BarkerState, _barker.BarkerInfo]:
+        step_size = self.known_step()
+        return _scaled(
+            lambda s, f: _barker_step(key, s, f, step_size), state, log_density, self.inverse_mass
+        )
 
 
-def _trajectory(info: Any) -> Info:
-    return {
-        "acceptance_rate": jnp.nan_to_num(info.acceptance_rate),
-        "diverging": info.is_divergent,
-        "n_steps": jnp.asarray(info.num_integration_steps),
-    }
+def _barker_step(
+    key: PRNGKeyArray, state: _barker.BarkerState, log_density: LogDensity, step_size: Any
+) -> tuple[_barker.BarkerState, _barker.BarkerInfo]:
+    """One transition. BlackJAX's own overflows where a step meets a steep slope, and then rejects without need."""
+    normal_key, sign_key, accept_key = jax.random.split(key, 3)
+    x, unravel = ravel_pytree(state.position)
+    slope = ravel_pytree(state.logdensity_grad)[0]
+    z = step_size * jax.random.normal(normal_key, x.shape, x.dtype)
+    forward = jax.random.uniform(sign_key, x.shape, x.dtype) < jax.nn.sigmoid(z * slope)
+    move = jnp.where(forward, z, -z)
+    proposal = _barker.init(unravel(x + move), log_density)
+    slope_there = ravel_pytree(proposal.logdensity_grad)[0]
+    # The normal law of z is symmetric; what is left of the proposal's density are the two probabilities of a sign.
+    signs = jax.nn.softplus(-move * slope) - jax.nn.softplus(move * slope_there)
+    log_ratio: Any = proposal.logdensity - state.logdensity + jnp.sum(signs)
+    after, (accepted, probability, _) = static_binomial_sampling(
+        accept_key, log_ratio, state, proposal
+    )
+    info: Any = _barker.BarkerInfo
+    return after, info(probability, accepted, proposal)
+
+
+def _metric(inverse_mass: Any, position: Any) -> Any:
+    return jnp.ones_like(ravel_pytree(position)[0]) if inverse_mass is None else inverse_mass
+
+
+def _scaled(
+    move: Callable[[Any, LogDensity], tuple[Any, Any]],
+    state: Any,
+    log_density: LogDensity,
+    inverse_mass: Any,
+) -> tuple[Any, Any]:
+    """A transition made on `u`, where `x = position + L u` and `L L^T` is the inverse mass.
+
+    A rejected proposal leaves the state bit for bit as it was.
+    """
+    if inverse_mass is None:
+        return move(state, log_density)
+    flat, unravel = ravel_pytree(state.position)
+    inverse_mass = jnp.asarray(inverse_mass, flat.dtype)
+    root = jnp.sqrt(inverse_mass) if inverse_mass.ndim == 1 else jnp.linalg.cholesky(inverse_mass)
+
+    def times(u: Array) -> Array:
+        return root * u if root.ndim == 1 else jnp.matmul(root, u, precision="highest")
+
+    def covector(slope: Array) -> Array:
+        return root * slope if root.ndim == 1 else jnp.matmul(root.T, slope, precision="highest")
+
+    def back(slope: Array) -> Array:
+        return slope / root if root.ndim == 1 else solve_triangular(root.T, slope, lower=False)
+
+    start = state._replace(
+        position=jnp.zeros_like(flat),
+        logdensity_grad=covector(ravel_pytree(state.logdensity_grad)[0]),
+    )
+    after, info = move(start, lambda u: log_density(unravel(flat + times(u))))
+    after = after._replace(
+        position=unravel(flat + times(after.position)),
+        logdensity_grad=unravel(back(after.logdensity_grad)),
+    )
+    keep = lambda new, old: jnp.where(info.is_accepted, new, old)  # noqa: E731
+    return jax.tree.map(keep, after, state), info

@@ -1,10 +1,12 @@
-"""What a Markov kernel is: one move of the choices of a target, by which its law stays as it is.
+"""What a Markov kernel is: one move of the choices of a target, which leaves its law as it is.
 
     move(key, choices, target) -> (choices, info)       with   ∫ π(dx) K(x, A) = π(A)
 
 `choices` are all latent choices of the target, π its law. Nothing else is asked of a kernel, and nothing
-is remembered between moves, so that kernels combine: on parts of the choices, one after the other, at
-random.
+is remembered between moves. So kernels combine: on parts of the choices, one after the other, at random.
+
+A kernel with settings that a warm-up can tune says so by three more methods: `tuning` gives what is known
+at first, `warm` moves and learns, `tuned` makes the kernel with the values that were found.
 
 A choice in a branch that is not taken, or under a mask, counts for nothing in the density of a target.
 So that π is proper all the same, an idle choice keeps its own prior here, as it does on the
@@ -22,6 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.results.draws import Draws
+from weft.inference.run.adaptation import Phase
 from weft.ppl import Target
 from weft.ppl.programs.handlers import Evaluate, Given, Unconstrain, bijection, expand, to_support
 from weft.ppl.stage.addresses import Address, covers, dotted, flatten, unflatten, unknown
@@ -35,7 +39,7 @@ Info = dict[str, Array]
 
 
 class Kernel(Module):
-    """Base of the kernels: settings, and one move."""
+    """Base of the kernels: settings, one move, and what of the settings a warm-up tunes (nothing by default)."""
 
     @abc.abstractmethod
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
@@ -50,6 +54,52 @@ class Kernel(Module):
             The next choices, of the same structure, and a flat dict of scalars that tell what happened,
             "acceptance_rate" among them.
         """
+
+    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
+        """What a warm-up knows before its first move, by an `AdaptationState` for each part that adapts.
+
+        Returns:
+            One state, or a nested dict of them by the index of the part; None if there is nothing to tune.
+        """
+        return None
+
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase
+    ) -> tuple[Choices, Info, Any]:
+        """A move with the values that `tuning` has by now, and what was learnt from it if `now` is in warm-up."""
+        return *self.move(key, choices, target), tuning
+
+    def tuned(self, values: Any) -> Kernel:
+        """This kernel with the values of a warm-up: "step_size", "inverse_mass", in dicts nested as `tuning` is."""
+        return self
+
+    def adapted(self, draws: Draws) -> Kernel:
+        """This kernel as a warm-up left it, one for all chains.
+
+        The step size is the geometric median of those of the chains, the inverse mass the mean of theirs.
+
+        Args:
+            draws: what a sampler with this kernel gave; its `warmup` holds what each chain found.
+
+        Example:
+            >>> import jax, numpyro.distributions as dist
+            >>> from weft import gen, kernels, sample
+            >>> from weft.inference import mcmc
+            >>> @gen
+            ... def narrow():
+            ...     sample("x", dist.Normal(0.0, 0.01))
+            >>> kernel = kernels.mala()
+            >>> draws = mcmc(kernel, 10, num_warmup=300).run(jax.random.key(0), narrow().given(), progress=False)
+            >>> bool(kernel.adapted(draws).step_size * draws.warmup["inverse_mass"].mean() < 1e-3)
+            True
+        """
+
+        def pooled(path: Any, x: Array) -> Array:
+            if getattr(path[-1], "key", None) == "step_size":
+                return jnp.exp(jnp.median(jnp.log(x), axis=0))
+            return jnp.mean(x, axis=0)
+
+        return self.tuned(jax.tree_util.tree_map_with_path(pooled, draws.warmup or {}))
 
 
 # --- the density that kernels leave invariant -----------------------------------------------------

@@ -11,19 +11,19 @@ that bias geometrically in the number of iterations (Cardoso, Janati, Le Corff, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
-from weft.inference.results.draws import Draws
-from weft.inference.run.algorithm import Algorithm, State, require_counts
+from weft.inference.markov.driver import ChainSampler, Record, Stats
+from weft.inference.run.adaptation import Phase
+from weft.inference.run.algorithm import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.addresses import unflatten
-from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import WeftError
 
 from .conditional import (
@@ -141,15 +141,14 @@ def _expectation(
     return jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), statistics)
 
 
-class ParisianState(State):
-    """The state of a set of chains; every field but `iteration` leads with the chain."""
+class Path(NamedTuple):
+    """Where a chain is: a path, as the next iteration takes it; the same as it is stored, with the estimate."""
 
-    iteration: Int[Array, ""]
     reference: Any
-    draws: Any
+    found: Any
 
 
-class parisian_gibbs(Algorithm):
+class parisian_gibbs(ChainSampler):
     r"""The Parisian particle Gibbs sampler: expectations of sums over a path, their bias gone geometrically.
 
     Each iteration runs conditional SMC around a path, gives an estimate by the recursion of `paris` over all its
@@ -165,6 +164,8 @@ class parisian_gibbs(Algorithm):
         num_chains: chains, under one vmap.
         num_backward: `M`.
         filter: how to filter.
+        thin: store every `thin`-th path and estimate.
+        keep: addresses of choices to store, with "sum" for the estimate; all by default.
 
     Raises:
         WeftError: if a latent choice stands outside the scan.
@@ -197,17 +198,11 @@ class parisian_gibbs(Algorithm):
     num_chains: int = 4
     num_backward: int = eqx.field(static=True, default=2)
     filter: filtering = filtering()
+    thin: int = 1
+    keep: Sequence[str] | None = None
 
     def __check_init__(self) -> None:
-        require_counts(
-            self, num_particles=2, num_samples=1, num_warmup=0, num_chains=1, num_backward=1
-        )
-
-    def num_iterations(self, target: Target) -> int:
-        return self.num_warmup + self.num_samples
-
-    def has_result(self, iteration: int) -> bool:
-        return iteration > self.num_warmup
+        require_counts(self, num_particles=2, num_backward=1)
 
     def check(self, target: Target, init: Any = None) -> None:
         if init is not None:
@@ -215,36 +210,30 @@ class parisian_gibbs(Algorithm):
         model = self.filter(target)
         only_the_scan(model, "parisian_gibbs")
         require_markov(model, "parisian_gibbs")
+        self.require_kept([*target.sites, "sum"])
 
-    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> ParisianState:
+    def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Path, None]:
         model = self.filter(target)
 
-        def begin(key: PRNGKeyArray) -> Any:
+        def one(key: PRNGKeyArray) -> Path:
             run_key, path_key = jax.random.split(key)
             found = smc(self.filter, self.num_particles, history="full").run(
                 run_key, target, progress=False
             )
             _, all_of_them = genealogy(found, self.filter.scan, "parisian_gibbs")
-            return each_lane(_drawn, model, path_key, all_of_them)
+            reference = each_lane(_drawn, model, path_key, all_of_them)
+            shapes = jax.eval_shape(lambda: self._iterate(key, model, reference)[1])
+            return Path(reference, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
-        reference = jax.vmap(begin)(jax.random.split(key, self.num_chains))
-        one = jax.tree.map(lambda x: x[0], reference)
-        shapes = jax.eval_shape(lambda: self._iterate(key, model, one)[1])
-        draws = jax.tree.map(
-            lambda s: jnp.zeros((self.num_chains, self.num_samples, *s.shape), s.dtype), shapes
-        )
-        return ParisianState(jnp.int32(0), reference, draws)
+        return jax.vmap(one)(jax.random.split(key, self.num_chains)), None
 
-    def step(self, key: PRNGKeyArray, state: ParisianState, target: Target) -> ParisianState:
-        model = self.filter(target)
-        keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(self.num_chains))
-        reference, found = jax.vmap(lambda k, r: self._iterate(k, model, r))(keys, state.reference)
-        slot = state.iteration - self.num_warmup
-        slot = jnp.where(slot < 0, self.num_samples, slot)
-        draws = jax.tree.map(
-            lambda buffer, x: buffer.at[:, slot].set(x, mode="drop"), state.draws, found
-        )
-        return ParisianState(state.iteration + 1, reference, draws)
+    def transition(
+        self, key: PRNGKeyArray, chain: Path, target: Target, tuning: None, now: Phase
+    ) -> tuple[Path, Stats, None]:
+        return Path(*self._iterate(key, self.filter(target), chain.reference)), {}, None
+
+    def record(self, chain: Path, target: Target) -> tuple[Record, Stats]:
+        return {"choices": chain.found["path"], "derived": {"sum": chain.found["sum"]}}, {}
 
     def _iterate(self, key: PRNGKeyArray, model: Any, reference: Any) -> tuple[Any, Any]:
         """The next path, and it with the estimate."""
@@ -257,13 +246,6 @@ class parisian_gibbs(Algorithm):
             return model.taken(path), {"sum": total, "path": model.steps_of(path)}
 
         return each_lane(one, model, key, reference)
-
-    def result(self, state: ParisianState, target: Target) -> Draws:
-        draws = state.draws
-        if not isinstance(state.iteration, Tracer):
-            done = int(state.iteration) - self.num_warmup
-            draws = jax.tree.map(lambda x: x[:, :done], draws)
-        return Draws(choices=unflatten(draws["path"]), derived={"sum": draws["sum"]}, target=target)
 
 
 def _drawn(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:

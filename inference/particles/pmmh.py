@@ -12,17 +12,18 @@ Saksman and Tamminen 2001; Andrieu and Thoms 2008, algorithm 4).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
-from weft.inference.results.draws import Draws
-from weft.inference.run.algorithm import Algorithm, State, require_counts
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.markov.driver import ChainSampler, ChainsState, Record, Stats
+from weft.inference.run.adaptation import Phase
+from weft.inference.run.algorithm import require_counts
 from weft.ppl import Program, Target
 from weft.ppl.scans.panels import Series
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import ModelError, WeftError
 
 from .filtering import Filter, filtering
@@ -88,26 +89,22 @@ def _outside(apart: Series, target: Target) -> Program:
 
 
 class Chain(NamedTuple):
-    """One chain: where it is, the estimate there, the path drawn with it, and what was learnt of its law."""
+    """One chain: where it is, the estimate there, and the choices with the path drawn with it."""
 
     position: Float[Array, " n"]
     log_density: Float[Array, ""]
     choices: dict[str, Array]
+
+
+class Learnt(NamedTuple):
+    """What was learnt of a chain's law, and the scale of its steps."""
+
     mean: Float[Array, " n"]
     covariance: Float[Array, "n n"]
     log_scale: Float[Array, ""]
 
 
-class PMMHState(State):
-    """The state of a set of chains; every field but `iteration` leads with the chain."""
-
-    iteration: Int[Array, ""]
-    chains: Chain
-    draws: dict[str, Array]
-    stats: dict[str, Array]
-
-
-class pmmh(Algorithm):
+class pmmh(ChainSampler):
     r"""Particle marginal Metropolis-Hastings for the choices before a scan, with a path for each draw.
 
     Of series under a `jax.vmap` the parameters are the choices outside of it, which the series share; what each draws
@@ -121,6 +118,8 @@ class pmmh(Algorithm):
         num_chains: chains, under one vmap.
         filter: how to filter.
         paths: whether to keep a path with each draw, which costs memory of N T in each filter.
+        thin: store every `thin`-th draw.
+        keep: addresses of choices to store; all by default.
 
     The statistics are "acceptance_rate", the probability of acceptance, and "lp", the log of the estimated joint
     density.
@@ -156,26 +155,23 @@ class pmmh(Algorithm):
     num_chains: int = 4
     filter: filtering = filtering()
     paths: bool = True
+    thin: int = 1
+    keep: Sequence[str] | None = None
 
     def __check_init__(self) -> None:
-        require_counts(self, num_particles=2, num_samples=1, num_warmup=0, num_chains=1)
-
-    def num_iterations(self, target: Target) -> int:
-        return self.num_warmup + self.num_samples
-
-    def has_result(self, iteration: int) -> bool:
-        return iteration > self.num_warmup
+        require_counts(self, num_particles=2)
 
     def check(self, target: Target, init: Any = None) -> None:
         if init is not None:
             raise WeftError("pmmh begins at draws of the prior: leave out init")
         Parameters(target, self.filter)
+        self.require_kept(target.sites)
 
-    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> PMMHState:
+    def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Chain, Learnt]:
         parameters = Parameters(target, self.filter)
         size = parameters.space.size
 
-        def begin(key: PRNGKeyArray) -> Chain:
+        def one(key: PRNGKeyArray) -> tuple[Chain, Learnt]:
             draw_key, filter_key = jax.random.split(key)
 
             def attempt(i: Array) -> Any:
@@ -190,75 +186,48 @@ class pmmh(Algorithm):
             _, position, log_density, choices = jax.lax.while_loop(
                 again, lambda state: attempt(state[0]), attempt(jnp.int32(0))
             )
-            covariance = 0.1 * jnp.eye(size)
-            return Chain(
-                position, log_density, choices, position, covariance, jnp.zeros_like(log_density)
-            )
+            learnt = Learnt(position, 0.1 * jnp.eye(size), jnp.zeros_like(log_density))
+            return Chain(position, log_density, choices), learnt
 
-        chains = jax.vmap(begin)(jax.random.split(key, self.num_chains))
+        return jax.vmap(one)(jax.random.split(key, self.num_chains))
 
-        def buffer(x: Any) -> Array:
-            return jnp.zeros((self.num_chains, self.num_samples, *x.shape[1:]), x.dtype)
-
-        stats = {"lp": chains.log_density, "acceptance_rate": chains.log_density}
-        draws, stats = jax.tree.map(buffer, (chains.choices, stats))
-        return PMMHState(jnp.int32(0), chains, draws, stats)
-
-    def is_valid(self, state: PMMHState) -> bool:
+    def is_valid(self, state: ChainsState) -> bool:
         return bool(jnp.isfinite(state.chains.log_density).all())
 
-    def init_error(self, state: PMMHState, target: Target) -> Exception:
+    def init_error(self, state: ChainsState, target: Target) -> Exception:
         return WeftError(
             "pmmh: in 100 draws of the prior no filter ended with a positive weight: take more particles, a proposal "
             "that knows the observations, or a narrower prior"
         )
 
-    def step(self, key: PRNGKeyArray, state: PMMHState, target: Target) -> PMMHState:
+    def transition(
+        self, key: PRNGKeyArray, chain: Chain, target: Target, tuning: Learnt, now: Phase
+    ) -> tuple[Chain, Stats, Learnt]:
         parameters = Parameters(target, self.filter)
-        warming = state.iteration < self.num_warmup
-
-        def one(index: Array, chain: Chain) -> tuple[Chain, Array]:
-            return self._move(
-                jax.random.fold_in(key, index), parameters, chain, state.iteration, warming
-            )
-
-        chains, rate = jax.vmap(one)(jnp.arange(self.num_chains), state.chains)
-        slot = jnp.where(warming, self.num_samples, state.iteration - self.num_warmup)
-
-        def write(buffer: Array, values: Array) -> Array:
-            return buffer.at[:, slot].set(values, mode="drop")
-
-        stats = {"lp": chains.log_density, "acceptance_rate": rate}
-        draws, stats = jax.tree.map(write, (state.draws, state.stats), (chains.choices, stats))
-        return PMMHState(state.iteration + 1, chains, draws, stats)
-
-    def _move(
-        self, key: PRNGKeyArray, parameters: Parameters, chain: Chain, t: Array, warming: Array
-    ) -> tuple[Chain, Array]:
         step_key, filter_key, accept_key = jax.random.split(key, 3)
-        position = chain.position + jnp.exp(chain.log_scale) * random_step(
-            step_key, chain.covariance
+        position = chain.position + jnp.exp(tuning.log_scale) * random_step(
+            step_key, tuning.covariance
         )
         log_density, choices = self._estimate(filter_key, parameters, position)
         log_ratio = jnp.nan_to_num(log_density - chain.log_density, nan=-jnp.inf)
         rate = jnp.minimum(1.0, jnp.exp(log_ratio))
         accepted = jax.random.uniform(accept_key) < rate
-        position, log_density, choices = jax.tree.map(
-            lambda new, old: jnp.where(accepted, new, old),
-            (position, log_density, choices),
-            (chain.position, chain.log_density, chain.choices),
+        proposed = Chain(position, log_density, choices)
+        chain = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, chain)
+        gain = jnp.where(now.warming, (now.iteration + 2.0) ** -0.6, 0.0)
+        away = chain.position - tuning.mean
+        learnt = Learnt(
+            tuning.mean + gain * away,
+            tuning.covariance + gain * (jnp.outer(away, away) - tuning.covariance),
+            tuning.log_scale + gain * (rate - 0.234),
         )
-        gain = jnp.where(warming, (t + 2.0) ** -0.6, 0.0)
-        away = position - chain.mean
-        learnt = Chain(
-            position,
-            log_density,
-            choices,
-            chain.mean + gain * away,
-            chain.covariance + gain * (jnp.outer(away, away) - chain.covariance),
-            chain.log_scale + gain * (rate - 0.234),
-        )
-        return learnt, rate
+        return chain, {"lp": chain.log_density, "acceptance_rate": rate}, learnt
+
+    def record(self, chain: Chain, target: Target) -> tuple[Record, Stats]:
+        return {"choices": chain.choices}, {}
+
+    def warmup(self, state: ChainsState) -> dict[str, Any]:
+        return {"scale": jnp.exp(state.tuning.log_scale)}
 
     def _estimate(
         self, key: PRNGKeyArray, parameters: Parameters, position: Array
@@ -276,18 +245,6 @@ class pmmh(Algorithm):
             flat.update({a: x[index] for a, x in flatten(found.choices).items()})
         assert found.log_evidence is not None
         return found.log_evidence + parameters.log_prior_change(position, choices), flat
-
-    def result(self, state: PMMHState, target: Target) -> Draws:
-        draws, stats = state.draws, state.stats
-        if not isinstance(state.iteration, Tracer):
-            done = int(state.iteration) - self.num_warmup
-            draws, stats = jax.tree.map(lambda x: x[:, :done], (draws, stats))
-        warmup = {"scale": jnp.exp(state.chains.log_scale)}
-        return Draws(choices=unflatten(draws), stats=stats, target=target, warmup=warmup)
-
-    def describe(self, state: PMMHState) -> str:
-        scale = float(jnp.exp(state.chains.log_scale).mean())
-        return f"{'warm-up' if int(state.iteration) < self.num_warmup else 'sampling'}, scale {scale:.2g}"
 
 
 def random_step(key: PRNGKeyArray, covariance: Float[Array, "n n"]) -> Float[Array, " n"]:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from weft.inference.markov import gradient_kernels as kernels
-from weft.inference.markov.gradient_kernels import Kernel
+from weft.inference.markov.kernel import Kernel
 from weft.inference.results.particles import Particles
 from weft.inference.weighted.proposals import check_proposal
 from weft.ppl import Program, Target

@@ -1,12 +1,15 @@
-"""Warm-up of Hamiltonian chains: Stan's windows, step size by dual averaging, mass matrix by
-blocks.
+"""Warm-up of Markov kernels: a step size by dual averaging, an inverse mass matrix from Stan's windows.
 
-The warm-up has three parts. In the first and the last only the step size adapts; between them the
-mass matrix is estimated too, in windows that double in length and forget what was before. The
-building blocks (dual averaging, the running covariance with its shrinkage, the schedule) are
-BlackJAX's; what is here puts them together one iteration at a time, so that a warm-up can be
-interrupted and resumed, and lets some coordinates share a dense block while the others stay
-diagonal.
+A warm-up has three parts. In the first and the last only the step size adapts. Between them the inverse
+mass matrix is estimated too, in windows that double in length; each forgets what was before it. Where a
+window ends, its estimate is taken over and the search for the step size begins anew.
+
+The building blocks are BlackJAX's: dual averaging, the running covariance with its shrinkage, the
+schedule. This file puts them together one iteration at a time, so that a warm-up can be interrupted and
+resumed. It also lets some coordinates share a dense block while the others have variances only.
+
+Nothing here knows a kernel. A kernel reports how often it accepts and where it is; what it gets back is a
+step size and an inverse mass matrix.
 
 References:
     Stan reference manual, "HMC algorithm parameters"; Hoffman and Gelman (2014), The No-U-Turn
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,10 +33,8 @@ from blackjax.adaptation.step_size import (
     dual_averaging_adaptation,
     find_reasonable_step_size,
 )
-from blackjax.mcmc import hmc
-from blackjax.mcmc.hmc import HMCState
 from blackjax.mcmc.metrics import Metric, gaussian_euclidean
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 InverseMass = tuple[Array, ...]
 """One array for each part of a `MassLayout`: `(n,)` variances, or an `(n, n)` covariance."""
@@ -114,112 +115,172 @@ class MassLayout:
         return Metric(sample_momentum, kinetic_energy, check_turning, scale)
 
 
+class Phase(NamedTuple):
+    """Where an iteration stands in its run.
+
+    Attributes:
+        iteration: its number.
+        warming: whether it belongs to the warm-up.
+        slow: whether it lies in a window of the mass matrix.
+        ends: whether it ends such a window.
+    """
+
+    iteration: Int[Array, ""]
+    warming: Bool[Array, ""]
+    slow: Bool[Array, ""]
+    ends: Bool[Array, ""]
+
+
+def phase(iteration: Int[Array, ""], num_warmup: int) -> Phase:
+    """The phase of an iteration, by Stan's schedule for a warm-up of so many."""
+    warming = iteration < num_warmup
+    if num_warmup == 0:
+        return Phase(iteration, warming, jnp.bool_(False), jnp.bool_(False))
+    with jax.ensure_compile_time_eval():
+        table = np.asarray(build_schedule(num_warmup)).astype(bool)
+    slow, ends = jnp.asarray(table)[jnp.minimum(iteration, num_warmup - 1)]
+    return Phase(iteration, warming, warming & slow, warming & ends)
+
+
 class AdaptationState(eqx.Module):
-    """What warm-up knows of one chain.
+    """What a warm-up knows of one kernel of one chain.
 
     Attributes:
         step: the state of dual averaging.
         mass: running covariance and current inverse mass, for each part of the layout.
+        adapt_mass: whether the inverse mass is estimated.
     """
 
     step: DualAveragingAdaptationState
     mass: tuple[MassMatrixAdaptationState, ...]
+    adapt_mass: bool = eqx.field(static=True, default=True)
 
     @property
     def inverse_mass(self) -> InverseMass:
         return tuple(m.inverse_mass_matrix for m in self.mass)
 
-    def step_size(self, warming: Bool[Array, ""]) -> Float[Array, ""]:
+    def step_size(self, warming: Bool[Array, ""] | bool) -> Float[Array, ""]:
         """The current step size in warm-up, the averaged one after it."""
         return jnp.exp(jnp.where(warming, self.step.log_step_size, self.step.log_step_size_avg))
 
+    def values(self, warming: Bool[Array, ""] | bool = False) -> dict[str, Array]:
+        """What was found: "step_size", and "inverse_mass" where it is one array."""
+        mass = {"inverse_mass": self.inverse_mass[0]} if len(self.mass) == 1 else {}
+        return {"step_size": self.step_size(warming), **mass}
+
+    def close(self) -> AdaptationState:
+        """The state after a window: its covariance is taken over, the search for a step size begins anew."""
+        if not self.adapt_mass:
+            return self
+        final = jnp.exp(self.step.log_step_size_avg)
+        ends = (mass_matrix_adaptation(m.inverse_mass_matrix.ndim == 1)[2] for m in self.mass)
+        mass = tuple(end(m) for end, m in zip(ends, self.mass, strict=True))
+        return _like(AdaptationState(_first(final), mass), self)
+
+
+def values(tuning: Any) -> Any:
+    """What a warm-up found, in the place of each of its states."""
+    return jax.tree.map(AdaptationState.values, tuning, is_leaf=_is_state)
+
+
+def close(tuning: Any) -> Any:
+    """End a window in all states of a warm-up."""
+    end = lambda x: x.close() if _is_state(x) else x  # noqa: E731
+    return jax.tree.map(end, tuning, is_leaf=_is_state)
+
 
 @dataclasses.dataclass(frozen=True)
-class Warmup:
-    """The rule of warm-up for one chain.
+class Adaptation:
+    """How one kernel adapts.
 
     Attributes:
-        num_steps: its iterations.
-        layout: the blocks of the mass matrix.
+        layout: the blocks of the inverse mass matrix.
         target_acceptance: the mean acceptance probability that the step size is tuned to.
-        adapt_mass: whether to estimate the mass matrix.
+        adapt_mass: whether to estimate the inverse mass matrix.
     """
 
-    num_steps: int
     layout: MassLayout
     target_acceptance: Any
     adapt_mass: bool = True
 
-    def schedule(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each iteration, whether it is in a window of the mass matrix, and whether it ends one."""
-        if self.num_steps == 0:
-            return np.zeros(1, bool), np.zeros(1, bool)
-        with jax.ensure_compile_time_eval():
-            table = np.asarray(build_schedule(self.num_steps)).astype(bool)
-        return table[:, 0] & self.adapt_mass, table[:, 1] & self.adapt_mass
-
-    def _mass(self) -> list[tuple[Callable, Callable, Callable]]:
-        return [mass_matrix_adaptation(is_diagonal_matrix=not dense) for dense in self.layout.dense]
-
     def init(
         self,
         key: PRNGKeyArray,
-        state: HMCState,
-        log_density: Callable[[Array], Array],
+        state: Any,
+        one_step: Callable[[PRNGKeyArray, Any, Array, InverseMass], tuple[Any, Any]],
         step_size: Any = None,
+        inverse_mass: InverseMass | None = None,
     ) -> AdaptationState:
-        """Unit mass, and a step size: the one given, or one at which leapfrog steps are accepted as wanted."""
+        """The state before the first iteration.
+
+        Args:
+            key: a random key.
+            state: where the chain begins; `state.position` is a vector.
+            one_step: `one_step(key, state, step_size, inverse_mass)` is a transition. Its report has
+                `acceptance_rate`, which is what a first step size is searched by.
+            step_size: the first step size; searched for, if there is none.
+            inverse_mass: the first inverse mass; the identity, if there is none.
+        """
         position: Any = state.position
         parts = self.layout.split(position)
         mass = tuple(
             init(part.size) for (init, _, _), part in zip(self._mass(), parts, strict=True)
         )
+        if inverse_mass is not None:
+            given = zip(mass, inverse_mass, strict=True)
+            mass = tuple(m._replace(inverse_mass_matrix=x) for m, x in given)
         dtype = position.dtype
         mass = jax.tree.map(lambda x: _cast(x, dtype), mass)
         if step_size is None:
-            metric = self.layout.metric(tuple(m.inverse_mass_matrix for m in mass))
-            one_step = hmc.build_kernel()
+            first = tuple(m.inverse_mass_matrix for m in mass)
 
             def generator(size: Any) -> Callable:
-                return lambda k, s: one_step(k, s, log_density, size, metric, 1)
+                return lambda k, s: one_step(k, s, size, first)
 
             one: Any = jnp.ones((), dtype)
             step_size = find_reasonable_step_size(
                 key, generator, state, one, self.target_acceptance
             )
-        init, _, _ = dual_averaging_adaptation(self.target_acceptance)
-        step = jax.tree.map(lambda x: _cast(x, dtype), init(jnp.asarray(step_size, dtype)))
-        return AdaptationState(step, mass)
+        step = _first(jnp.asarray(step_size, dtype))
+        step = jax.tree.map(lambda x: _cast(x, dtype), step)
+        return AdaptationState(step, mass, self.adapt_mass)
 
     def update(
         self,
         state: AdaptationState,
         position: Float[Array, " n"],
         acceptance: Float[Array, ""],
-        slow: Bool[Array, ""],
-        ends: Bool[Array, ""],
+        now: Phase,
     ) -> AdaptationState:
-        """Learn from one transition. `slow` and `ends` are this iteration's entries of the schedule."""
-        init, update, final = dual_averaging_adaptation(self.target_acceptance)
-        step = update(state.step, acceptance)
+        """Learn from one transition, if it is one of warm-up."""
+        _, update, _ = dual_averaging_adaptation(self.target_acceptance)
 
         def learn(mass: Any) -> Any:
-            parts = self.layout.split(position)
-            return tuple(
-                update_mass(m, part)
-                for (_, update_mass, _), m, part in zip(self._mass(), mass, parts, strict=True)
-            )
+            parts = zip(self._mass(), mass, self.layout.split(position), strict=True)
+            return _like(tuple(add(m, part) for (_, add, _), m, part in parts), mass)
 
-        def close(operand: Any) -> Any:
-            step, mass = operand
-            mass = tuple(end(m) for (_, _, end), m in zip(self._mass(), mass, strict=True))
-            return _like((init(final(step)), mass), operand)
+        def warm(state: AdaptationState) -> AdaptationState:
+            mass = state.mass
+            if self.adapt_mass:
+                mass = jax.lax.cond(now.slow, learn, lambda m: m, mass)
+            step = update(state.step, jnp.nan_to_num(acceptance))
+            return _like(AdaptationState(step, mass, self.adapt_mass), state)
 
-        mass = jax.lax.cond(slow, lambda m: _like(learn(m), m), lambda m: m, state.mass)
-        step, mass = jax.lax.cond(
-            ends, close, lambda operand: operand, (_like(step, state.step), mass)
-        )
-        return AdaptationState(step, mass)
+        return jax.lax.cond(now.warming, warm, lambda state: state, state)
+
+    def _mass(self) -> list[tuple[Callable, Callable, Callable]]:
+        return [mass_matrix_adaptation(is_diagonal_matrix=not dense) for dense in self.layout.dense]
+
+
+def _first(step_size: Array) -> DualAveragingAdaptationState:
+    """Dual averaging before its first update, with the first step size for its average."""
+    init, _, _ = dual_averaging_adaptation(0.0)  # what is aimed at matters to updates alone
+    state = init(step_size)
+    return state._replace(log_step_size_avg=state.log_step_size)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, AdaptationState)
 
 
 def _times(matrix: Array, vector: Array) -> Array:

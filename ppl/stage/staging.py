@@ -181,6 +181,11 @@ def _watching() -> Iterator[None]:
 # --- what a function captured -----------------------------------------------------------------------------------------
 
 
+def generation_of(root: Any) -> int:
+    """A number that grows when anything that the functions in `root` read from outside has changed."""
+    return _current_generation(captured(root))
+
+
 def captured(root: Any) -> Snapshot:
     """Where a function reads from outside.
 

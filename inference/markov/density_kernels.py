@@ -1,0 +1,173 @@
+"""What kernels share that follow a density on R^n: how they move a target, and what of them adapts."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.run.adaptation import Adaptation, AdaptationState, MassLayout, Phase
+from weft.ppl import Target
+from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.modules import Noun
+
+from .kernel import Choices, Info, Kernel, entered
+
+LogDensity = Callable[[Any], Float[Array, ""]]
+
+
+class DensityKernel(Kernel):
+    """Base of the kernels that follow a density on R^n: settings, and the two functions of a density."""
+
+    @abc.abstractmethod
+    def init(self, position: Any, log_density: LogDensity) -> Any:
+        """The state at a position."""
+
+    @abc.abstractmethod
+    def step(self, key: PRNGKeyArray, state: Any, log_density: LogDensity) -> tuple[Any, Any]:
+        """One transition: the next state, and what happened."""
+
+    @abc.abstractmethod
+    def report(self, info: Any) -> Info:
+        """What happened, under the names that statistics have."""
+
+    def on(self, log_density: LogDensity) -> BoundKernel:
+        """This kernel for one density."""
+        return BoundKernel(self, log_density)
+
+    def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
+        space, state = self._at(choices, target)
+        state, info = self.step(key, state, space.log_density)
+        return space.to_choices(state.position), self.report(info)
+
+    def _at(self, choices: Choices, target: Target) -> tuple[Any, Any]:
+        """The unconstrained space of the target, and the state at the choices there."""
+        choices = entered(choices, target)
+        discrete = [a for a in target.latents if target.sites[a].is_discrete]
+        if discrete:
+            raise DensityError(
+                f"{type(self).__name__} moves continuous choices, and {', '.join(map(repr, discrete))} "
+                f"{'is' if len(discrete) == 1 else 'are'} discrete: move the others by block(...), these by gibbs or "
+                "metropolis_hastings, and join the two with cycle"
+            )
+        space = target.unconstrain().flat
+        return space, self.init(space.from_choices(choices), space.log_density)
+
+
+class BoundKernel(Noun):
+    """A kernel and the density that it leaves invariant."""
+
+    kernel: DensityKernel
+    log_density: LogDensity
+
+    def init(self, position: Any) -> Any:
+        """The state at a position."""
+        return self.kernel.init(position, self.log_density)
+
+    def step(self, key: PRNGKeyArray, state: Any) -> tuple[Any, Any]:
+        """One transition: the next state, and what happened."""
+        return self.kernel.step(key, state, self.log_density)
+
+
+class AdaptiveKernel(DensityKernel):
+    """Base of the density kernels with a step size and an inverse mass, which a warm-up tunes.
+
+    Attributes:
+        target_acceptance: the mean acceptance probability that the step size is tuned to.
+        dense_mass: whether the inverse mass that is estimated is a full covariance; else variances.
+        adapt: what a warm-up tunes: step size and inverse mass (True), `"step_size"` alone, or nothing (False).
+    """
+
+    target_acceptance: Any = eqx.field(kw_only=True)
+    dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
+    adapt: bool | Literal["step_size"] = eqx.field(static=True, default=True, kw_only=True)
+
+    def __check_init__(self) -> None:
+        who = type(self).__name__
+        if self.adapt not in (True, False, "step_size"):
+            raise WeftError(f"{who}: adapt is True, False or 'step_size', got {self.adapt!r}")
+        if not self.adapt and self.scales()[0] is None:
+            raise WeftError(f"{who}: adapt=False keeps the step size that is given: give one")
+
+    @abc.abstractmethod
+    def scales(self) -> tuple[Any, Any]:
+        """The step size and the inverse mass that are given; None for either that is not."""
+
+    @abc.abstractmethod
+    def with_scales(self, step_size: Any, inverse_mass: Any) -> Self:
+        """This kernel with others; None stands for the identity."""
+
+    def trial(self, step_size: Any, inverse_mass: Any) -> DensityKernel:
+        """The kernel by whose acceptance a first step size is searched for."""
+        return self.with_scales(step_size, inverse_mass)
+
+    def known_step(self) -> Any:
+        """The step size.
+
+        Raises:
+            WeftError: if there is none.
+        """
+        step_size = self.scales()[0]
+        if step_size is None:
+            who = type(self).__name__
+            raise WeftError(
+                f"{who}: there is no step size. Give one, {who}(0.1, ...), or let a warm-up find it: "
+                "mcmc(kernel, num_warmup=500), then kernel.adapted(draws) has it"
+            )
+        return step_size
+
+    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> AdaptationState | None:
+        if not self.adapt:
+            return None
+        space, state = self._at(choices, target)
+        step_size, inverse_mass = self.scales()
+        adaptation = self._adaptation(space.size)
+
+        def one_step(key: PRNGKeyArray, state: Any, size: Array, mass: tuple[Array, ...]) -> Any:
+            kernel = self.trial(size, mass[0] if mass else inverse_mass)
+            return kernel.step(key, state, space.log_density)
+
+        first = None
+        if adaptation.adapt_mass and inverse_mass is not None:
+            dense = adaptation.layout.dense[0] and jnp.ndim(inverse_mass) == 1
+            first = (jnp.diag(inverse_mass) if dense else jnp.asarray(inverse_mass),)
+        return adaptation.init(key, state, one_step, step_size, first)
+
+    def warm(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase
+    ) -> tuple[Choices, Info, Any]:
+        if tuning is None:
+            return *self.move(key, choices, target), None
+        space, state = self._at(choices, target)
+        kernel = self.tuned(tuning.values(now.warming))
+        state, info = kernel.step(key, state, space.log_density)
+        adaptation = self._adaptation(space.size)
+        learnt = adaptation.update(tuning, state.position, info.acceptance_rate, now)
+        return space.to_choices(state.position), self.report(info), learnt
+
+    def tuned(self, values: Any) -> Self:
+        step_size, inverse_mass = self.scales()
+        return self.with_scales(
+            values.get("step_size", step_size), values.get("inverse_mass", inverse_mass)
+        )
+
+    def _adaptation(self, size: int) -> Adaptation:
+        """How this kernel adapts on R^size. Of a metric, and of what is not to adapt, there is no part."""
+        inverse_mass = self.scales()[1]
+        given = inverse_mass is not None
+        if self.adapt == "step_size" or (given and not _is_array(inverse_mass)):
+            return Adaptation(MassLayout((), ()), self.target_acceptance, adapt_mass=False)
+        dense = self.dense_mass or (given and jnp.ndim(inverse_mass) == 2)
+        return Adaptation(MassLayout.make(size, dense), self.target_acceptance)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") or isinstance(x, list)
+
+
+def rate(info: Any) -> Info:
+    """The report of a kernel that accepts or rejects one point; a rate that is no number is a rejection."""
+    return {"acceptance_rate": jnp.nan_to_num(info.acceptance_rate)}

@@ -1,0 +1,117 @@
+"""Kernels that evaluate a density on R^n and need no gradient of it."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import random_walk as _random_walk
+from blackjax.mcmc import slice as _slice
+from jax.flatten_util import ravel_pytree
+from jaxtyping import PRNGKeyArray
+from weft.ppl.stage.errors import WeftError
+
+from .density_kernels import AdaptiveKernel, DensityKernel, LogDensity, rate
+from .kernel import Info
+
+
+class random_walk(AdaptiveKernel):
+    """A normal step in all directions, accepted by the ratio of the densities.
+
+    Attributes:
+        scale: standard deviation of the step; one, `(n,)` of them, or an `(n, n)` covariance, over the
+            flattened position; None to have a warm-up search for the first one. A warm-up begins at what is
+            given and ends with `(n,)` standard deviations, or with a covariance.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the scale to. The best is 0.234
+            in many dimensions, 0.44 in one.
+        dense_mass: whether a warm-up estimates a full covariance.
+        adapt: what a warm-up tunes: True, the size of the step alone (`"step_size"`), or False.
+
+    References:
+        Metropolis et al. (1953); Roberts, Gelman and Gilks (1997), for the rate.
+    """
+
+    scale: Any = 1.0
+    target_acceptance: Any = eqx.field(default=0.234, kw_only=True)
+
+    def scales(self) -> tuple[Any, Any]:
+        if self.scale is None or jnp.ndim(self.scale) == 0:
+            return self.scale, None
+        scale = jnp.asarray(self.scale)
+        return 1.0, scale if scale.ndim == 2 else scale**2
+
+    def with_scales(self, step_size: Any, inverse_mass: Any) -> Self:
+        if inverse_mass is None:
+            scale = step_size
+        elif jnp.ndim(inverse_mass) == 2:
+            scale = step_size**2 * inverse_mass
+        else:
+            scale = step_size * jnp.sqrt(inverse_mass)
+        return eqx.tree_at(lambda k: k.scale, self, scale, is_leaf=lambda x: x is None)
+
+    def init(self, position: Any, log_density: LogDensity) -> _random_walk.RWState:
+        return _random_walk.init(position, log_density)
+
+    def step(
+        self, key: PRNGKeyArray, state: _random_walk.RWState, log_density: LogDensity
+    ) -> tuple[_random_walk.RWState, _random_walk.RWInfo]:
+        flat, unravel = ravel_pytree(state.position)
+        self.known_step()
+        scale = jnp.asarray(self.scale, flat.dtype)
+        if scale.shape not in ((), flat.shape, flat.shape * 2):
+            raise WeftError(
+                f"random_walk: scale has shape {scale.shape}; the position has {flat.size} numbers, so it is (), "
+                f"{flat.shape} or {flat.shape * 2}"
+            )
+
+        def propose(key: PRNGKeyArray, position: Any) -> Any:
+            noise = jax.random.normal(key, flat.shape, flat.dtype)
+            step = jnp.linalg.cholesky(scale) @ noise if scale.ndim == 2 else scale * noise
+            return unravel(flat + step)
+
+        return _random_walk.build_rmh()(key, state, log_density, propose)
+
+    def report(self, info: Any) -> Info:
+        return rate(info)
+
+
+class slice_sampler(DensityKernel):
+    """Every number in turn, in random order, drawn from the part of its line where the density is above a level.
+
+    An interval about the current point steps out until both its ends are below the level, and shrinks
+    to points drawn from it until one is above. It finds its widths by itself: a warm-up tunes nothing.
+
+    Attributes:
+        width: of the first interval; one number or `(n,)`, over the flattened position.
+        max_expansions: the interval has at most so many widths.
+        max_shrinkage: a number stays where it is after so many points below the level.
+
+    References:
+        Neal (2003), Slice sampling, figures 3 and 5.
+    """
+
+    width: Any = 1.0
+    max_expansions: int = 10
+    max_shrinkage: int = 100
+
+    def init(self, position: Any, log_density: LogDensity) -> _slice.SliceState:
+        return _slice.init(position, log_density)
+
+    def step(
+        self, key: PRNGKeyArray, state: _slice.SliceState, log_density: LogDensity
+    ) -> tuple[_slice.SliceState, _slice.SliceInfo]:
+        kernel = _slice.build_coordinate_kernel(
+            interval=_slice.stepping_out,
+            initial_widths=self.width,
+            max_expansions=self.max_expansions,
+            max_shrinkage=self.max_shrinkage,
+        )
+        return kernel(key, state, log_density)
+
+    def report(self, info: Any) -> Info:
+        return {
+            "acceptance_rate": jnp.asarray(info.is_accepted, float),
+            "n_steps": info.num_expansions + info.num_shrink,
+        }
