@@ -72,6 +72,11 @@ class BoundKernel(Noun):
         return self.kernel.step(key, state, self.log_density)
 
 
+# Of dual averaging. Stan's values (0.05 and 10) are for acceptance averaged along a trajectory. That of one
+# proposal is noisier: with them step sizes swing so widely that their average misses the target.
+GAMMA, AHEAD = 0.2, 1.0
+
+
 class AdaptiveKernel(DensityKernel):
     """Base of the density kernels with a step size and an inverse mass, which a warm-up tunes.
 
@@ -159,9 +164,9 @@ class AdaptiveKernel(DensityKernel):
         inverse_mass = self.scales()[1]
         given = inverse_mass is not None
         if self.adapt == "step_size" or (given and not _is_array(inverse_mass)):
-            return Adaptation(MassLayout((), ()), self.target_acceptance, adapt_mass=False)
+            return Adaptation(MassLayout((), ()), self.target_acceptance, False, GAMMA, AHEAD)
         dense = self.dense_mass or (given and jnp.ndim(inverse_mass) == 2)
-        return Adaptation(MassLayout.make(size, dense), self.target_acceptance)
+        return Adaptation(MassLayout.make(size, dense), self.target_acceptance, True, GAMMA, AHEAD)
 
 
 def _is_array(x: Any) -> bool:

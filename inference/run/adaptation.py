@@ -149,11 +149,13 @@ class AdaptationState(eqx.Module):
         step: the state of dual averaging.
         mass: running covariance and current inverse mass, for each part of the layout.
         adapt_mass: whether the inverse mass is estimated.
+        ahead: as in `Adaptation`.
     """
 
     step: DualAveragingAdaptationState
     mass: tuple[MassMatrixAdaptationState, ...]
     adapt_mass: bool = eqx.field(static=True, default=True)
+    ahead: float = eqx.field(static=True, default=10.0)
 
     @property
     def inverse_mass(self) -> InverseMass:
@@ -175,7 +177,8 @@ class AdaptationState(eqx.Module):
         final = jnp.exp(self.step.log_step_size_avg)
         ends = (mass_matrix_adaptation(m.inverse_mass_matrix.ndim == 1)[2] for m in self.mass)
         mass = tuple(end(m) for end, m in zip(ends, self.mass, strict=True))
-        return _like(AdaptationState(_first(final), mass), self)
+        step = _first(final, self.ahead)
+        return _like(AdaptationState(step, mass, True, self.ahead), self)
 
 
 def values(tuning: Any) -> Any:
@@ -197,11 +200,16 @@ class Adaptation:
         layout: the blocks of the inverse mass matrix.
         target_acceptance: the mean acceptance probability that the step size is tuned to.
         adapt_mass: whether to estimate the inverse mass matrix.
+        gamma: how slowly dual averaging reacts: after t transitions one whose acceptance is off by d changes the
+            log step size by d / (gamma sqrt(t)), about.
+        ahead: step sizes are drawn towards so many times that at which the search began.
     """
 
     layout: MassLayout
     target_acceptance: Any
     adapt_mass: bool = True
+    gamma: float = 0.05
+    ahead: float = 10.0
 
     def init(
         self,
@@ -241,9 +249,9 @@ class Adaptation:
             step_size = find_reasonable_step_size(
                 key, generator, state, one, self.target_acceptance
             )
-        step = _first(jnp.asarray(step_size, dtype))
+        step = _first(jnp.asarray(step_size, dtype), self.ahead)
         step = jax.tree.map(lambda x: _cast(x, dtype), step)
-        return AdaptationState(step, mass, self.adapt_mass)
+        return AdaptationState(step, mass, self.adapt_mass, self.ahead)
 
     def update(
         self,
@@ -253,7 +261,7 @@ class Adaptation:
         now: Phase,
     ) -> AdaptationState:
         """Learn from one transition, if it is one of warm-up."""
-        _, update, _ = dual_averaging_adaptation(self.target_acceptance)
+        _, update, _ = dual_averaging_adaptation(self.target_acceptance, gamma=self.gamma)
 
         def learn(mass: Any) -> Any:
             parts = zip(self._mass(), mass, self.layout.split(position), strict=True)
@@ -264,7 +272,7 @@ class Adaptation:
             if self.adapt_mass:
                 mass = jax.lax.cond(now.slow, learn, lambda m: m, mass)
             step = update(state.step, jnp.nan_to_num(acceptance))
-            return _like(AdaptationState(step, mass, self.adapt_mass), state)
+            return _like(AdaptationState(step, mass, self.adapt_mass, self.ahead), state)
 
         return jax.lax.cond(now.warming, warm, lambda state: state, state)
 
@@ -272,11 +280,12 @@ class Adaptation:
         return [mass_matrix_adaptation(is_diagonal_matrix=not dense) for dense in self.layout.dense]
 
 
-def _first(step_size: Array) -> DualAveragingAdaptationState:
+def _first(step_size: Array, ahead: float) -> DualAveragingAdaptationState:
     """Dual averaging before its first update, with the first step size for its average."""
     init, _, _ = dual_averaging_adaptation(0.0)  # what is aimed at matters to updates alone
     state = init(step_size)
-    return state._replace(log_step_size_avg=state.log_step_size)
+    mu = jnp.log(ahead * step_size)
+    return state._replace(log_step_size_avg=state.log_step_size, mu=mu)
 
 
 def _is_state(x: Any) -> bool:
