@@ -22,6 +22,7 @@ MIN_BFMI = 0.3
 MIN_PARTICLE_ESS = 100
 _APART = 1.05  # R-hat above which chains disagree, rather than being short
 _DEFAULT_TREE_DEPTH = 10
+_TUNE = "a smaller step_size, or have a warm-up find one, num_warmup=500"
 
 # Laws with a location and a scale, for which `noncentered` exists
 _LOCATION_SCALE = {
@@ -55,6 +56,7 @@ def judge_draws(
     active: Mapping[str, Any],
     stats: Mapping[str, Any],
     sites: Mapping[str, Any],
+    fixed_steps: bool = False,
 ) -> list[Finding]:
     """The verdict on Markov chains.
 
@@ -64,6 +66,7 @@ def judge_draws(
         active: which draws count, by address.
         stats: statistics of the sampler, of shape (chain, draw).
         sites: the `SiteInfo` of each address, for advice that names a site.
+        fixed_steps: whether no warm-up tuned the step size, so that the advice is to tune it.
     """
     if not table:
         return [_note("There is nothing to summarise: no choice and no derived value was kept.")]
@@ -72,8 +75,8 @@ def judge_draws(
     bad = [
         *_not_finite(table),
         *_too_few(draws),
-        *_stuck(choices, active),
-        *_divergences(stats, recentre),
+        *_stuck(choices, active, fixed_steps),
+        *_divergences(stats, recentre, fixed_steps),
         *_disagreement(table, chains, draws, recentre),
         *_too_short(table, draws),
         *_deep_trees(stats),
@@ -135,7 +138,9 @@ def _too_few(draws: int) -> Iterator[Finding]:
         yield Finding(f"Only {what}: R-hat and effective sample sizes need 4, better 1000.")
 
 
-def _stuck(choices: Mapping[str, np.ndarray], active: Mapping[str, Any]) -> Iterator[Finding]:
+def _stuck(
+    choices: Mapping[str, np.ndarray], active: Mapping[str, Any], fixed_steps: bool
+) -> Iterator[Finding]:
     """Find chains in which no continuous choice ever changed."""
     moving = None
     for address, x in choices.items():
@@ -147,18 +152,21 @@ def _stuck(choices: Mapping[str, np.ndarray], active: Mapping[str, Any]) -> Iter
     if moving is not None and not moving.all():
         yield Finding(
             f"{_chains(np.flatnonzero(~moving))} never moved: the steps are too large for where it started, or the "
-            "density has no gradient there. Start elsewhere, with run(..., init=choices), or allow a longer warm-up."
+            "density has no gradient there. Start elsewhere, with run(..., init=choices), or "
+            f"{_TUNE if fixed_steps else 'allow a longer warm-up'}."
         )
 
 
-def _divergences(stats: Mapping[str, Any], recentre: Iterator[str]) -> Iterator[Finding]:
+def _divergences(
+    stats: Mapping[str, Any], recentre: Iterator[str], fixed_steps: bool
+) -> Iterator[Finding]:
     diverging = np.asarray(stats.get("diverging", False))
     count = int(diverging.sum())
     if count:
         yield Finding(
             f"{count} of {diverging.size} draws diverged ({_percent(count / diverging.size)}): "
             "where the density bends sharply the sampler cannot follow, and means may be biased. "
-            f"Try target_acceptance=0.95{next(recentre, '')}."
+            f"Try {_TUNE if fixed_steps else 'target_acceptance=0.95'}{next(recentre, '')}."
         )
 
 

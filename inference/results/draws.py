@@ -30,7 +30,8 @@ class Draws(Result):
         stats: statistics of the sampler, arrays (chain, draw), under ArviZ's names: "lp", "acceptance_rate",
             "diverging", "energy", "tree_depth", "n_steps", "step_size", "reached_max_treedepth".
         target: the target that was sampled. It is a `Record` if the draws were read from a file without the target.
-        warmup: what the sampler reports of its warm-up, arrays that lead with the chain.
+        warmup: what the warm-up found, as arrays that lead with the chain: "step_size", "inverse_mass" (of a cycle or a
+            mixture in dicts by the index of the part), and the number of "divergences".
 
     Examples:
         >>> import jax
@@ -96,7 +97,10 @@ class Draws(Result):
         self._check("summary()")
         parts = map(on_host, (self.choices, self.derived, self.active, self.stats))
         sites = getattr(self.target, "sites", None)
-        return summarise_draws(self._title(), *parts, quantiles=quantiles, sites=sites, all=all)
+        names = ("step_size", "scale")
+        tuned = self.warmup is None or any(a.endswith(names) for a in flatten(self.warmup))
+        more: Any = {"quantiles": quantiles, "sites": sites, "all": all}
+        return summarise_draws(self._title(), *parts, fixed_steps=not tuned, **more)
 
     def to_arviz(
         self,

@@ -183,6 +183,7 @@ def summarise_draws(
     *,
     quantiles: Sequence[float] = (0.05, 0.5, 0.95),
     sites: Mapping[str, Any] | None = None,
+    fixed_steps: bool = False,
     all: bool = False,
 ) -> Summary:
     """The table and the verdict of Markov chains.
@@ -195,6 +196,7 @@ def summarise_draws(
         stats: statistics of the sampler, see `Draws`.
         quantiles: the probabilities of the columns of quantiles.
         sites: the table of sites, for advice that names one.
+        fixed_steps: whether no warm-up tuned the step size, for advice.
         all: whether to print every row.
     """
     numbers, others = _numeric({**choices, **derived})
@@ -202,9 +204,8 @@ def summarise_draws(
     for address, values in numbers.items():
         mask = active.get(address) if address in choices else None
         table[address] = diagnostics.describe(values, mask, quantiles)
-    findings = judge_draws(
-        table, {a: numbers[a] for a in choices if a in numbers}, active, stats, sites or {}
-    )
+    kept = {a: numbers[a] for a in choices if a in numbers}
+    findings = judge_draws(table, kept, active, stats, sites or {}, fixed_steps)
     return Summary(title, table, findings, _not_shown(others), hidden=_internal(table), all=all)
 
 
