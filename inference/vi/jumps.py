@@ -1,20 +1,21 @@
-"""Jumps along the path of a reparametrised draw: where they may be, by the jaxpr, and whether they are, by numbers.
+"""Jumps of an objective along the path of a reparametrised draw. They bias the gradient silently.
 
-The pathwise derivative of `E[f(x)]` misses what `f` gains by jumping. A jump needs an equation whose
-result is piecewise constant in the draw (a comparison, a rounding, an index), and which goes on to
-the objective. Those are found by following the draws through the staged objective; a draw whose
-derivative was stopped on purpose is not followed. Most of them are harmless: the guards of library
-code never switch where draws fall, and `where(x > 0, x, 0)` is continuous. So each is tried. Between
-two draws `x_0`, `x_1`, all other noise as it is, there is a line
+The pathwise derivative of `E[f(x)]` misses what `f` gains by jumping. A jump needs an equation whose result is
+piecewise constant in the draw (a comparison, a rounding, an index), and a way from that result to the objective. Such
+equations are found by following the draws through the staged objective. A draw whose derivative was stopped on purpose
+is not followed.
 
-    x(t) = x_0 + t (x_1 - x_0),
+Most of these equations are harmless: the guards of library code never switch where draws fall, and `where(x > 0, x, 0)`
+is continuous. So each is tried. Take two draws `x_0` and `x_1`, and leave all other noise as it is. On the line
 
-and where the equation's result differs at its ends, bisection finds a `t` at which it switches. The
-objective jumps there if its difference over the last interval, of length 2^-20, is no less than a
-quarter of that over one of length 2^-10 (a Lipschitz function would have shrunk a thousandfold, a
-square root 32-fold) and more than rounding, while what enters the equation is continuous there.
+    x(t) = x_0 + t (x_1 - x_0)
 
-What is inside a `while_loop` is not followed.
+bisection finds a `t` at which the equation switches, if its result differs at the two ends. The objective jumps there
+under three conditions. Its difference over the last interval, of length 2^-20, is at least a quarter of the difference
+over one of length 2^-10. (For a Lipschitz function it would have shrunk a thousandfold, for a square root 32-fold.) The
+difference is more than rounding. And the operands of the equation are continuous there.
+
+The inside of a `while_loop` is not followed.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Jump:
     """A jump of an objective along the path of a draw.
 
     Attributes:
-        primitive: name of the equation's operation.
-        where: the line of the source that it comes from, in brackets; empty if unknown.
-        size: by how much the objective jumped at one place.
+        primitive: the name of the equation's operation.
+        where: the line of the source from which it comes, in brackets; empty if unknown.
+        size: the size of the jump at one place.
     """
 
     primitive: str
@@ -91,11 +92,11 @@ Numbers = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Taint:
-    """What a value has of the draws.
+    """The dependence of a value on the draws.
 
     Attributes:
-        smooth: addresses of those it may be differentiated with respect to.
-        stepped: equations, by their numbers (see `Place`), through which it is piecewise constant in some.
+        smooth: the addresses of the draws with respect to which it may be differentiated.
+        stepped: the equations, by their numbers (see `Place`), through which it is piecewise constant in some draw.
     """
 
     smooth: frozenset[str] = frozenset()
@@ -112,9 +113,9 @@ class _Follower:
     """The draws of an objective, followed through its equations.
 
     Attributes:
-        found: equations whose result is piecewise constant in a draw: name, line of the source, and
-            the draws' addresses.
-        out: what the objective has of the draws.
+        found: the equations whose result is piecewise constant in a draw: name, line of the source, addresses of the
+            draws.
+        out: the dependence of the objective on the draws.
     """
 
     def __init__(self, jaxpr: Any) -> None:
@@ -144,13 +145,13 @@ class _Follower:
 
 
 def _line(eqn: Any, place: Place) -> str:
-    """The line of an equation. What stands in a library's own jit may have none: that of the call, then."""
+    """The line of an equation. An equation in a library's own jit may have none; then it is the line of the call."""
     around = [eqn, *(e for e, _ in reversed(place.around))]
     return next(filter(None, map(where_in_source, around)), "")
 
 
 def _steps(eqn: Any) -> bool:
-    """Whether an equation's result is piecewise constant in what is floating of its operands, or has such jumps."""
+    """Whether an equation's result is piecewise constant in its floating operands, or jumps in them."""
     name = eqn.primitive.name
     if name in ("convert_element_type", "argmax", "argmin", "sort", "top_k"):
         return any(not _real(v) for v in eqn.outvars)
@@ -177,7 +178,7 @@ Seen = dict[Numbers, tuple[list[Array], list[Array]]]
 def _watch(
     jaxpr: Any, args: Sequence[Any], places: frozenset[Numbers], numbers: Numbers = ()
 ) -> Any:
-    """Evaluate a jaxpr; also give what the equations at some places take and give."""
+    """Evaluate a jaxpr, and also give the operands and results of the equations at some places."""
     seen: Seen = {}
     count = itertools.count()
 
@@ -198,7 +199,7 @@ def _watch(
 
 
 def _watch_inside(eqn: Any, ins: list[Any], places: frozenset[Numbers], here: Numbers) -> Any:
-    """The same of an equation with jaxprs in it; what a branch does not have is zero there."""
+    """Evaluate an equation with jaxprs inside in the same way. What a branch does not have is zero there."""
     jaxprs = inside(eqn)
 
     def body(k: int, args: Sequence[Any]) -> Any:
@@ -218,7 +219,7 @@ def _watch_inside(eqn: Any, ins: list[Any], places: frozenset[Numbers], here: Nu
 
 
 def _flags(eqn: Any, ins: list[Any], outs: list[Any]) -> list[Array]:
-    """What is piecewise constant of an equation's results."""
+    """The results of an equation that are piecewise constant."""
     name = eqn.primitive.name
     if name == "rem":
         return [jnp.round((ins[0] - outs[0]) / ins[1])]
@@ -232,9 +233,9 @@ class _Lines(eqx.Module):
 
     Attributes:
         code: `code(*captured, key, which, salt, step, *arrays)` gives the objective.
-        captured: what it closes over.
+        captured: the arrays that it closes over.
         arrays: the parameters and the data.
-        places: the equations watched.
+        places: the places of the equations that are watched.
     """
 
     code: Code = eqx.field(static=True)
@@ -243,7 +244,7 @@ class _Lines(eqx.Module):
     places: tuple[Numbers, ...] = eqx.field(static=True)
 
     def at(self, line: tuple[PRNGKeyArray, Any, Any], t: Any) -> tuple[Array, Seen]:
-        """The objective and what is watched at one point of a line."""
+        """The objective, and the watched values, at one point of a line."""
         key, which, salt = line
         args = [
             *self.captured,
@@ -259,7 +260,7 @@ class _Lines(eqx.Module):
 
 @eqx.filter_jit
 def _switches(lines: _Lines, key: PRNGKeyArray, num_addresses: int) -> Array:
-    """Whether each equation switches between the ends: `(num_addresses, NUM_LINES, equations)`."""
+    """Whether each equation switches between the ends of a line: `(num_addresses, NUM_LINES, equations)`."""
 
     def one(which: Any, i: Any) -> Array:
         ends = jax.lax.map(lambda t: lines.at((key, which, i), t)[1], jnp.array([0.0, 1.0]))
@@ -284,7 +285,7 @@ def _differ(places: tuple[Numbers, ...], a: Seen, b: Seen) -> Array:
 
 @eqx.filter_jit
 def _bisect(lines: _Lines, line: tuple[PRNGKeyArray, Any, Any], number: Any) -> Any:
-    """The differences of the objective, and of what enters an equation, over intervals in which it switches."""
+    """The differences of the objective, and of an equation's operands, over intervals in which it switches."""
     _, first = lines.at(line, 0.0)
 
     def halve(i: Any, state: Any) -> Any:
