@@ -1,18 +1,18 @@
-r"""Surrogates: a program with marked draws as a function whose value and derivatives are both unbiased.
+r"""Surrogates: a program with marked draws, evaluated so that its value and its derivatives are both unbiased.
 
-An expectation is evaluated in two stages. The interpreter first turns the program into a plain jaxpr in which every
-draw that is not reparametrised is *marked*, an equation that hands the draw on and holds what its strategy needs. Here
-that jaxpr is evaluated so that the derivatives come out right.
+An expectation is evaluated in two stages. First the interpreter turns the program into a plain jaxpr. Every draw that
+is not reparametrised is *marked* there: an equation hands the draw on, and holds what its strategy needs. The second
+stage is here. It evaluates that jaxpr in such a way that the derivatives are right.
 
-*Score terms* need no continuation. With $l = \log q_\theta(x)$ at a stopped draw, a cost $c$ that depends on $x$ is
-replaced by $\square(l)\, (c - b) + b$ where $\square(l) = \exp(l - \operatorname{stop} l)$ is one in value and carries
-the score in every derivative, of whatever order (Foerster et al. 2018, "DiCE"). Which draws a cost depends on is known
-from the jaxpr, element by element along the axes that ``lifting.align`` keeps apart. What is summed is boxed term by
-term, each with its own draws only.
+*Score terms* do not need the rest of the program. Write $l = \log q_\theta(x)$ at a stopped draw. A cost $c$ that
+depends on $x$ is replaced by $\square(l)\, (c - b) + b$, where $\square(l) = \exp(l - \operatorname{stop} l)$ has value
+one and carries the score in every derivative, of whatever order (Foerster et al. 2018, "DiCE"). The jaxpr tells on
+which draws a cost depends, element by element along the axes that batch-axis propagation keeps apart. A sum is boxed
+term by term, each term with its own draws only.
 
-*Enumeration* and *measure-valued derivatives* need the rest of the program as a function $k$ of the draw: the tail of
-the jaxpr from there on, also out of calls and branches. The tail is run under ``vmap``, with the noise of all other
-draws as it is. In a scan or a loop there is no tail.
+*Enumeration* and *measure-valued derivatives* need the rest of the program as a function $k$ of the draw. This is the
+tail of the jaxpr after the draw, also out of calls and branches. The tail is run under ``vmap``, and all other draws
+keep their noise. In a scan or a loop there is no tail.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ mark_p = Primitive("mark")
 
 
 def mark(kind: str, site: Any, arrays: Sequence[Any], **params: Any) -> jax.Array:
-    """The first array, a draw, marked. All arrays lead with the axes of the draw's lanes."""
+    """Mark the first array, which is a draw. All arrays lead with the draw's batch axes."""
     return mark_p.bind(*arrays, kind=kind, name=".".join(site.address), **params)
 
 
 def with_baselines(cost: jax.Array, per_draw: jax.Array, baselines: jax.Array) -> jax.Array:
-    r"""A cost with a baseline for each of several draws, which must not depend on that draw itself.
+    r"""A cost with a baseline for each of several draws. The baseline of a draw must not depend on that draw.
 
     Args:
         cost: a number computed from all draws.
-        per_draw: ``(K,)``, numbers of which the i-th is computed from the i-th draw; they tell which draws are meant.
-        baselines: ``(K,)``, the i-th a function of all draws but the i-th.
+        per_draw: ``(K,)`` numbers. The i-th is computed from the i-th draw, and tells which draw is meant.
+        baselines: ``(K,)`` numbers. The i-th is a function of all draws but the i-th.
 
     Returns:
-        The cost; score terms of the i-th draw are multiplied by the cost less the i-th baseline.
+        The cost. Score terms of the i-th draw are multiplied by the cost less the i-th baseline.
     """
     return mark_p.bind(cost, per_draw, baselines, kind="control", name="")
 
@@ -111,7 +111,7 @@ holds_marks = Holds(lambda eqn: eqn.primitive is mark_p)
 
 
 def kinds(code: Any) -> list[tuple[str, str]]:
-    """Address and kind of every mark in a jaxpr, or in a list of equations."""
+    """The address and the kind of every mark in a jaxpr, or in a list of equations."""
     marks = (eqn.params for eqn, _ in equations(code) if eqn.primitive is mark_p)
     return [(params["name"], params["kind"]) for params in marks]
 
@@ -125,15 +125,16 @@ TAILED = ("enum", "mvd")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Effect:
-    """What draws do to the costs that depend on them.
+    """The effect of draws on the costs that depend on them.
 
     Attributes:
-        log_q: log density, for every copy along leading axes of the draw. Of the draws of a scan, for every step the
-            sum up to it.
-        log_weight: the same for weights that multiply in value, too.
-        whole: of the draws of a scan, log density and log weight of all steps, which what reads several has.
-        control: of mean zero, subtracted from a cost once: the baselines' part.
-        learned: sum of the baselines that learn, and of their squares.
+        log_q: the log density, for every copy along leading axes of the draw. For draws of a scan it is, at every step,
+            the sum up to that step.
+        log_weight: the same for weights that also multiply the value.
+        whole: for draws of a scan, the log density and the log weight of all steps. Values that read several steps have
+            these.
+        control: the baselines' part. It has mean zero and is subtracted from a cost once.
+        learned: the sum of the baselines that learn, and of their squares.
     """
 
     log_q: Any
@@ -143,7 +144,7 @@ class Effect:
     whole: tuple[Any, Any] | None = None
 
     def sum(self, part: str) -> Any:
-        """Log density, or log weight, of all draws."""
+        """The log density, or the log weight, of all draws."""
         if self.whole is not None:
             return self.whole[part == "log_weight"]
         return jnp.sum(getattr(self, part))
@@ -161,9 +162,9 @@ Places = tuple["int | None", ...]
 
 
 class Node:
-    """A value, the effects it depends on (with the places of their axes), and how it was computed.
+    """A value, the effects on which it depends (with the places of their axes), and how it was computed.
 
-    ``relaxed`` is, of an integer that a relaxed draw determines, the same number as a float with derivatives.
+    If a relaxed draw determines an integer, ``relaxed`` is the same number as a float with derivatives.
     """
 
     __slots__ = ("deps", "eqn", "inputs", "number", "out", "relaxed", "value")
@@ -184,7 +185,7 @@ class Node:
 
 
 def _spread(eqn: Any, inputs: Sequence[Node]) -> list[dict[Effect, Places]]:
-    """The effects that the results of an equation depend on."""
+    """The effects on which the results of an equation depend."""
     outs: list[dict[Effect, Places]] = [{} for _ in eqn.outvars]
     for effect in dict.fromkeys(e for n in inputs for e in n.deps):
         found: list[list[int | None]] = [[] for _ in eqn.outvars]
@@ -217,11 +218,12 @@ class Evaluator:
     the program as a function: the equations that follow, out of calls and branches too.
 
     Attributes:
-        axis: name of the axis of independent samples, whose other members give baselines; None, if there is one.
-        max_terms: how often the rest of the program is run at most, by enumeration.
-        effects: of all draws so far that are not inside others.
-        moved: the floating arguments, which derivatives may be taken with respect to.
-        pure: whether marks are taken for mere draws, weights excepted.
+        axis: the name of the axis of independent samples. The other samples give baselines. None if there is one
+            sample.
+        max_terms: the most runs of the rest of the program that enumeration may take.
+        effects: the effects of all draws so far that are not inside others.
+        moved: the floating arguments, with respect to which derivatives may be taken.
+        pure: whether marks, except weights, are taken as mere draws.
         weighs: whether there are weights.
         scores: whether the call that is evaluated belongs to a density.
     """
@@ -236,7 +238,7 @@ class Evaluator:
         self.scores = False
 
     def __call__(self, jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-        """Results of a jaxpr, with derivatives by the strategies of its marks."""
+        """The results of a jaxpr, with derivatives by the strategies of its marks."""
 
         def surrogates(outs: list[Node]) -> list[Any]:
             return [self.surrogate(n) for n in outs]
@@ -263,7 +265,7 @@ class Evaluator:
         then: Callable[[list[Node]], Any],
         terms: int,
     ) -> Any:
-        """The equations of a jaxpr from one on, when ``terms`` evaluations of them are made."""
+        """Evaluate the equations of a jaxpr from a given one on. ``terms`` is the number of evaluations in all."""
         env = dict(env)
 
         def read(v: Any) -> Node:
@@ -296,7 +298,7 @@ class Evaluator:
         return then([read(v) for v in jaxpr.outvars])
 
     def equation(self, eqn: Any, inputs: list[Node], marked: bool) -> Sequence[Node]:
-        """An equation in which no mark needs a tail."""
+        """Evaluate an equation in which no mark needs a tail."""
         if eqn.primitive is mark_p:
             return [self.marked(eqn, inputs)]
         if any(n.relaxed is not None for n in inputs):
@@ -317,7 +319,7 @@ class Evaluator:
     # -- score terms
 
     def marked(self, eqn: Any, inputs: list[Node]) -> Node:
-        """A draw with a score term, or a weight; or a cost with baselines of its own."""
+        """Evaluate a mark: a draw with a score term or a weight, or a cost with baselines of its own."""
         if eqn.params["kind"] == "control":
             return inputs[0] if self.pure else _controlled(*inputs)
         draw, term, *baselines = (n.value for n in inputs)
@@ -338,7 +340,7 @@ class Evaluator:
         return Node(draw, {**_through(inputs, term.ndim), effect: tuple(range(term.ndim))})
 
     def relaxed(self, eqn: Any, inputs: list[Node]) -> Sequence[Node]:
-        """An equation of relaxed integers: sums, products and changes of shape carry their derivatives to floats."""
+        """Evaluate an equation of relaxed integers. Sums, products and changes of shape carry derivatives to floats."""
         name = eqn.primitive.name
         if _is_plain(eqn):
             with self.scoring(eqn):
@@ -366,7 +368,7 @@ class Evaluator:
         return [Node(inputs[0].value.astype(dtype), deps, relaxed=floats[0])]
 
     def beside(self, eqn: Any, inputs: list[Node]) -> list[Node]:
-        """A scan, a branch or a checkpoint that holds score terms: their sums come out beside its results."""
+        """Evaluate a scan, a branch or a checkpoint with score terms. Their sums come out beside its results."""
         values = [n.value for n in inputs]
 
         def body(jaxpr: Any, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -500,7 +502,7 @@ class Evaluator:
     def branches(
         self, eqn: Any, inputs: list[Node], rest: Callable[..., Any], terms: int
     ) -> list[Any]:
-        """A cond with marks that need a tail: the tail goes into the branches."""
+        """Evaluate a cond with marks that need a tail. The tail goes into the branches."""
         index, *operands = inputs
         decided = _through([index], 0)
 
@@ -525,7 +527,7 @@ class Evaluator:
 
     @contextlib.contextmanager
     def purely(self) -> Iterator[None]:
-        """Run what follows without strategies: its value alone."""
+        """Run what follows without strategies, for its value alone."""
         before, self.pure = self.pure, True
         try:
             yield
@@ -551,7 +553,7 @@ def _box(log_q: Any) -> Any:
 
 
 def _total(node: Node, part: str) -> Any:
-    """The sum of a part of all effects on a node, with the node's axes where they are kept apart."""
+    """The sum, over all effects on a node, of one part of them. It has the node's axes where these are kept apart."""
     total: Any = 0.0
     for effect, places in node.deps.items():
         x = getattr(effect, part)
@@ -570,7 +572,7 @@ def _total(node: Node, part: str) -> Any:
 
 
 def _totals(effects: Sequence[Effect]) -> list[Any]:
-    """Log density, log weight, control and learned baselines of all effects, summed."""
+    """The sums of log density, log weight, control and learned baselines over all effects."""
     zero = jnp.zeros(())
     log_q = sum((e.sum("log_q") for e in effects), zero)
     log_weight = sum((e.sum("log_weight") for e in effects if e.weighs), zero)
@@ -641,7 +643,7 @@ def _is_linear(node: Node) -> bool:
 
 
 def _infinite(node: Node) -> bool:
-    """Whether a value is known, and holds an infinity."""
+    """Whether a value is known and holds an infinity."""
     x = node.value
     return (
         not node.deps
@@ -652,9 +654,9 @@ def _infinite(node: Node) -> bool:
 
 
 def _linearly(out: Node, leaf: Callable[[Node], Any], constant: Callable[[Node], Any]) -> Any:
-    """A value computed anew from the terms it is a linear function of.
+    """A value, computed again from the terms of which it is a linear function.
 
-    ``leaf`` gives the terms, ``constant`` those that depend on no draw.
+    ``leaf`` gives the terms that depend on draws, and ``constant`` the others.
     """
     nodes: dict[int, Node] = {}
     left = [out]
@@ -696,9 +698,9 @@ def _weighed(q: Any, k: Any) -> Any:
 
 
 def _product(slope: Any, theta: Any, moved: Sequence[Any], message: str) -> Any:
-    """Zero, with derivative ``slope`` with respect to ``theta``, whose axes lead.
+    """Zero, with the derivative ``slope`` with respect to ``theta``. The axes of ``theta`` lead.
 
-    A second derivative, with respect to anything that may have ``moved``, is an error: not all of it is known.
+    A second derivative with respect to anything that may have ``moved`` is an error: not all of it is known.
     """
 
     @jax.custom_jvp
