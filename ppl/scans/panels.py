@@ -1,9 +1,9 @@
-"""Series under a vmap: a program apart into what its lanes share, and the program of one lane.
+"""Panels: a scan under ``jax.vmap``, taken apart into what all series share and the program of one series.
 
-``jax.vmap`` has batched the equations between the sites of a lane, and only the sites still tell their lanes. The
-program of lane ``l`` is had back from the rules that keep copies apart (``lifting``): they prove of every equation
-that reads a choice of a lane where its results carry the lanes' axis, and that index ``l`` there reads index ``l``
-alone.
+A series is one index of the batch axis, here called a lane. ``jax.vmap`` has batched the equations between the sites of
+a lane, and only the sites still tell their lanes. Batch-axis propagation (``ppl/analysis/independence.py``) gives the
+program of lane ``l`` back. For every equation that reads a choice of a lane, it proves where the results carry the axis
+of the lanes, and that index ``l`` there reads index ``l`` alone.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .splitting import holds_scan, inlined
 
 
 class Series(eqx.Module):
-    """What the lanes of a program share, and one of them.
+    """A panel in two parts: what all lanes share, and one lane.
 
     Attributes:
-        shared: the sites outside of the lanes; returns what the lanes read.
-        code: the code of one lane, of its index and what `shared` returns.
-        size: number of lanes.
-        addresses: of the sites of a lane, their first axis the lanes'.
-        scanned: those of them in the scan.
-        name: of the program.
+        shared: a program with the sites outside of the lanes. It returns what the lanes read.
+        code: the code of one lane, as a function of its index and of what `shared` returns.
+        size: the number of lanes.
+        addresses: the addresses of the sites of a lane. Their first axis is that of the lanes.
+        scanned: those of them that are in the scan.
+        name: the name of the program.
     """
 
     shared: Program
@@ -56,13 +56,13 @@ class Series(eqx.Module):
 def series(
     program: Program, observed: Collection[str], settled: Collection[str], scan: str | None = None
 ) -> Series | None:
-    """Take apart a program whose scan with the observations stands under a vmap; None, if it does not.
+    """Take apart a program whose scan with the observations stands under a vmap. None if the scan does not.
 
     Args:
         program: the program.
-        observed: dotted addresses of what is observed; factors count as such.
-        settled: addresses of choices whose every element is known. Sites that read no other choice are shared.
-        scan: an address of the scan that is meant.
+        observed: the dotted addresses of observed choices. Factors count as observed.
+        settled: the addresses of choices all of whose elements are known. Sites that read no other choice are shared.
+        scan: an address in the scan that is meant.
 
     Raises:
         ModelError: if a site reads the choices of several lanes.
@@ -123,14 +123,14 @@ def _without(lane: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
 
 
 class _Walk:
-    """The equations of a program, those of its lanes apart from the others.
+    """The equations of a program, sorted into those of its lanes and the others.
 
     Attributes:
-        shared: equations that read no choice of a lane.
-        own: the others, in order, as far as they can be had lane by lane.
-        places: for what those give, where it carries the axis of the lanes (None: not at all).
-        mixed: what is computed of several lanes, and how: it may not reach a density.
-        reads: what the lanes read of what is shared, in order.
+        shared: the equations that read no choice of a lane.
+        own: the others, in order, if they can be computed for one lane.
+        places: for each result of these, the axis of the lanes (None if it has none).
+        mixed: values that are computed from several lanes, and how. They may not reach a density.
+        reads: the shared values that the lanes read, in order.
     """
 
     def __init__(
@@ -181,13 +181,13 @@ class _Walk:
         return bool(lanes) and lanes[-1].size == self.size
 
     def _draws(self, eqn: Any) -> bool:
-        """Whether an equation of the lanes makes a choice that is not known."""
+        """Whether an equation of the lanes makes an unknown choice."""
         return self._is_lane(eqn) and any(
             n not in self.settled for n in eqn_site_names(eqn) if not is_record(eqn)
         )
 
     def _place(self, eqn: Any, places: list[int | None]) -> list[int | None]:
-        """Where the results of an equation carry the axis of the lanes."""
+        """The place of the lanes' axis in the results of an equation."""
         if not eqn_holds_sites(eqn):
             return align(eqn, places)
         if not self._is_lane(eqn):
@@ -202,14 +202,14 @@ class _Walk:
 
 
 class _Own(NamedTuple):
-    """What a lane has of an array: its own index along the axis at a place."""
+    """The part of an array that belongs to one lane: its own index along the axis at a place."""
 
     value: Any
     place: int
 
 
 def _lane(walk: _Walk, index: Any, *values: Any) -> list[Any]:
-    """The equations of one lane; it returns nothing."""
+    """Run the equations of one lane. It returns nothing."""
 
     def equation(eqn: Any, ins: list[Any]) -> list[Any]:
         sited = eqn_holds_sites(eqn)
@@ -229,7 +229,7 @@ def _lane(walk: _Walk, index: Any, *values: Any) -> list[Any]:
 
 
 def _sited(eqn: Any, ins: list[Any], at: list[int | None], index: Any) -> list[Any]:
-    """An equation with sites, for one lane."""
+    """Run an equation with sites, for one lane."""
     *inner, outer = eqn.params["lanes"]
     own = [
         jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) if m and p is None else x
@@ -243,7 +243,7 @@ def _sited(eqn: Any, ins: list[Any], at: list[int | None], index: Any) -> list[A
 def _one_of(
     eqn: Any, ins: list[Any], at: list[int | None], out: list[int | None], size: int, index: Any
 ) -> list[Any]:
-    """One lane of the results of an equation that keeps lanes apart, from one lane of its operands."""
+    """Run an equation that keeps lanes apart: one lane of the results, from one lane of the operands."""
 
     def take(x: Any, axis: int | None) -> Any:
         if axis is None or jnp.ndim(x) <= axis:

@@ -1,7 +1,7 @@
 """Splitting a program at a scan: what comes before it, one step of it, what comes after.
 
-Each part is a program again: its arguments are what it reads, its return value is what the parts
-after it read. Calls (jit, checkpoint) around the scan are inlined.
+Each part is a program again. Its arguments are what it reads, and its return value is what the later parts read. Calls
+(jit, checkpoint) around the scan are inlined.
 """
 
 from __future__ import annotations
@@ -48,21 +48,22 @@ class Split(eqx.Module):
     """A program in three parts, around a scan.
 
     Attributes:
-        before: gives what the scan and `after` read that varies with a choice; None, where none is made there.
-        consts, carry, xs: operands of the scan; None, where `before` gives it.
-        kept: values that `after` reads besides; None, where `before` gives it.
-        entry: the first values of the carry that `handed` tells of; None, where `before` gives it; empty, where what
-            comes before the scan hands them on.
+        before: a program that gives the values that vary with a choice and that the scan or `after` reads. None if no
+            choice is made before the scan.
+        consts, carry, xs: the operands of the scan; None for those that `before` gives.
+        kept: other values that `after` reads; None for those that `before` gives.
+        entry: the first values of the carry that are handed on as a message (`handed`); None for those that `before`
+            gives. Empty if the part before the scan makes the first message.
         step_code, step_consts: the code of `step`, and arrays that it reads.
-        after_code, after_consts: the same of `after`; None, where no site follows.
-        handed: how choices that are summed out reach the next step; None, where none does.
-        reads_ys: which of the stacked outputs a site after the scan depends on.
-        length: number of steps.
-        reverse: whether they run backwards.
-        names: of consts and of the carry's leaves in the source, for `named`.
-        addresses: of the sites before, within, and after the scan.
-        markov: whether nothing random outlives a step, but what the step's own choices put into the carry.
-        name: of the program.
+        after_code, after_consts: the same for `after`; None if no site follows the scan.
+        handed: how choices that are summed out reach the next step; None if none do.
+        reads_ys: the stacked outputs on which a site after the scan depends.
+        length: the number of steps.
+        reverse: whether the steps run backwards.
+        names: the names of the consts and of the carry's leaves in the source, for `named`.
+        addresses: the addresses of the sites before, within, and after the scan.
+        markov: whether nothing random outlives a step except what the step's own choices put into the carry.
+        name: the name of the program.
     """
 
     before: Program | None
@@ -89,27 +90,27 @@ class Split(eqx.Module):
     def step(
         self, consts: list[Any], carry: list[Any], message: list[Any], x: list[Any]
     ) -> Program:
-        """One step as a program, which returns the new carry and those of its outputs that `after` reads."""
+        """One step as a program. It returns the new carry, and those of its outputs that `after` reads."""
         args = [*self.step_consts, *consts, *carry, *message, *x]
         return Program.of_code(self.step_code, args, self.name)
 
     def silent_step(
         self, consts: list[Any], carry: list[Any], message: list[Any], x: list[Any]
     ) -> Any:
-        """The same as a function with sites that returns nothing, and its arguments."""
+        """One step as a function with sites that returns nothing, and its arguments."""
         args = [*self.step_consts, *consts, *carry, *message, *x]
         return _Silent(self.step_code), args
 
     def after(
         self, kept: list[Any], carry: list[Any], message: list[Any], ys: list[Any]
     ) -> Program:
-        """What follows the scan, as a program; `ys` are those outputs that it reads."""
+        """The part after the scan, as a program. `ys` are the outputs that it reads."""
         assert self.after_code is not None
         args = [*self.after_consts, *kept, *carry, *message, *ys]
         return Program.of_code(self.after_code, args, self.name)
 
     def first_message(self, entry: list[Any], choices: dict[str, Any]) -> list[Any]:
-        """The message that the first step reads; `choices` are those made before the scan."""
+        """The message that the first step reads. `choices` are those made before the scan."""
         return [] if self.handed is None else self.handed.first(entry, choices)
 
     def next_message(
@@ -125,9 +126,9 @@ class Split(eqx.Module):
         return [] if self.handed is None else self.handed.then(args, choices)
 
     def carry_of(self, consts: list[Any], carry: list[Any], message: list[Any]) -> Any:
-        """The carry as the source has it; values that it never changes, which JAX makes consts, included.
+        """The carry as it stands in the source. It includes values that never change, which JAX turns into consts.
 
-        Of leaves that depend on what is summed out, it has the law.
+        A leaf that depends on what is summed out is given by its law.
         """
         fixed, moving = self.names
         if self.handed is not None:
@@ -139,15 +140,15 @@ class Split(eqx.Module):
 
 
 class Handed(eqx.Module):
-    """How choices that are summed out reach the next step: by the message (`messages`) of what the carry holds of them.
+    """The way in which choices that are summed out reach the next step: by a forward message (`messages`).
 
     Attributes:
-        step_code, step_consts: one step with the choices that are summed out as choices, which returns the state.
-        before_code, before_args: the same of what comes before the scan; None, where the state is known there.
-        slots: which leaves of the state of the scan, its consts and its carry.
-        form: of the message.
-        addresses: of all that is summed out.
-        options: how.
+        step_code, step_consts: one step in which these choices are choices. It returns the state.
+        before_code, before_args: the same for what comes before the scan; None if the state is known there.
+        slots: the leaves of the state that the message describes. The state is the consts and the carry of the scan.
+        form: the form of the message.
+        addresses: the addresses of all choices that are summed out.
+        options: the options of the sum.
     """
 
     step_code: Code
@@ -187,12 +188,12 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
 
     Args:
         program: the program.
-        observed: dotted addresses of what is observed; factors count as such.
-        scan: an address of the scan that is meant, where there are several.
+        observed: the dotted addresses of observed choices. Factors count as observed.
+        scan: an address in the scan that is meant, if there are several.
 
     Raises:
-        ModelError: if there is no such scan at the top level, or more than one; if what is summed out cannot be handed
-            from step to step.
+        ModelError: if there is no such scan at the top level, or more than one; or if what is summed out cannot be
+            handed from step to step.
     """
     code, args = program.staged().code()
     flat, args, sums = inlined(code.jaxpr, args)
@@ -315,14 +316,14 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
 
 
 def _varies(eqn: Any, ins: list[bool], _: Place) -> list[bool]:
-    """Whether what an equation gives varies with a choice."""
+    """Whether the results of an equation vary with a choice."""
     return [eqn_holds_sites(eqn) or any(ins)] * len(eqn.outvars)
 
 
 def _step(
     body: Any, num_consts: int, num_carry: int, slots: tuple[int, ...], form: Form | None
 ) -> Any:
-    """One step, which reads some leaves of its state, consts and carry, from a message, and returns all."""
+    """One step that reads some leaves of its state (consts and carry) from a message, and returns the whole state."""
     num_known = num_consts + num_carry - len(slots)
 
     def step(*xs: Any) -> list[Any]:
@@ -341,7 +342,7 @@ def _shapes(variables: Sequence[Any]) -> list[Any]:
 def _inputs(
     avals: list[Any], num_state: int, slots: tuple[int, ...], form: Form | None
 ) -> list[Any]:
-    """Shapes of what such a step reads."""
+    """The shapes of the values that such a step reads."""
     known = [avals[i] for i in range(num_state) if i not in slots]
     return [*known, *([] if form is None else form.shapes), *avals[num_state:]]
 
@@ -356,10 +357,10 @@ def _handed(
     addresses: Any,
     options: Options,
 ) -> tuple[Handed | None, list[Any]]:
-    """How what is summed out reaches the next step, if it does, and the values beside that are kept for the end.
+    """The way in which what is summed out reaches the next step, if it does, and other values kept for the end.
 
-    Which leaves of the state depend on it, and the form of their message, is found by walking what comes before the
-    scan, then steps until another one changes nothing.
+    The leaves of the state that depend on it, and the form of their message, are found by a walk: first of what comes
+    before the scan, then of steps, until another step changes nothing.
     """
     num_consts, num_carry = scan_sizes(eqn.params)
     num_state, num_read = num_consts + num_carry, len(eqn.invars)
@@ -416,7 +417,7 @@ def _walked(
     slots: tuple[int, ...] = (),
     num_state: int = 0,
 ) -> tuple[list[int], Form | None]:
-    """Which outputs depend on what is summed out, and the form of the message of these and `slots` of the state."""
+    """The outputs that depend on what is summed out, and the form of the message of these and `slots` of the state."""
     found: list[Any] = []
 
     def walk(args: list[Any]) -> None:
@@ -443,7 +444,7 @@ def _listed(addresses: Any) -> str:
 
 
 def _merged(known: Sequence[Any], others: Sequence[Any], slots: tuple[int, ...]) -> list[Any]:
-    """Leaves of a carry, those of some slots among the rest."""
+    """The leaves of a carry: those of some slots, put among the rest."""
     rest, mine = iter(known), iter(others)
     return [next(mine) if i in slots else next(rest) for i in range(len(known) + len(others))]
 
@@ -461,9 +462,9 @@ def inlined(jaxpr: Any, args: list[Any]) -> tuple[Code, list[Any], list[Any]]:
 
 
 def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[Any]:
-    """Stage a jaxpr anew, without the calls that hold sites.
+    """Stage a jaxpr again, without the calls that hold sites.
 
-    With `sums`, equations that sum choices out of a scan are noted there, and what they hold is taken in their place.
+    With `sums`, equations that sum choices out of a scan are noted there, and replaced by the program inside them.
     """
 
     def equation(eqn: Any, ins: list[Any]) -> list[Any] | None:
@@ -477,7 +478,7 @@ def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[
 
 
 def _needed(equations: Any) -> list[Any]:
-    """The equations that hold sites, and those that they read from."""
+    """The equations that hold sites, and those from which they read."""
     kept: list[Any] = []
     read: set[Any] = set()
     for eqn in reversed(equations):
@@ -543,9 +544,9 @@ _STEP, _EARLIER = frozenset(["step"]), frozenset(["earlier"])
 
 
 def _is_markov(body: Any, num_consts: int, num_carry: int) -> bool:
-    """Whether the carry holds nothing random of earlier steps but what the step's own choices replace.
+    """Whether the carry holds nothing random of earlier steps except what the step's own choices replace.
 
-    Slots that no choice reaches (counters) do not count.
+    Slots that no choice reaches, such as counters, do not count.
     """
 
     def transfer(eqn: Any, ins: list[frozenset[str]], _: Place) -> list[frozenset[str]] | None:
@@ -564,9 +565,9 @@ def _is_markov(body: Any, num_consts: int, num_carry: int) -> bool:
 
 
 def named(names: Sequence[str], values: Sequence[Any]) -> Any:
-    """Leaves by their names in the source, as the pytree they came from: tuples, dicts; attributes as a dict.
+    """Leaves by their names in the source, as the pytree from which they came: tuples, dicts, and attributes as a dict.
 
-    Without names, or with such as are no paths into one argument, a tuple of the leaves; of a single leaf the leaf.
+    Without names, or if the names are no paths into one argument, it is a tuple of the leaves, or the only leaf.
     """
     paths = [_PART.findall(n[len(_head(n)) :]) for n in names]
     if len({_head(n) for n in names}) != 1 or not all(names):
