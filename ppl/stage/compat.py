@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.lax import cond_p as cond_p
 from jax.lax import scan_p as scan_p
 from jax.lax import while_p as while_p
-
-CALLS = frozenset({"jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call"})
-"""Primitives that merely call an inner jaxpr: sites inside belong to the caller's scope."""
+from jax.sharding import NamedSharding
 
 
 def is_jaxpr(x: Any) -> bool:
@@ -63,6 +62,78 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
             if is_jaxpr(item):
                 found.append(item)
     return found
+
+
+def replaced(x: Any, **parts: Any) -> Any:
+    """The jaxpr, open or closed, with some of its parts replaced."""
+    opened, consts = open_jaxpr(x)
+    opened = opened.replace(**parts)
+    return opened if x is open_jaxpr(x)[0] else x.replace(jaxpr=opened, consts=list(consts))
+
+
+def is_shard_map(eqn: Any) -> bool:
+    return eqn.primitive.name == "shard_map"
+
+
+def shard_map_specs(eqn: Any) -> tuple[list[list[tuple[str, ...]]], list[list[tuple[str, ...]]]]:
+    """For each axis of each operand, and of each result, the axes of the mesh that it is split over."""
+
+    def names(spec: Any, v: Any) -> list[tuple[str, ...]]:
+        entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+        return entries + [()] * (v.aval.ndim - len(entries))
+
+    ins, outs = eqn.params["in_specs"], eqn.params["out_specs"]
+    return (
+        [names(s, v) for s, v in zip(ins, eqn.invars, strict=True)],
+        [names(s, v) for s, v in zip(outs, eqn.outvars, strict=True)],
+    )
+
+
+def manual_axes(eqn: Any) -> frozenset[str]:
+    """The axes of the mesh that a ``shard_map`` is written for."""
+    params = eqn.params
+    return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+
+
+def rebind_shard_map(eqn: Any, f: Any, args: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Call ``f`` in a ``shard_map`` like that of an equation; which values are the same on all shards is not checked.
+
+    Types that vary over the mesh are left out with that check: they were inferred before sites had values.
+    """
+    mesh = eqn.params["mesh"]
+    if any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types):
+        shardings = jax.tree.map(functools.partial(NamedSharding, mesh), in_specs)
+        args = jax.tree.map(jax.reshard, args, shardings)
+    run = jax.shard_map(
+        f,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=manual_axes(eqn),
+        check_vma=False,
+    )
+    return run(*args)
+
+
+@contextlib.contextmanager
+def types_of_shards_ignored(shard_map_p: Any) -> Iterator[None]:
+    """Trace every ``shard_map`` as with ``check_vma=False``.
+
+    With it JAX infers along which axes of the mesh a value varies, before a site has a value that might.
+    """
+    bind = type(shard_map_p).bind
+    shard_map_p.bind = lambda *args, **params: bind(
+        shard_map_p, *args, **{**params, "check_vma": False}
+    )
+    try:
+        yield
+    finally:
+        vars(shard_map_p).pop("bind", None)
+
+
+def like(x: Any, shape: tuple[int, ...]) -> Any:
+    """The type of an array of another shape, that varies over a mesh as ``x`` does."""
+    return jax.typeof(x).update(shape=shape, weak_type=False)
 
 
 def scan_sizes(params: dict[str, Any]) -> tuple[int, int]:

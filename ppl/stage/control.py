@@ -22,6 +22,7 @@ from .compat import (
     ShapedArray,
     cond_p,
     fancy_primitive_batchers,
+    like,
     open_jaxpr,
     scan_p,
     while_p,
@@ -167,13 +168,11 @@ def _keep_unmapped(primitive: Primitive) -> Any:
     """A batching rule that binds ``lanes_p`` around the un-vmapped equation."""
 
     def rule(axis_data: Any, args: Any, dims: Any, **params: Any) -> Any:
-        lane_avals = [
-            jax.ShapeDtypeStruct(
-                jnp.shape(a) if d is None else jnp.shape(a)[:d] + jnp.shape(a)[d + 1 :],
-                jnp.result_type(a),
-            )
+        shapes = [
+            jnp.shape(a) if d is None else jnp.shape(a)[:d] + jnp.shape(a)[d + 1 :]
             for a, d in zip(args, dims, strict=True)
         ]
+        lane_avals = [like(a, shape) for a, shape in zip(args, shapes, strict=True)]
         jaxpr = jax.make_jaxpr(lambda *xs: primitive.bind(*xs, **params))(*lane_avals)
         if not args:  # nothing to be batched by, were there another vmap around
             args, dims = [jnp.zeros(())], [None]

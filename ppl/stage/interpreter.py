@@ -14,19 +14,22 @@ declines goes by the rules of control flow, which are written once, here:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from .compat import (
     Literal,
     bind,
     cond_p,
     inner_jaxprs,
+    manual_axes,
     open_jaxpr,
+    rebind_shard_map,
     scan_p,
     scan_sizes,
     while_p,
@@ -34,7 +37,8 @@ from .compat import (
 from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
 from .errors import DensityError
-from .jaxprs import inputs, read, steps
+from .jaxprs import inputs, kind, read, steps
+from .shards import layouts, specs_of
 from .sites import Site, site_p
 from .structure import (
     anonymous_name,
@@ -150,6 +154,7 @@ class Context:
     axes: tuple[str | None, ...] = ()
     anonymous: int = 0
     frame: Frame | None = None
+    shared: frozenset[str] | None = None
 
     def enter(self, name: str) -> Context:
         return dataclasses.replace(
@@ -166,6 +171,11 @@ class Context:
         return dataclasses.replace(
             self, keys=keys, given=given, anonymous=anonymous, axes=self.axes + axes
         )
+
+    def split(self, axes: Iterable[str]) -> Context:
+        """The context of what is another choice on every shard along some axes of the mesh."""
+        shared = None if self.shared is None else self.shared - frozenset(axes)
+        return dataclasses.replace(self, shared=shared)
 
     def after(self, eqn: Any) -> Context:
         """The context of what follows an equation."""
@@ -236,7 +246,8 @@ def step(eqn: Any, ins: list[Any], context: Context) -> Result:
         return taken
     if not eqn_holds_sites(eqn):
         return bind(eqn, ins), {}, {}
-    outs, records, terms = RULES.get(eqn.primitive, _call)(eqn, ins, context)
+    rule = _shards if kind(eqn) == "shards" else RULES.get(eqn.primitive, _call)
+    outs, records, terms = rule(eqn, ins, context)
     return [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)], records, terms
 
 
@@ -255,7 +266,48 @@ def _site(eqn: Any, ins: list[Any], context: Context) -> Result:
     value, record, terms = context.handler.site(
         site, context.keys.get(name), context.given.get(name)
     )
-    return [value], {} if record is None else {name: record}, _sum(terms)
+    terms = _sum(terms)
+    if context.shared is not None:
+        own = {a for lane in site.lanes for a in lane.split.axes}
+        own |= {a for split in site.spec.split for a in split.axes}
+        terms = _once(terms, context.shared - own)
+    return [value], {} if record is None else {name: record}, terms
+
+
+def _once(terms: dict[str, Any], shared: frozenset[str]) -> dict[str, Any]:
+    """Terms that are the same on all shards along some axes of the mesh count on the first shard alone."""
+    if not shared:
+        return terms
+    first = jax.lax.axis_index(tuple(sorted(shared))) == 0
+    return {k: jnp.where(first, v, 0) for k, v in terms.items()}
+
+
+def _shards(eqn: Any, ins: list[Any], context: Context) -> Result:
+    """The walk in a ``shard_map``: keys and given entries go in along the axes that are split, records come out."""
+    body, mesh_axes = eqn.params["jaxpr"], manual_axes(eqn)
+    keys, given = context.only(context.names(body))
+    inside = dataclasses.replace(context, shared=mesh_axes)
+    layout = layouts(body)
+
+    def run(ins: Any, keys: Any, given: Any) -> Any:
+        outs, records, terms = walk(body, ins, inside.inside(keys, given, context.anonymous))
+        outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
+        return outs, records, {k: jax.lax.psum(v, tuple(mesh_axes)) for k, v in terms.items()}
+
+    def whole(at: Any) -> Any:
+        return (*at.around, *at.own)
+
+    args = (ins, keys, given)
+    in_specs = (
+        list(eqn.params["in_specs"]),
+        specs_of(keys, layout, lambda at: at.around),
+        specs_of(given, layout, whole),
+    )
+    records: Any = {}
+    if context.handler.records:
+        records = jax.eval_shape(lambda *a: rebind_shard_map(eqn, run, a, in_specs, P())[1], *args)
+    out_specs = (list(eqn.params["out_specs"]), specs_of(records, layout, whole), P())
+    return rebind_shard_map(eqn, run, args, in_specs, out_specs)
 
 
 def _scope(eqn: Any, ins: list[Any], context: Context) -> Result:
@@ -308,9 +360,10 @@ def _lanes(eqn: Any, ins: list[Any], context: Context) -> Result:
     body, lanes = eqn.params["jaxpr"], eqn.params["lanes"]
     keys, given = context.only(context.names(body))
     names = tuple(lane.name for lane in lanes)
+    inside = context.split(a for lane in lanes for a in lane.split.axes)
 
     def one(ins: Any, keys: Any, given: Any) -> Any:
-        return walk(body, ins, context.inside(keys, given, context.anonymous, names))
+        return walk(body, ins, inside.inside(keys, given, context.anonymous, names))
 
     for lane in lanes:
         in_axes = ([0 if m else None for m in lane.mapped], 0, 0)

@@ -170,6 +170,12 @@ def _cond(eqn: Any) -> Wiring:
     return Wiring("branches", bodies, chooses=0)
 
 
+@wired("shard_map")
+def _shard_map(eqn: Any) -> Wiring:
+    """Inside, arrays have the shapes of one shard."""
+    return Wiring("shards", (whole(eqn.params["jaxpr"], eqn),))
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 Values = dict[Any, Any]

@@ -21,14 +21,24 @@ from .cotangents import finite_cotangents
 from .errors import GradientError, ModelError
 from .packing import Skeleton, is_number, pack
 from .specs import SiteSpec, in_support
+from .splits import WHOLE, Split, gathered, own_part
 
 
 class Lane(NamedTuple):
-    """One ``jax.vmap`` that an equation stands under; ``mapped`` tells which operands carry its axis."""
+    """One ``jax.vmap`` that an equation stands under; ``mapped`` tells which operands carry its axis.
+
+    Where the axis is split over a mesh, ``size`` is that of one part of it.
+    """
 
     size: int
     name: str | None
     mapped: tuple[bool, ...]
+    split: Split = WHOLE
+
+    @property
+    def whole(self) -> int:
+        """The size of the whole axis."""
+        return self.size * self.split.shards
 
 
 DENSITY = "weft density"
@@ -176,11 +186,12 @@ class Site:
         n = self.spec.num_distribution_arrays
         mapped = [not self.spec.takes_sample_shape or any(lane.mapped[:n]) for lane in self.lanes]
         block = tuple(
-            lane.size for lane, m in reversed(list(zip(self.lanes, mapped, strict=True))) if not m
+            lane.whole for lane, m in reversed(list(zip(self.lanes, mapped, strict=True))) if not m
         )
 
         def one(key: Any, operands: Any) -> Any:
             d = self.skeleton.unpack(operands[:-1])["d"]
+            d = gathered(d, self.spec) if self.spec.split else d
             return jnp.asarray(d.sample(key, block) if block else d.sample(key))
 
         for lane, m in zip(self.lanes, mapped, strict=True):
@@ -198,12 +209,17 @@ class Site:
             if order != sorted(order)
             else value
         )
+        drawn_whole = [
+            WHOLE if m else lane.split for lane, m in zip(self.lanes, mapped, strict=True)
+        ]
+        value = own_part(value, (*reversed(drawn_whole), *self.spec.split))
         return value.astype(self.spec.dtype)
 
     @staticmethod
     def _fold_lane(one: Any, lane: Lane) -> Any:
         def lanes(key: Any, operands: Any) -> Any:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(lane.size))
+            indices = lane.split.indices(lane.size)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
             axes = (0, [0 if m else None for m in lane.mapped])
             return jax.vmap(one, axes, axis_size=lane.size)(keys, operands)
 

@@ -17,6 +17,7 @@ from .compat import Tracer
 from .errors import ModelError
 from .implicit import is_implicit
 from .packing import Skeleton, is_number, pack
+from .splits import WHOLE, Split
 
 
 class Constant:
@@ -62,10 +63,18 @@ class SiteSpec:
     num_distribution_arrays: int = 0
     hidden: bool = False
     unsampled: str = ""  # why it cannot be drawn
+    split: tuple[Split, ...] = ()  # of the batch axes, where one of them is no whole axis
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         return self.shape[self.batch_ndim :]
+
+    @property
+    def whole_batch(self) -> tuple[int, ...]:
+        """The batch shape with whole axes."""
+        batch = self.shape[: self.batch_ndim]
+        splits = self.split or (WHOLE,) * self.batch_ndim
+        return tuple(n * split.shards for n, split in zip(batch, splits, strict=True))
 
 
 def sample_spec(name: str, d: Any) -> SiteSpec:

@@ -23,9 +23,11 @@ from .compat import (
     eval_jaxpr,
     open_jaxpr,
     tracing_generation,
+    types_of_shards_ignored,
 )
 from .equality import is_filled, outline, same_code
 from .errors import ModelError
+from .shards import split_axes, types_vary
 
 # --- jaxprs by structure ----------------------------------------------------------------------------------------------
 
@@ -76,22 +78,27 @@ def stage(
     ``f`` is traced anew at every call (``jax.make_jaxpr`` alone would remember a function, and serve a stale global).
     ``snapshot`` is what it captured, where the caller knows that better than ``captured(f)``.
     """
-    with (
-        _watching(),
-        tracing_generation(_current_generation(captured(f) if snapshot is None else snapshot)),
-    ):
+    number = _current_generation(captured(f) if snapshot is None else snapshot)
+    with _watching():
+        closed, shape = _traced(f, args, number)
+        shard_map_p = types_vary(closed)
+        if shard_map_p is not None:
+            with types_of_shards_ignored(shard_map_p):
+                closed, shape = _traced(f, args, -1 - number)
+    jaxpr, consts = consts_first(closed)
+    return Code(split_axes(jaxpr), jax.tree.structure(shape)), consts
+
+
+def _traced(f: Callable[..., Any], args: list[Any], generation: int) -> Any:
+    with tracing_generation(generation):
         try:
-            closed, shape = jax.make_jaxpr(lambda *xs: _arrays_only(f(*xs)), return_shape=True)(
-                *args
-            )
+            return jax.make_jaxpr(lambda *xs: _arrays_only(f(*xs)), return_shape=True)(*args)
         except jax.errors.ConcretizationTypeError as e:
             e.add_note(
                 "A model is staged once for all values: what it draws, and its array arguments, have none while its "
                 "Python runs. Branch with jax.lax.cond or jnp.where, loop with jax.lax.scan or weft.loop."
             )
             raise
-    jaxpr, consts = consts_first(closed)
-    return Code(jaxpr, jax.tree.structure(shape)), consts
 
 
 _last_seen: dict[tuple[int, Any], tuple[Any, Any]] = {}

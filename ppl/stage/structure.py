@@ -196,7 +196,7 @@ def _equation(eqn: Any, place: _Place) -> Scope:
             scope = _without(scope, address)
         return scope
     if primitive is lanes_p:
-        axes = [Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"])]
+        axes = [Axis(lane.whole, lane.name, "lanes") for lane in reversed(params["lanes"])]
         return _scope(params["jaxpr"], place.under(*axes))
     w = None if states_derivative(eqn) else wiring(eqn)
     if w is None:
@@ -267,11 +267,10 @@ def _form(info: SiteInfo) -> str:
 
 def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
     spec: SiteSpec = params["spec"]
-    lanes = tuple(Axis(lane.size, lane.name, "lanes") for lane in reversed(params["lanes"]))
+    lanes = tuple(Axis(lane.whole, lane.name, "lanes") for lane in reversed(params["lanes"]))
     names = (*spec.dims, *(None,) * len(spec.shape))
     batch = tuple(
-        Axis(size, name, "batch")
-        for size, name in zip(spec.shape[: spec.batch_ndim], names, strict=False)
+        Axis(size, name, "batch") for size, name in zip(spec.whole_batch, names, strict=False)
     )
     axes = place.axes + lanes + batch
     parts = params["skeleton"].unpack([0.0] * params["skeleton"].num_arrays)
@@ -390,7 +389,7 @@ def _plan_inside(
             plan.update(dict.fromkeys(scope_names(body.jaxpr, anonymous), KeyNode(loops)))
         return
     if eqn.primitive is lanes_p:
-        loops = (*loops, *(lane.size for lane in reversed(eqn.params["lanes"])))
+        loops = (*loops, *(lane.whole for lane in reversed(eqn.params["lanes"])))
     elif w is not None and w.kind == "loop":
         loops = (*loops, w.rounds or 0)
     for jaxpr in inside(eqn):

@@ -1,0 +1,439 @@
+"""Sites inside ``jax.shard_map``: which of their axes are split over which axes of the mesh.
+
+The body of a ``shard_map`` is written for one shard. What a choice is for the whole program must be read off it. A
+``jax.vmap`` over the rows of a shard makes one choice for each row of all shards. A choice that reads no row is one
+choice, which all shards share. ``split_axes`` finds this out when a program is staged, and writes it on lanes and sites
+(``Split``). From then on the program has its whole sizes outside of the ``shard_map``, and those of one shard inside.
+
+Axes of equal length are tied to each other by the equations. An axis is split as the operand or the result of the
+``shard_map`` is to which it is tied. Whatever cannot be told is an error that names the site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from .compat import (
+    Literal,
+    is_jaxpr,
+    is_shard_map,
+    open_jaxpr,
+    replaced,
+    shard_map_specs,
+)
+from .control import eqn_holds_sites, eqn_site_names, estimated_p, lanes_p, scope_p, scopes
+from .errors import ModelError
+from .jaxprs import Place, equations, flow, wiring
+from .sites import site_p
+from .splits import WHOLE, Split
+from .ties import Axes, Ties
+
+
+def split_axes(jaxpr: Any) -> Any:
+    """The jaxpr with splits written on every site and lane that stands in a ``shard_map``.
+
+    Raises:
+        ModelError: for a site that is neither one choice of all shards nor a row of choices along them.
+    """
+
+    def change(eqn: Any) -> Any:
+        return _Body(eqn).split() if is_shard_map(eqn) else _inside(eqn, change)
+
+    return _mapped(jaxpr, change)
+
+
+def types_vary(jaxpr: Any) -> Any:
+    """The primitive of a ``shard_map`` that holds sites and was traced with ``check_vma``; None, if there is none."""
+    inside = equations(jaxpr, enter=eqn_holds_sites)
+    typed = (
+        e.primitive
+        for e, _ in inside
+        if is_shard_map(e) and eqn_holds_sites(e) and e.params.get("check_vma")
+    )
+    return next(typed, None)
+
+
+def _mapped(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
+    """The jaxpr with its equations that hold sites changed."""
+    old = open_jaxpr(jaxpr)[0].eqns
+    new = [change(e) if eqn_holds_sites(e) else e for e in old]
+    same = all(e is f for e, f in zip(old, new, strict=True))
+    return jaxpr if same else replaced(jaxpr, eqns=new)
+
+
+def _inside(eqn: Any, change: Callable[[Any], Any]) -> Any:
+    """The equation with those inside it changed; anonymous and estimated programs were staged on their own."""
+    if eqn.primitive is estimated_p or _is_anonymous(eqn):
+        return eqn
+
+    def go(value: Any) -> Any:
+        if isinstance(value, (tuple, list)) and any(map(is_jaxpr, value)):
+            return type(value)(map(go, value))
+        return _mapped(value, change) if is_jaxpr(value) else value
+
+    params = {k: go(v) for k, v in eqn.params.items()}
+    same = all(params[k] is v for k, v in eqn.params.items())
+    return eqn if same else eqn.replace(params=params)
+
+
+def _is_anonymous(eqn: Any) -> bool:
+    return eqn.primitive is scope_p and eqn.params["name"] is None
+
+
+# --- how the axes of a body are split ---------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A site or lanes in a body, and the axes of it that may be split."""
+
+    name: str
+    eqn: Any
+    axes: Axes
+    event: Axes = ()
+
+
+@dataclasses.dataclass
+class _Body:
+    """The body of one ``shard_map`` and what is found out of it."""
+
+    eqn: Any
+    ties: Ties = dataclasses.field(default_factory=Ties)
+    found: list[_Found] = dataclasses.field(default_factory=list)
+    loops: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
+    named: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict)
+    lengths: set[int] = dataclasses.field(default_factory=set)
+    sums: list[tuple[Axes, Axes, frozenset[str]]] = dataclasses.field(default_factory=list)
+
+    def split(self) -> Any:
+        """The equation with splits written on what stands in its body."""
+        ins, outs = _specs(self.eqn)
+        body = self.eqn.params["jaxpr"]
+        args = [self.ties.axes(v.aval.shape) for v in open_jaxpr(body)[0].invars]
+        self.state(args, ins)
+        self.state(self.visit(body, args, ()), outs)
+        while self.settle():
+            pass
+        for loop, axis in self.loops:
+            if self.ties.known(axis) - {WHOLE}:
+                raise ModelError(_ALONG_ROWS.format(sites=_listed(loop)))
+        found = iter(self.found)
+
+        def change(eqn: Any) -> Any:
+            if eqn.primitive is site_p:
+                return eqn.replace(params={**eqn.params, **self.of_site(next(found))})
+            if eqn.primitive is lanes_p:
+                lanes = self.of_lanes(next(found))
+                eqn = eqn.replace(params={**eqn.params, "lanes": lanes})
+            return _inside(eqn, change)
+
+        body = _mapped(body, change)
+        refuse_mixed(body, ins, outs)
+        return self.eqn.replace(params={**self.eqn.params, "jaxpr": body})
+
+    def state(self, arrays: Sequence[Axes], specs: Sequence[Sequence[Split]]) -> None:
+        for axes, spec in zip(arrays, specs, strict=True):
+            for axis, split in zip(axes, spec, strict=True):
+                self.ties.state(axis, split)
+                if split != WHOLE:
+                    self.lengths.add(self.ties.sizes[axis])
+
+    def settle(self) -> bool:
+        """Tie results of sums over the mesh whose operand has become known; whether there were any."""
+        waiting, self.sums = self.sums, []
+        for a, b, over in waiting:
+            for x, y in zip(a, b, strict=True):
+                known = self.ties.known(x)
+                if any(over & set(split.axes) for split in known):
+                    self.ties.state(y, WHOLE)
+                elif known:
+                    self.ties.tie([x], [y])
+                else:
+                    self.sums.append(([x], [y], over))
+        return len(self.sums) < sum(len(a) for a, _, _ in waiting)
+
+    # --- the walk ---
+
+    def visit(self, jaxpr: Any, args: Sequence[Axes], scope: tuple[str, ...]) -> list[Axes]:
+        """Tie the axes of a jaxpr's arrays, given those of its arguments; the axes of its results."""
+        opened, _ = open_jaxpr(jaxpr)
+        env = {v: self.ties.axes(v.aval.shape) for v in opened.constvars}
+        env.update(zip(opened.invars, args, strict=True))
+
+        def read(v: Any) -> Axes:
+            return env[v] if not isinstance(v, Literal) else self.ties.axes(jnp.shape(v.val))
+
+        for eqn in opened.eqns:
+            outs = [self.ties.axes(v.aval.shape) for v in eqn.outvars]
+            self.equation(eqn, [read(v) for v in eqn.invars], outs, scope)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in opened.outvars]
+
+    def equation(self, eqn: Any, ins: list[Axes], outs: list[Axes], scope: tuple[str, ...]) -> None:
+        _refuse(eqn)
+        if eqn.primitive is site_p:
+            self.site(eqn, ins, outs[0], scope)
+        elif eqn.primitive is lanes_p:
+            self.lanes(eqn, ins, outs, scope)
+        elif eqn.primitive.name in REDUCING:
+            over = frozenset(eqn.params["axes"])
+            self.sums += [(a, b, over) for a, b in zip(ins, outs, strict=True)]
+        elif wiring(eqn) is None:
+            self.ties.results(eqn, ins, outs)
+        else:
+            inside = (*scope, eqn.params["name"]) if eqn.primitive is scope_p else scope
+            self.control(eqn, ins, outs, inside)
+
+    def control(self, eqn: Any, ins: list[Axes], outs: list[Axes], scope: tuple[str, ...]) -> None:
+        """A call, a loop or a branch: what its bodies read and give, as it is wired."""
+        for body in wiring(eqn).bodies:  # type: ignore[union-attr]
+            reads = list(zip(body.reads, body.sliced, strict=True))
+            results = self.visit(body.jaxpr, [ins[i][n:] for i, n in reads], scope)
+            along = [ins[i][:n] for i, n in reads if n]
+            for axes, to, back, n in zip(results, body.gives, body.back, body.stacked, strict=True):
+                if to is not None:
+                    self.ties.tie(axes, outs[to][n:])
+                    along += [outs[to][:n]] if n else []
+                if back is not None:
+                    self.ties.tie(axes, ins[back])
+            for axes in along:
+                self.ties.tie(along[0], axes)
+            if along and eqn_holds_sites(eqn):
+                self.loops.append((eqn, along[0][0]))
+
+    def site(self, eqn: Any, ins: list[Axes], out: Axes, scope: tuple[str, ...]) -> None:
+        spec, lanes = eqn.params["spec"], eqn.params["lanes"]
+        own = out[len(lanes) :][: spec.batch_ndim]
+        for i, axes in enumerate(self.along_lanes(lanes, ins, out)):
+            # Parameters are broadcast to the batch, from the right; values and masks have its axes.
+            missing = max(len(own) - len(axes), 0) if i < spec.num_distribution_arrays else 0
+            self.ties.tie(axes, own[missing:])
+        cut = len(lanes) + len(own)
+        self.found.append(_Found(".".join((*scope, spec.name)), eqn, out[:cut], out[cut:]))
+
+    def lanes(self, eqn: Any, ins: list[Axes], outs: list[Axes], scope: tuple[str, ...]) -> None:
+        lanes = eqn.params["lanes"]
+        lead = self.ties.axes([lane.size for lane in reversed(lanes)])
+        name = ".".join((*scope, *eqn_site_names(eqn)[:1]))
+        self.found.append(_Found(name, eqn, lead))
+        results = self.visit(eqn.params["jaxpr"], self.along_lanes(lanes, ins, lead), scope)
+        for axes, out in zip(results, outs, strict=True):
+            self.ties.tie([*lead, *axes], out)
+
+    def along_lanes(self, lanes: Sequence[Any], ins: Sequence[Axes], lead: Axes) -> list[Axes]:
+        """Tie the operands' leading axes to those of the lanes; the other axes of the operands."""
+        rest = []
+        for i, axes in enumerate(ins):
+            pairs = zip(reversed(lanes), lead, strict=False)
+            mapped = [axis for lane, axis in pairs if lane.mapped[i]]
+            self.ties.tie(mapped, axes)
+            rest.append(axes[len(mapped) :])
+        for lane, axis in zip(reversed(lanes), lead, strict=False):
+            if lane.name is not None:
+                self.ties.tie([axis], [self.named.setdefault((lane.name, lane.size), axis)])
+        return rest
+
+    # --- what was found ---
+
+    def of_site(self, at: _Found) -> dict[str, Any]:
+        """A site's parameters, with its splits."""
+        spec, lanes = at.eqn.params["spec"], at.eqn.params["lanes"]
+        if any(self.ties.known(axis) - {WHOLE} for axis in at.event):
+            raise ModelError(
+                f"site {at.name!r}: an event axis of {spec.label} is split over the mesh, and the density takes "
+                "whole events. Gather it first (jax.lax.all_gather), or split other axes"
+            )
+        found = [self.split_of(axis, at) for axis in at.axes]
+        batch = tuple(found[len(lanes) :])
+        spec = dataclasses.replace(spec, split=batch if set(batch) - {WHOLE} else ())
+        return {"spec": spec, "lanes": _written(lanes, found[: len(lanes)])}
+
+    def of_lanes(self, at: _Found) -> tuple[Any, ...]:
+        return _written(at.eqn.params["lanes"], [self.split_of(axis, at) for axis in at.axes])
+
+    def split_of(self, axis: int, at: _Found) -> Split:
+        known, size = self.ties.known(axis), self.ties.sizes[axis]
+        if size == 1 and len(known) > 1:  # one row a shard: what is whole was repeated along them
+            known = known - {WHOLE}
+        if len(known) == 1:
+            return next(iter(known))
+        if known:
+            raise ModelError(
+                f"site {at.name!r}: its axis of size {size} meets axes that are "
+                f"{' and '.join(sorted(map(str, known)))} in one shard_map. Give what is combined the same specs"
+            )
+        if size in self.lengths:
+            raise ModelError(
+                f"site {at.name!r}: nothing tells whether its axis of size {size} goes along the rows of a shard, of "
+                "which there are as many. If it does, name the axis, there and where the rows are read: "
+                "jax.vmap(..., axis_name='row'). If it does not, draw the choice outside of the shard_map"
+            )
+        return WHOLE
+
+
+def _specs(eqn: Any) -> tuple[list[list[Split]], ...]:
+    """How each axis of each operand, and of each result, of a ``shard_map`` is split."""
+    sizes = eqn.params["mesh"].shape
+    return tuple(
+        [[Split(axes, math.prod(sizes[a] for a in axes)) for axes in spec] for spec in specs]
+        for specs in shard_map_specs(eqn)
+    )
+
+
+def _written(lanes: Sequence[Any], outermost_first: Sequence[Split]) -> tuple[Any, ...]:
+    pairs = zip(lanes, reversed(outermost_first), strict=True)
+    return tuple(lane._replace(split=split) for lane, split in pairs)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+REDUCING = frozenset({"psum", "pmax", "pmin"})
+"""Collectives whose result is the same on all shards along their axes."""
+
+_REFUSED = {
+    "while": "a while_loop",
+    "marginal": "marginalize",
+    "estimated": "marginal or normalize",
+    "shard_map": "another shard_map",
+}
+
+_ALONG_ROWS = (
+    "{sites} in a scan or map along the rows of a shard: inside a shard_map each shard would begin it anew. Use "
+    "jax.vmap over the rows"
+)
+
+
+def _listed(eqn: Any) -> str:
+    names = eqn_site_names(eqn)
+    return ("site " if len(names) == 1 else "sites ") + ", ".join(map(repr, names))
+
+
+def _refuse(eqn: Any) -> None:
+    """Refuse by name what has no rule inside of a ``shard_map``."""
+    if _is_anonymous(eqn):
+        raise ModelError(
+            "draw(program) stands in a shard_map: its choices have no address. Move it out"
+        )
+    if eqn.primitive.name in _REFUSED and eqn_holds_sites(eqn):
+        raise ModelError(
+            f"{_listed(eqn)} in {_REFUSED[eqn.primitive.name]} inside a shard_map, which Weft has no rule for: move "
+            "one out of the other"
+        )
+
+
+Mixed = frozenset[tuple[str, str]]
+"""Over which axes of the mesh a value differs from shard to shard, and the choice that makes it differ, if one does."""
+
+
+def refuse_mixed(
+    body: Any, ins: Sequence[Sequence[Split]], outs: Sequence[Sequence[Split]]
+) -> None:
+    """Refuse choices that read a part of the rows as if it were all, and results that give such a part away."""
+
+    def join(values: Sequence[Mixed]) -> Mixed:
+        return frozenset().union(*values)
+
+    def transfer(eqn: Any, values: list[Mixed], place: Place) -> list[Mixed] | None:
+        name, params = eqn.primitive.name, eqn.params
+        around = [a for e, _ in place.around if e.primitive is lanes_p for a in _axes(e)]
+        if name in REDUCING and params.get("axis_index_groups") is None:
+            return [frozenset(t for t in x if t[0] not in params["axes"]) for x in values]
+        if name == "all_gather" and params.get("axis_index_groups") is None:
+            over = params["axis_name"]
+            over = over if isinstance(over, tuple) else (over,)
+            return [frozenset(t for t in x if t[0] not in over) for x in values]
+        if name == "axis_index":
+            return [frozenset({(params["axis_name"], "")})]
+        if name == "cond" and eqn_holds_sites(eqn):
+            _refuse_parts(_listed(eqn), "stands in a branch that is chosen by", values[0], around)
+        if eqn.primitive is not site_p:
+            return None
+        site = ".".join((*scopes(place), params["spec"].name))
+        own = [*around, *_axes(eqn)]
+        if len(set(own)) < len(own):
+            raise ModelError(
+                f"site {site!r}: two of its axes are split over the same axis of the mesh, so that a shard has only a "
+                "part of their pairs. Gather one of them first (jax.lax.all_gather)"
+            )
+        _refuse_parts(f"site {site!r}", "reads", join(values), own)
+        return [join(values) | {(a, site) for a in own}]
+
+    first = [frozenset((a, "") for split in spec for a in split.axes) for spec in ins]
+    results = flow(body, first, transfer, join)
+    for k, (value, spec) in enumerate(zip(results, outs, strict=True)):
+        covered = {a for split in spec for a in split.axes}
+        for axis, site in sorted(value):
+            if site and axis not in covered:
+                raise ModelError(
+                    f"result {k} of a shard_map depends on the choices {site!r} of one shard along {axis!r}, and its "
+                    f"out_specs say that it is the same on all: mention {axis!r} there, or reduce it (jax.lax.psum)"
+                )
+
+
+def _refuse_parts(who: str, does: str, value: Mixed, allowed: Sequence[str]) -> None:
+    for axis, site in sorted(value):
+        if axis not in allowed:
+            what = f"the choices {site!r}" if site else "rows"
+            raise ModelError(
+                f"{who} in a shard_map {does} what depends on {what} of one shard along {axis!r}, but is one choice "
+                "for all shards. Draw it under jax.vmap over the rows, or reduce what it reads over all shards first "
+                "(jax.lax.psum)"
+            )
+
+
+def _axes(eqn: Any) -> list[str]:
+    """The axes of the mesh that a site or lanes are split over."""
+    splits = [lane.split for lane in eqn.params["lanes"]]
+    splits += eqn.params["spec"].split if "spec" in eqn.params else ()
+    return [a for split in splits for a in split.axes]
+
+
+# --- whole arrays, and those of one shard -----------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How a site's arrays are split: the axes of the loops and lanes around it, then its own up to event axes."""
+
+    around: tuple[Split, ...]
+    own: tuple[Split, ...]
+
+
+def layouts(body: Any) -> dict[str, Any]:
+    """The layouts of all sites in the body of a ``shard_map``, as a nested dict by address."""
+    tree: dict[str, Any] = {}
+    for eqn, place in equations(body):
+        if eqn.primitive is not site_p:
+            continue
+        spec, node = eqn.params["spec"], tree
+        around = [s for e, _ in place.around for s in _around(e)]
+        batch = spec.split or (WHOLE,) * spec.batch_ndim
+        own = (*_outermost_first(eqn.params["lanes"]), *batch)
+        for name in scopes(place):
+            node = node.setdefault(name, {})
+        node[spec.name] = Layout(tuple(around), own)
+    return tree
+
+
+def _around(eqn: Any) -> Sequence[Split]:
+    if eqn.primitive is lanes_p:
+        return _outermost_first(eqn.params["lanes"])
+    found = wiring(eqn)
+    return (WHOLE,) if found is not None and found.kind == "loop" else ()
+
+
+def _outermost_first(lanes: Sequence[Any]) -> tuple[Split, ...]:
+    return tuple(lane.split for lane in reversed(lanes))
+
+
+def specs_of(tree: Any, layouts: Any, of: Callable[[Layout], Sequence[Split]]) -> Any:
+    """The specs of arrays that lead with the axes ``of`` a site's layout, given as a nested dict by name."""
+    if isinstance(layouts, dict):
+        return {name: specs_of(node, layouts[name], of) for name, node in tree.items()}
+    names = [split.axes or None for split in of(layouts)]
+    return jax.tree.map(lambda x: P(*names[: jnp.ndim(x)]), tree)

@@ -1,0 +1,195 @@
+"""Axes that have the same length whatever that is: which axes of arrays the equations of a jaxpr tie to each other.
+
+Arrays that are combined element by element have equal lengths, a sum leaves the other axes as they are, and so on. What
+is known of one axis is then known of all that are tied to it, before it or after it. An equation that is not listed
+ties nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+_ELEMENTWISE = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
+convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1
+finite_cotangent floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p
+logistic lt lt_to max min mul ne neg nextafter not or polygamma population_count pow
+random_gamma_grad real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+
+_SHAPED = "cumsum cumprod cummax cummin cumlogsumexp rev sort pvary pcast reshard ppermute"
+SHAPED = ELEMENTWISE | frozenset(_SHAPED.split())
+"""Primitives whose results have the shape of their operands, axis by axis."""
+
+_BATCHED = """
+cholesky triangular_solve lu lu_solve lu_pivots_to_permutation eigh eig svd qr geqrf householder_product
+tridiagonal_solve tridiagonal schur
+"""
+BATCHED = frozenset(_BATCHED.split())
+"""Linear algebra: all axes but the last two are batch axes, in the same places in the results."""
+
+Axes = Sequence[int]
+"""The axes of an array, as numbers in ``Ties``."""
+
+
+class Ties:
+    """Axes that are tied to each other, and facts that are known of them."""
+
+    def __init__(self) -> None:
+        self.parents: list[int] = []
+        self.sizes: list[int] = []
+        self.facts: list[set[Hashable]] = []
+
+    def axes(self, shape: Sequence[int]) -> Axes:
+        """New axes, of these sizes."""
+        start = len(self.parents)
+        self.parents += range(start, start + len(shape))
+        self.sizes += shape
+        self.facts += [set() for _ in shape]
+        return range(start, start + len(shape))
+
+    def root(self, axis: int) -> int:
+        while self.parents[axis] != axis:
+            self.parents[axis] = axis = self.parents[self.parents[axis]]
+        return axis
+
+    def tie(self, a: Axes, b: Axes) -> None:
+        """Tie axes pair by pair; sizes that differ (one of them is repeated) are not tied."""
+        for x, y in zip(map(self.root, a), map(self.root, b), strict=False):
+            if x != y and self.sizes[x] == self.sizes[y]:
+                self.parents[y] = x
+                self.facts[x] |= self.facts[y]
+
+    def state(self, axis: int, fact: Hashable) -> None:
+        self.facts[self.root(axis)].add(fact)
+
+    def known(self, axis: int) -> set[Any]:
+        return self.facts[self.root(axis)]
+
+    def results(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
+        """Tie the axes of an equation's results to those of its operands."""
+        name = eqn.primitive.name
+        if name in SHAPED:
+            for a, b in itertools.product(ins, outs):
+                if len(a) == len(b):
+                    self.tie(a, b)
+        elif name in BATCHED:
+            for a, b in itertools.product(ins, outs):
+                self.tie(a[:-2], b[:-2])
+        elif name == "reshape":
+            self.reshape(ins[0], outs[0])
+        elif name in RULES:
+            for a, b in RULES[name](eqn.params, ins, outs):
+                self.tie(a, b)
+        elif name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
+            for a, b in itertools.product(ins, outs):
+                self.tie(_without(a, eqn.params["axes"]), b)
+
+    def reshape(self, a: Axes, b: Axes) -> None:
+        """Tie the axes that a reshape leaves as they are: of one size, with as many elements before them."""
+        before = [
+            list(itertools.accumulate((self.sizes[k] for k in x), int.__mul__, initial=1))
+            for x in (a, b)
+        ]
+        places = {(n, self.sizes[k]): k for n, k in zip(before[0], a, strict=False)}
+        for n, k in zip(before[1], b, strict=False):
+            found = places.pop((n, self.sizes[k]), None)
+            if found is not None:
+                self.tie([found], [k])
+
+
+# --- rules: the pairs of lists of axes that an equation ties ----------------------------------------------------------
+
+Pairs = list[tuple[Axes, Axes]]
+Rule = Callable[[Any, Any, Any], Pairs]
+RULES: dict[str, Rule] = {}
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            RULES[name] = rule
+        return rule
+
+    return register
+
+
+def _without(axes: Axes, left_out: Sequence[int]) -> Axes:
+    return [a for k, a in enumerate(axes) if k not in left_out]
+
+
+@_rule("broadcast_in_dim")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(ins[0], [outs[0][k] for k in params["broadcast_dimensions"]])]
+
+
+@_rule("transpose")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [([ins[0][k] for k in params["permutation"]], outs[0])]
+
+
+@_rule("squeeze")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(_without(ins[0], params["dimensions"]), outs[0])]
+
+
+@_rule("reduce")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(_without(a, params["dimensions"]), b) for a, b in zip(ins, outs, strict=False)]
+
+
+@_rule("concatenate")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    along = (params["dimension"],)
+    return [(_without(a, along), _without(outs[0], along)) for a in ins]
+
+
+@_rule("split")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    along = (params["axis"],)
+    return [(_without(ins[0], along), _without(b, along)) for b in outs]
+
+
+@_rule("stack")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(a, _without(outs[0], (params["axis"],))) for a in ins]
+
+
+@_rule("unstack")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(_without(ins[0], (params["axis"],)), b) for b in outs]
+
+
+@_rule(
+    "slice", "dynamic_slice", "dynamic_update_slice", "pad", "scatter", "scatter-add", "scatter_add"
+)
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(ins[0], outs[0])]  # where the sizes differ nothing is tied
+
+
+@_rule("dot_general")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    contract, batch = params["dimension_numbers"]
+    left, right = ([a[k] for k in ks] for a, ks in zip(ins, contract, strict=True))
+    shared = [[a[k] for k in ks] for a, ks in zip(ins, batch, strict=True)]
+    free = [
+        axis for a, c, b in zip(ins, contract, batch, strict=True) for axis in _without(a, (*c, *b))
+    ]
+    return [(left, right), (shared[0], shared[1]), ([*shared[0], *free], outs[0])]
+
+
+@_rule("gather")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    operand, indices = ins
+    numbers = params["dimension_numbers"]
+    dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    shared = [operand[k] for k in numbers.operand_batching_dims]
+    return [
+        (indices[:-1], _without(outs[0], numbers.offset_dims)),
+        (_without(operand, dropped), [outs[0][k] for k in numbers.offset_dims]),
+        (shared, [indices[k] for k in numbers.start_indices_batching_dims]),
+    ]
