@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -82,7 +83,8 @@ def as_scheme(scheme: Resampling | Draw) -> Resampling:
 
 def _scheme(draw: Draw, independent: bool = False) -> Resampling:
     """A decorator: the function's scheme, with its name and docstring."""
-    return eqx.module_update_wrapper(Resampling(draw, independent))
+    scheme: Any = eqx.module_update_wrapper(Resampling(draw, independent))
+    return scheme
 
 
 @_scheme

@@ -16,6 +16,7 @@ import numpyro.distributions as dist
 import pytest
 from weft.inference import (
     Draws,
+    FeynmanKac,
     Particles,
     enumeration,
     filtering,
@@ -107,7 +108,7 @@ DATA = jnp.array([1, 0, 1, 1])
 SERIES = series(4).given({"y": DATA})
 
 
-class Bootstrap(eqx.Module):
+class Bootstrap(FeynmanKac):
     """The bootstrap model of the series, written out."""
 
     num_steps: int = eqx.field(static=True, default=4)

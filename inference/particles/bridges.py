@@ -22,7 +22,7 @@ from weft.ppl.stage.structure import SiteInfo
 from weft.ppl.transforms.rewriting import Rewrite, Transformed, rebind_scope, stage_call
 
 
-class Path(eqx.Module):
+class LawPath(eqx.Module):
     """A path of laws from one that can be drawn to a target."""
 
     target: eqx.AbstractVar[Target]
@@ -54,7 +54,7 @@ class Path(eqx.Module):
         """The law of a level."""
 
 
-class Likelihood(Path):
+class Likelihood(LawPath):
     """The prior times powers of the observations' densities: one power, or one for each row, 0 or 1.
 
     Attributes:
@@ -155,7 +155,7 @@ class Likelihood(Path):
         return next((i for i, a in enumerate(axes) if a.name == self.axis), None)
 
 
-class Bridge(Path):
+class Bridge(LawPath):
     """The geometric path from a guide to the target.
 
     Attributes:

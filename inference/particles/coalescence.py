@@ -93,7 +93,7 @@ class Coalescence(eqx.Module):
     def begin(num_particles: int, num: int, independent: bool) -> Coalescence:
         """That of the first particles."""
         zero = jnp.int32(0)
-        first = Since(zero, zero + 1, jnp.arange(num_particles) % num)
+        first = Since(zero, zero + 1, _themselves(num_particles, num))
         return Coalescence(first, first, zero + num, jnp.zeros(()), num, independent)
 
     def after(self, chosen: Int[Array, " particle"]) -> Coalescence:
@@ -115,7 +115,7 @@ class Coalescence(eqx.Module):
         spent = due & (self.num_ancestors < few)
         found = jax.lax.cond(spent, close, lambda: self)
         anew = spent | (found.num_ancestors >= 2 * few)
-        now = Since(t, jnp.int32(1), jnp.arange(log_weights.shape[0]) % self.num)
+        now = Since(t, jnp.int32(1), _themselves(log_weights.shape[0], self.num))
         late = jax.tree.map(lambda new, old: jnp.where(anew, new, old), now, found.late)
         return dataclasses.replace(found, late=late)
 
@@ -127,3 +127,8 @@ class Coalescence(eqx.Module):
         # Particles of one chain share their ancestor: the first of each are enough.
         marked = jnp.zeros(self.num, jnp.int32).at[since.ancestors[: self.num]].set(1)
         return jnp.sum(marked, dtype=jnp.int32)
+
+
+def _themselves(num_particles: int, num: int) -> Int[Array, " particle"]:
+    """Each particle as its own ancestor; those of one chain have the same, one of `num`."""
+    return jnp.tile(jnp.arange(num), num_particles // num)

@@ -26,18 +26,14 @@ from weft.ppl import Target
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.errors import WeftError
 
-from .conditional import (
-    Genealogy,
-    along,
-    around,
-    backward,
-    genealogy,
-    only_the_scan,
-    require_markov,
-)
-from .filtering import Filter, filtering
-from .panel_filters import each_lane
-from .smc import SequentialParticles, smc
+from .conditional import conditional_pass
+from .filter import Filter, only_the_scan, require_markov
+from .filtering import filtering
+from .generation import Generation
+from .history import along
+from .results import SequentialParticles
+from .smc import smc
+from .smoothing import drawn_back, genealogy
 
 Functional = Callable[[dict[str, Any] | None, dict[str, Any], Int[Array, ""]], Any]
 """One term of a sum: of the choices of the step before (None at the first), those of the step, and its number."""
@@ -89,15 +85,15 @@ def paris(
     _require_backward(num_backward)
     model, found = genealogy(particles, scan, "paris")
 
-    def one(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+    def one(key: PRNGKeyArray, model: Filter, found: Generation) -> Any:
         return _expectation(key, model, found, functional, num_backward)
 
-    return each_lane(one, model, key, found)
+    return model.each_series(one, key, found)
 
 
 @eqx.filter_jit
 def _expectation(
-    key: PRNGKeyArray, model: Filter, found: Genealogy, functional: Functional, num_backward: int
+    key: PRNGKeyArray, model: Filter, found: Generation, functional: Functional, num_backward: int
 ) -> Any:
     """The recursion of the statistics over all steps, and their weighted mean at the last."""
     num_particles = found.log_weights.shape[1]
@@ -221,7 +217,7 @@ class parisian_gibbs(ChainSampler):
                 run_key, target, progress=False
             )
             _, all_of_them = genealogy(found, self.filter.scan, "parisian_gibbs")
-            reference = each_lane(_drawn, model, path_key, all_of_them)
+            reference = model.each_series(_drawn, path_key, all_of_them)
             shapes = jax.eval_shape(lambda: self._iterate(key, model, reference)[1])
             return Path(reference, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
@@ -240,17 +236,17 @@ class parisian_gibbs(ChainSampler):
 
         def one(key: PRNGKeyArray, model: Filter, reference: Any) -> Any:
             run_key, path_key, sum_key = jax.random.split(key, 3)
-            found = around(run_key, model, reference, self.num_particles)
+            found = conditional_pass(run_key, model, reference, self.num_particles)
             total = _expectation(sum_key, model, found, self.functional, self.num_backward)
-            path = along(backward(path_key, model, found), found.particles)
+            path = along(drawn_back(path_key, model, found), found.particles)
             return model.taken(path), {"sum": total, "path": model.steps_of(path)}
 
-        return each_lane(one, model, key, reference)
+        return model.each_series(one, key, reference)
 
 
-def _drawn(key: PRNGKeyArray, model: Filter, found: Genealogy) -> Any:
+def _drawn(key: PRNGKeyArray, model: Filter, found: Generation) -> Any:
     """The choices of a path, drawn from its end on."""
-    return model.taken(along(backward(key, model, found), found.particles))
+    return model.taken(along(drawn_back(key, model, found), found.particles))
 
 
 def _require_backward(num_backward: int) -> None:

@@ -26,7 +26,9 @@ from weft.ppl.scans.panels import Series
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import ModelError, WeftError
 
-from .filtering import Filter, filtering
+from .filter import Filter
+from .filtering import filtering
+from .panels import Panel
 from .smc import smc
 
 
@@ -60,7 +62,7 @@ class Parameters:
         return self.space.log_density(position) - self.prior.log_density(choices)
 
 
-def _before(model: Filter, target: Target) -> Program:
+def _before(model: Filter | Panel, target: Target) -> Program:
     """The program before a scan, whose choices are the parameters."""
     before, _, after = model.latents
     name = target.program.name

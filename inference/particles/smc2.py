@@ -12,7 +12,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.inference.resampling import systematic
 from weft.inference.run.algorithm import require_counts
@@ -20,8 +19,11 @@ from weft.ppl import Target
 from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.modules import Module
 
-from .filtering import Filter, filtering
-from .panel_filters import Lanes, each_lane, total_evidence
+from .feynman_kac import FeynmanKac
+from .filter import Filter
+from .filtering import filtering
+from .generation import Generation, first_generation, log_mean_weight, offspring
+from .panels import Panel
 from .pmmh import Parameters, random_step
 
 
@@ -77,7 +79,7 @@ class smc2(Module):
         )
 
 
-class FilterOfFilters(Module):
+class FilterOfFilters(FeynmanKac):
     """The Feynman-Kac model of `smc2`."""
 
     target: Target
@@ -157,34 +159,23 @@ class FilterOfFilters(Module):
 
     # --- the filter of one particle ---
 
-    def _model(self, parameters: Parameters, choices: dict[str, Any]) -> Filter | Lanes:
+    def _model(self, parameters: Parameters, choices: dict[str, Any]) -> Filter | Panel:
         return self.filter(parameters.given(choices))
 
-    def _begin(self, key: PRNGKeyArray, model: Filter | Lanes) -> tuple[Any, Array]:
-        states, log_evidence = each_lane(self._first, model, key)
-        return states, total_evidence(model, log_evidence)
+    def _begin(self, key: PRNGKeyArray, model: Filter | Panel) -> tuple[Any, Array]:
+        states = model.each_series(self._first, key)
+        return states, model.total_evidence(log_mean_weight(states))
 
     def _advance(
-        self, key: PRNGKeyArray, t: Any, model: Filter | Lanes, states: Any
+        self, key: PRNGKeyArray, t: Any, model: Filter | Panel, states: Generation
     ) -> tuple[Any, Array]:
-        def one(key: PRNGKeyArray, model: Filter, states: Any) -> Any:
-            return self._next(key, t, model, states)
+        def one(key: PRNGKeyArray, model: Filter, states: Generation) -> Generation:
+            resample_key, move_key = jax.random.split(key)
+            chosen = systematic(resample_key, states.log_weights, self.num_state_particles)
+            return offspring(move_key, model, t, states.selected(chosen))
 
-        states, more = each_lane(one, model, key, states)
-        return states, jnp.sum(more)
+        states = model.each_series(one, key, states)
+        return states, jnp.sum(log_mean_weight(states))
 
-    def _first(self, key: PRNGKeyArray, model: Filter) -> tuple[Any, Array]:
-        n = self.num_state_particles
-        particles, log_weights = jax.vmap(model.init)(jax.random.split(key, n))
-        return (particles, log_weights), logsumexp(log_weights) - jnp.log(n)
-
-    def _next(self, key: PRNGKeyArray, t: Any, model: Filter, states: Any) -> tuple[Any, Array]:
-        n = self.num_state_particles
-        particles, log_weights = states
-        resample_key, move_key = jax.random.split(key)
-        chosen = systematic(resample_key, log_weights, n)
-        particles = jax.tree.map(lambda x: x[chosen], particles)
-        particles, log_weights = jax.vmap(model.step, (0, None, 0))(
-            jax.random.split(move_key, n), t, particles
-        )
-        return (particles, log_weights), logsumexp(log_weights) - jnp.log(n)
+    def _first(self, key: PRNGKeyArray, model: Filter) -> Generation:
+        return first_generation(key, model, self.num_state_particles)

@@ -13,73 +13,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax.scipy.special import logsumexp
 from jaxtyping import Array
 from weft.ppl import Target, draw, gen, sample
 from weft.ppl.stage.addresses import unflatten
 
-from .conditional import Genealogy, along, only_the_scan
-from .filtering import Filter
-from .smc import lineage
+from .feynman_kac import FeynmanKac
+from .generation import Generation, log_mean_weight, whole_pass
+from .history import along, lineage
 
 
 def draw_path(
-    model: Filter, target: Target, num_particles: int
+    model: FeynmanKac, target: Target, num_particles: int
 ) -> tuple[dict[str, Any], Array, Array]:
     """A path by its weight, its log density under the target, and the log evidence of the run."""
-    only_the_scan(model, "smc inside a program")
-    found, log_evidence = _run(model, None, num_particles)
+    found = _run(model, None, num_particles)
     indices = lineage(draw(_choose(found.log_weights[-1])).value, found.ancestors)
     choices = unflatten(model.steps_of(along(indices, found.particles)))
-    return choices, target.log_density(choices), log_evidence
+    return choices, target.log_density(choices), jnp.sum(log_mean_weight(found))
 
 
-def evidence_around(model: Filter, choices: dict[str, Any], num_particles: int) -> Array:
+def evidence_around(model: FeynmanKac, choices: dict[str, Any], num_particles: int) -> Array:
     """The log evidence of a run in which one particle has the given path."""
-    only_the_scan(model, "smc inside a program")
-    return _run(model, model.reference(choices), num_particles)[1]
+    found = _run(model, model.reference(choices), num_particles)
+    return jnp.sum(log_mean_weight(found))
 
 
-def _run(model: Filter, reference: Any, num_particles: int) -> tuple[Genealogy, Array]:
-    """All particles, and the log evidence; the first of each step is that of the reference, if there is one."""
-    new = num_particles - (reference is not None)
+def _run(model: FeynmanKac, path: Any, num_particles: int) -> Generation:
+    """All particles; the first of each step is that of a path, if one is given."""
 
-    def joined(own: Any, others: Any) -> Any:
-        return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), own, others)
+    def choose(key: Any, t: Array, before: Generation, given: Any) -> Array:
+        new = num_particles - (given is not None)
+        chosen = jax.vmap(lambda _: draw(_choose(before.log_weights)).value)(jnp.arange(new))
+        own = jnp.zeros(num_particles - new, chosen.dtype)
+        return jnp.concatenate([own, chosen])
 
-    def one(_: Array) -> Any:
-        return model.init(None)
-
-    particles, log_weights = jax.vmap(one)(jnp.arange(new))
-    if reference is not None:
-        given = jax.tree.map(lambda x: x[0], reference)
-        own = model.replay(jnp.int32(0), None, given)
-        particles, log_weights = joined(own, (particles, log_weights))
-
-    def step(carry: Any, x: Any) -> Any:
-        particles, log_weights, log_evidence = carry
-        t, given = x
-
-        def one(_: Array) -> Any:
-            chosen = draw(_choose(log_weights)).value
-            return *model.step(None, t, jax.tree.map(lambda x: x[chosen], particles)), chosen
-
-        moved, potentials, chosen = jax.vmap(one)(jnp.arange(new))
-        if reference is not None:
-            own = model.replay(t, jax.tree.map(lambda x: x[0], particles), given)
-            moved, potentials, chosen = joined(
-                (*own, jnp.zeros((), chosen.dtype)), (moved, potentials, chosen)
-            )
-        log_evidence = log_evidence + logsumexp(potentials) - jnp.log(num_particles)
-        return (moved, potentials, log_evidence), (moved, potentials, chosen)
-
-    first = (particles, log_weights, jnp.arange(num_particles))
-    log_evidence = logsumexp(log_weights) - jnp.log(num_particles)
-    then = None if reference is None else jax.tree.map(lambda x: x[1:], reference)
-    steps = (jnp.arange(1, model.num_steps), then)
-    (_, _, log_evidence), rows = jax.lax.scan(step, (particles, log_weights, log_evidence), steps)
-    rows = jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), first, rows)
-    return Genealogy(*rows), log_evidence
+    return whole_pass(None, model, num_particles, choose, path)
 
 
 @gen

@@ -34,7 +34,7 @@ from weft.ppl.stage.modules import Module
 from weft.ppl.stage.sites import Site, site_p
 from weft.ppl.stage.structure import summed_out
 
-from .bridges import Bridge, Likelihood, Path
+from .bridges import Bridge, LawPath, Likelihood
 from .feynman_kac import FeynmanKac
 
 
@@ -138,7 +138,7 @@ class tempering(Module):
                 guide = guide(target)
             check_proposal(guide, target, "guide")
             _check_program(guide)
-            path: Path = Bridge(target, guide.staged())
+            path: LawPath = Bridge(target, guide.staged())
         else:
             _check_program(target.program)
             path = Likelihood(target, self.by)
@@ -153,7 +153,7 @@ class tempering(Module):
                 levels = levels[levels > 0]
             levels = jnp.asarray(levels, jnp.result_type(float))
         num_levels = num_levels if levels is None else levels.size
-        return Tempered(path, levels, self.ess, num_levels, self.num_moves)
+        return Tempered(path, levels, jnp.asarray(self.ess), num_levels, self.num_moves)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Particle(eqx.Module):
     step_size: Float[Array, ""]
 
 
-class Tempered(Module):
+class Tempered(FeynmanKac):
     """The Feynman-Kac model of a path of laws.
 
     Attributes:
@@ -192,11 +192,12 @@ class Tempered(Module):
         num_moves: how many transitions particles make after a resampling; `None` as in `tempering`.
     """
 
-    path: Path
+    path: LawPath
     levels: Float[Array, " level"] | None
     ess: Any
     num_levels: int = eqx.field(static=True)
     num_moves: int | None = eqx.field(static=True)
+    keeps_lineage = True  # `adapt` writes the level into particles
 
     @property
     def num_steps(self) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import abc
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -72,6 +72,10 @@ class Algorithm(Printed, Module):
     def prepare(self, target: Target) -> Algorithm:
         """The settings as they enter compiled code: programs among them staged."""
         return self
+
+    def traced(self) -> Self:
+        """The settings with their Python floats as arrays, so that another value of one compiles nothing."""
+        return jax.tree.map(lambda x: jnp.asarray(x) if type(x) is float else x, self)
 
     def cheap_settings(self) -> Algorithm:
         """Cheaper settings, tried first: the full ones are compiled only if the state these begin with is not valid."""
@@ -128,7 +132,7 @@ class Algorithm(Printed, Module):
         _require_target(target, self)
         self.check(target, init)
         key = as_key(key)
-        staged, settings = target.staged(), _traced_floats(self.prepare(target))
+        staged, settings = target.staged(), self.prepare(target).traced()
         if init is not None:
             init = jax.tree.map(jnp.asarray, init)
         if tracing(key, staged, init, settings):
@@ -183,11 +187,6 @@ def require_counts(settings: Any, **least: int) -> None:
 def strong(tree: Any) -> Any:
     """The same arrays without weak types, so that a first state has the type of every later one."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), tree)
-
-
-def _traced_floats(algorithm: Algorithm) -> Algorithm:
-    """The settings with Python floats as arrays, so that another value of one compiles nothing."""
-    return jax.tree.map(lambda x: jnp.asarray(x) if type(x) is float else x, algorithm)
 
 
 def iteration_keys(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:

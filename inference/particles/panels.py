@@ -1,4 +1,4 @@
-r"""One filter a lane: sequential Monte Carlo of series that stand under a ``jax.vmap``.
+r"""Panels: sequential Monte Carlo of several series, which stand under a ``jax.vmap``, with a filter for each.
 
 Given what they share, the series of a panel are independent: each has particles, weights and resamplings of its own,
 and the estimates of their evidences, being independent and unbiased, multiply. With `v_l` the relative variance of that
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import equinox as eqx
 import jax
@@ -30,11 +30,17 @@ from weft.ppl import Target
 from weft.ppl.analysis.affinity import reads
 from weft.ppl.stage.errors import DensityError, WeftError
 
-from .smc import FEW_ANCESTORS, Path, SequentialParticles, nothing, reshaped, smc
+from .engine import reshaped
+from .feynman_kac import FeynmanKac
+from .history import History
+from .results import FEW_ANCESTORS, SequentialParticles
+from .smc import nothing, smc
 
 
-class Lanes(eqx.Module):
-    """A Feynman-Kac model a lane; `filtering` makes it of a program whose scan stands under a vmap.
+class Panel(FeynmanKac):
+    """A Feynman-Kac model for each series of a panel; `filtering` makes it of a program whose scan stands under a vmap.
+
+    As one model, its particles are one of each series, weighed by the product; `engine` gives each its own instead.
 
     Attributes:
         models: the models as one, whose arrays lead with the lane where they differ; of several vmaps, lanes of lanes.
@@ -49,7 +55,7 @@ class Lanes(eqx.Module):
     size: int = eqx.field(static=True)
 
     @classmethod
-    def of(cls, make: Callable[[Array], Any], size: int, log_shared: Array) -> Lanes:
+    def of(cls, make: Callable[[Array], Any], size: int, log_shared: Array) -> Panel:
         """The lanes of a function from the index of one to its model."""
         rest: list[Any] = []
 
@@ -83,20 +89,52 @@ class Lanes(eqx.Module):
         own = [x[lane] if m else x for x, m in zip(leaves, self.mapped, strict=True)]
         return eqx.combine(jax.tree.unflatten(structure, own), rest)
 
-    def engine(self, settings: smc) -> OverLanes:
-        """What runs them."""
+    def init(self, key: PRNGKeyArray, /) -> tuple[Any, Array]:
+        particles, log_weights = self.map(lambda model, key: model.init(key), _keys(key, self.size))
+        return particles, jnp.sum(log_weights) + self.log_shared
+
+    def step(self, key: PRNGKeyArray, t: Any, particle: Any, /) -> tuple[Any, Array]:
+        keys = _keys(key, self.size)
+        moved = self.map(lambda model, key, x: model.step(key, t, x), keys, particle)
+        return moved[0], jnp.sum(moved[1])
+
+    def choices(self, particle: Any, /) -> Any:
+        return self.map(lambda model, x: model.choices(x), particle)
+
+    def engine(self, settings: smc, /) -> PanelSMC:
         if settings.history == "ancestors":
             raise WeftError(
                 "smc: history='ancestors' makes room as a run goes on, which cannot be done for lanes: take 'full'"
             )
-        return OverLanes(settings, self)
+        return PanelSMC(settings, self)
 
-    # What is the same in all lanes.
+    def draw_posterior(self, target: Target, num_particles: int, /) -> Any:
+        raise self._of_one_series(target)
+
+    def conditional_evidence(self, target: Target, choices: Any, num_particles: int, /) -> Any:
+        raise self._of_one_series(target)
+
+    def _of_one_series(self, target: Target) -> Exception:
+        return WeftError(
+            f"smc inside a program (by=smc(...)) filters one series, and those of {target.program.name!r} stand "
+            "under a vmap: normalize a model of one, inside the vmap of the program around it"
+        )
+
+    def each_series(self, f: Callable[..., Any], key: PRNGKeyArray, /, *xs: Any) -> Any:
+        def one(model: FeynmanKac, key: PRNGKeyArray, *xs: Any) -> Any:
+            return model.each_series(f, key, *xs)
+
+        return self.map(one, _keys(key, self.size), *xs)
+
+    def total_evidence(self, log_evidence: Array, /) -> Array:
+        inner = self.map(lambda model, x: model.total_evidence(x), log_evidence)
+        return jnp.sum(inner) + self.log_shared
+
+    # What is the same in all series.
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Numbers of lanes, outermost first."""
-        return (self.size, *(self.models.shape if isinstance(self.models, Lanes) else ()))
+    def panel_shape(self) -> tuple[int, ...]:
+        return (self.size, *self.models.panel_shape)
 
     @property
     def num_steps(self) -> int:
@@ -104,30 +142,13 @@ class Lanes(eqx.Module):
 
     @property
     def parts(self) -> Any:
+        """The parts of the program of one series."""
         return self.models.parts
 
     @property
     def latents(self) -> tuple[tuple[str, ...], ...]:
+        """The latent choices of one series, before its scan, in a step, and after it."""
         return self.models.latents
-
-
-def each_lane(f: Callable[..., Any], model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
-    """`f(key, model, *xs)`; of lanes for each, with a key of its own, results and `xs` leading with the lane."""
-    if not isinstance(model, Lanes):
-        return f(key, model, *xs)
-
-    def one(model: Any, key: PRNGKeyArray, *xs: Any) -> Any:
-        return each_lane(f, model, key, *xs)
-
-    return model.map(one, _keys(key, model.size), *xs)
-
-
-def total_evidence(model: Any, log_evidence: Array) -> Array:
-    """The log evidence of all lanes out of that of each, with what is given outside of them."""
-    if not isinstance(model, Lanes):
-        return log_evidence
-    inner = model.map(total_evidence, log_evidence)
-    return jnp.sum(inner) + model.log_shared
 
 
 def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
@@ -135,7 +156,7 @@ def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
 
 
 @storage.result_type("lane particles")
-class LaneParticles(SequentialParticles):
+class PanelParticles(SequentialParticles):
     """Particles of all lanes together: one of each, drawn by its weight; so their weights are equal.
 
     The fields of `path` have the axis of the lanes after that of the step, and `path.log_increments` sums, over both,
@@ -157,7 +178,7 @@ class LaneParticles(SequentialParticles):
             return super().along(tree)
         path, ndim = self.path, self.path.ess.ndim - 1
 
-        def one(path: Path, tree: Any) -> Any:
+        def one(path: History, tree: Any) -> Any:
             found = SequentialParticles(choices={}, log_weights=jnp.zeros(0), path=path)
             return found.along(tree)
 
@@ -198,7 +219,7 @@ def _named(index: Any) -> str:
     return ", ".join(str(int(i)) for i in index)
 
 
-class LaneState(State):
+class PanelState(State):
     """The states of the lanes' runs, `(lane, ...)`, and the key by which their last particles are put together."""
 
     iteration: Int[Array, ""]
@@ -206,57 +227,58 @@ class LaneState(State):
     key: PRNGKeyArray
 
 
-class OverLanes(Algorithm):
-    """Sequential Monte Carlo for each lane: the engine under a vmap."""
+class PanelSMC(Algorithm):
+    """Sequential Monte Carlo for each series of a panel: the engine under a vmap."""
 
-    engine: smc
-    lanes: Lanes
+    settings: smc
+    panel: Panel
+
+    def traced(self) -> Self:
+        return dataclasses.replace(self, settings=self.settings.traced())
 
     def num_iterations(self, target: Target) -> int:
-        return self.lanes.num_steps - 1
+        return self.panel.num_steps - 1
 
-    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> LaneState:
+    def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> PanelState:
         run_key, last_key = jax.random.split(key)
         before = []
         if init is not None:
-            if not isinstance(init, LaneState):  # read from a file, which knows leaves
+            if not isinstance(init, PanelState):  # read from a file, which knows leaves
                 init = reshaped(init, jax.eval_shape(lambda: self.init(key, target)))
             last_key, before = init.key, [init.states]
             had = init.states.iteration.shape[0]
-            if had != self.lanes.size:
+            if had != self.panel.size:
                 raise WeftError(
-                    f"smc: the run to be resumed had {had} lanes, this model has {self.lanes.size}"
+                    f"smc: the run to be resumed had {had} lanes, this model has {self.panel.size}"
                 )
 
         def one(engine: Any, key: PRNGKeyArray, *state: Any) -> Any:
             return engine.init(key, nothing().given(), *state)
 
-        states = self._each(one, _keys(run_key, self.lanes.size), *before)
-        return LaneState(states.iteration[0], states, last_key)
+        states = self._each(one, _keys(run_key, self.panel.size), *before)
+        return PanelState(states.iteration[0], states, last_key)
 
-    def step(self, key: PRNGKeyArray, state: LaneState, target: Target) -> LaneState:
+    def step(self, key: PRNGKeyArray, state: PanelState, target: Target) -> PanelState:
         def one(engine: Any, key: PRNGKeyArray, state: Any) -> Any:
             return engine.step(key, state, nothing().given())
 
-        states = self._each(one, _keys(key, self.lanes.size), state.states)
-        return LaneState(state.iteration + 1, states, state.key)
+        states = self._each(one, _keys(key, self.panel.size), state.states)
+        return PanelState(state.iteration + 1, states, state.key)
 
     def _each(self, f: Callable[..., Any], *xs: Any) -> Any:
         """`f` of the engine of each lane."""
-        return self.lanes.map(lambda model, *xs: f(self._engine(model), *xs), *xs)
+        return self.panel.map(lambda model, *xs: f(self._engine(model), *xs), *xs)
 
-    def _engine(self, model: Any) -> Algorithm:
-        if isinstance(model, Lanes):
-            return OverLanes(self.engine, model)
-        return dataclasses.replace(self.engine, model=model)
+    def _engine(self, model: FeynmanKac) -> Algorithm:
+        return model.engine(self.settings)
 
-    def describe(self, state: LaneState) -> str:
+    def describe(self, state: PanelState) -> str:
         return f"log evidence {float(jnp.sum(_evidences(state))):.5g}"
 
     def has_result(self, iteration: int) -> bool:
         return True
 
-    def result(self, state: LaneState, target: Target) -> LaneParticles:
+    def result(self, state: PanelState, target: Target) -> PanelParticles:
         states = state if tracing(state) else _until(state, int(state.iteration) + 1)
         runs = self._each(
             lambda engine, state: engine.result(state, nothing().given()), states.states
@@ -264,14 +286,14 @@ class OverLanes(Algorithm):
         path = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), runs.path)
         if not tracing(state):
             self._check_weights(path)
-        keys = _keys(state.key, self.lanes.size)
+        keys = _keys(state.key, self.panel.size)
         chosen = jax.vmap(lambda k, w: shuffled(k, w, w.shape[0]))(keys, runs.log_weights)
 
         def joined(x: Array) -> Array:
             return jnp.swapaxes(jax.vmap(lambda x, i: x[i])(x, chosen), 0, 1)
 
-        log_evidence = jnp.sum(runs.log_evidence) + self.lanes.log_shared
-        return LaneParticles(
+        log_evidence = jnp.sum(runs.log_evidence) + self.panel.log_shared
+        return PanelParticles(
             choices=jax.tree.map(joined, runs.choices),
             log_weights=jnp.full(chosen.shape[1], log_evidence),
             log_evidence=log_evidence,
@@ -281,28 +303,28 @@ class OverLanes(Algorithm):
             state=state,
         )
 
-    def _check_weights(self, path: Path) -> None:
+    def _check_weights(self, path: History) -> None:
         bad = np.argwhere(~np.isfinite(np.asarray(path.log_increments)))
         if not len(bad):
             return
-        lane, model = bad[0][1:], self.lanes
+        lane, model = bad[0][1:], self.panel
         for index in lane:
             model = model.at(int(index))
         one = jax.tree.map(lambda x: x[(slice(None), *lane)], path)
         try:
-            dataclasses.replace(self.engine, model=model)._check_weights(one)
+            dataclasses.replace(self.settings, model=model)._check_weights(one)
         except DensityError as e:
-            sizes = " by ".join(map(str, self.lanes.shape))
+            sizes = " by ".join(map(str, self.panel.panel_shape))
             raise DensityError(f"lane {_named(lane)} of {sizes}: {e}") from None
 
 
 def _evidences(state: Any) -> Array:
-    return _evidences(state.states) if isinstance(state, LaneState) else state.log_evidence
+    return _evidences(state.states) if isinstance(state, PanelState) else state.log_evidence
 
 
 def _until(state: Any, done: int, depth: int = 0) -> Any:
     """A state whose path ends after so many steps."""
-    if isinstance(state, LaneState):
+    if isinstance(state, PanelState):
         return dataclasses.replace(state, states=_until(state.states, done, depth + 1))
     return dataclasses.replace(
         state, path=jax.tree.map(lambda x: x[(slice(None),) * depth + (slice(done),)], state.path)

@@ -1,0 +1,140 @@
+"""Hooks of a base class: optional methods and attributes that cannot be misspelt.
+
+A base class has a method for everything that may be asked of a subclass, and those that do nothing are overridden as
+needed. A method under a wrong name would silently never be called. So when an object is made, the public names of its
+class are compared with those of the base: one that is nearly the name of a hook, or is one and takes other arguments,
+is an error that shows the hook.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from weft.ppl.stage.errors import ModelError
+
+NEAR = 0.8
+"""From this similarity of names on, a method that takes the arguments of a hook is taken for that hook, misspelt."""
+
+VERY_NEAR = 0.9
+"""From this one on, whatever its arguments are."""
+
+
+def check_hooks(model: eqx.Module, base: type[eqx.Module], attributes: Mapping[str, type]) -> None:
+    """Check the names in the class of a model against the hooks of a base class.
+
+    Args:
+        model: an instance of a subclass of `base`.
+        base: its methods, called by position, are hooks.
+        attributes: its attributes that are hooks, and the type of what each holds.
+
+    Raises:
+        ModelError: if a public name is a hook misspelt, or a hook with another signature; it shows the hook.
+    """
+    _check_methods(type(model), base, tuple(attributes))
+    _check_values(model, base, attributes)
+
+
+def signature_of(base: type[eqx.Module], hook: str) -> str:
+    """A hook as it should be written: `step(self, key, t, particle)`."""
+    if not callable(getattr(base, hook, None)):
+        return hook
+    return f"{hook}({', '.join(['self', *_arguments(base, hook)])})"
+
+
+@functools.cache
+def _check_methods(cls: type, base: type, attributes: tuple[str, ...]) -> None:
+    """Raise ModelError if a method or property of a class is a hook misspelt, or a hook with another signature."""
+    methods = _methods(base)
+    fields = {f.name for f in dataclasses.fields(cls)} - set(attributes)
+    for name in sorted(_own_names(cls, base) - fields):
+        member, shown = getattr(cls, name, None), f"{cls.__name__}.{name}"
+        if name in methods:
+            if not (callable(member) and _takes(cls, name, methods[name])):
+                took = f"({', '.join(_arguments(cls, name))})" if callable(member) else ""
+                raise ModelError(
+                    f"{shown}{took} is called by position as {signature_of(base, name)}: give it these arguments"
+                )
+        elif name in attributes:
+            if callable(member):
+                raise ModelError(f"{shown} is an attribute, not a method: write @property above it")
+        elif callable(member):
+
+            def near(hook: str, name: str = name) -> float:
+                return NEAR if _takes(cls, name, methods[hook]) else VERY_NEAR
+
+            _refuse_near(shown, name, base, methods, near)
+        elif isinstance(member, property):
+            _refuse_near(shown, name, base, attributes, lambda hook: VERY_NEAR)
+
+
+def _check_values(model: Any, base: type, attributes: Mapping[str, type]) -> None:
+    """Raise ModelError if a field or a constant is an attribute misspelt, or stands where a method is called."""
+    fields, methods = {f.name for f in dataclasses.fields(model)}, _methods(base)
+    for name in sorted(_own_names(type(model), base) | fields):
+        of_class = inspect.getattr_static(type(model), name, None)
+        if name not in fields and (isinstance(of_class, property) or callable(of_class)):
+            continue
+        value, shown = getattr(model, name), f"{type(model).__name__}.{name}"
+        if name in methods and not callable(value):
+            raise ModelError(
+                f"{shown} is called as {signature_of(base, name)}, and here {type(value).__name__}: give the field "
+                "another name"
+            )
+        if name not in methods and name not in attributes:
+
+            def near(hook: str, value: Any = value) -> float:
+                return NEAR if type(value) is attributes[hook] else np.inf
+
+            _refuse_near(shown, name, base, attributes, near)
+
+
+@functools.cache
+def _methods(base: type) -> dict[str, int]:
+    """The public methods of a base class, and with how many arguments each is called."""
+    found = {n: _arguments(base, n) for n, x in vars(base).items() if n[0] != "_" and callable(x)}
+    return {n: sum(p.kind is p.POSITIONAL_ONLY for p in args.values()) for n, args in found.items()}
+
+
+def _own_names(cls: type, base: type) -> set[str]:
+    """Public names that are defined in the classes of a model besides its base."""
+    classes = [c for c in cls.__mro__ if c not in base.__mro__]
+    return {name for c in classes for name in vars(c) if not name.startswith("_")}
+
+
+def _refuse_near(
+    shown: str, name: str, base: type, hooks: Iterable[str], near: Callable[[str], float]
+) -> None:
+    """Raise ModelError if a name is so near to a hook, as `near` says for it, that it must be one misspelt."""
+    similar = {hook: difflib.SequenceMatcher(None, name, hook).ratio() for hook in hooks}
+    hook = max(similar, key=similar.__getitem__)
+    # A part of the words of a hook is another name: `transition` beside `log_transition`.
+    part = set(name.split("_")) < set(hook.split("_"))
+    if similar[hook] >= near(hook) and not part:
+        raise ModelError(
+            f"{shown} is no hook of {base.__name__}: did you mean {signature_of(base, hook)}? If it is a helper of "
+            f"your own, give it another name, or begin it with an underscore, _{name}"
+        )
+
+
+def _arguments(cls: type, name: str) -> dict[str, inspect.Parameter]:
+    """The parameters of a method, without the model itself."""
+    found = dict(inspect.signature(getattr(cls, name)).parameters)
+    if not isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod)):
+        found.pop(next(iter(found), ""), None)
+    return found
+
+
+def _takes(cls: type, name: str, number: int) -> bool:
+    """Whether a method can be called with so many arguments by position."""
+    try:
+        inspect.Signature(list(_arguments(cls, name).values())).bind(*range(number))
+    except TypeError:
+        return False
+    return True
