@@ -461,6 +461,19 @@ def nobody_knows(x):
     return x
 
 
+def halves_of_rows(x):
+    def half(x):
+        z = jax.vmap(lambda x: sample("z", dist.Normal(0.0, 1.0)) + x)
+        return z(x)
+
+    return jax.vmap(half)(x.reshape(2, -1)).reshape(-1)
+
+
+def steps_between_rows(x):
+    z = jax.vmap(lambda d: sample("z", dist.Normal(0.0, 1.0)) * d)(jnp.diff(x))
+    return x + z.sum()
+
+
 def pairs_of_rows(x):
     jax.vmap(lambda a: jax.vmap(lambda b: sample("z", dist.Normal(a * b, 1.0)))(x))(x)
     return x
@@ -504,6 +517,8 @@ REFUSED = {
     branch_of_a_shard: "site 'z' in a shard_map stands in a branch that is chosen by",
     event_axis: "site 'z': an event axis of Independent is split",
     nobody_knows: "site 'z': nothing tells whether its axis of size",
+    halves_of_rows: "site 'z': its axis of size 2 is made of the rows of one shard",
+    steps_between_rows: "site 'z': its axis of size 3 is made of the rows of one shard",
     pairs_of_rows: "site 'z': two of its axes are split over the same axis of the mesh",
     loop_over_rows: "site 'z' in a scan or map along the rows of a shard",
     until: "site 'z' in a while_loop inside a shard_map",

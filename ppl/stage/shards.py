@@ -12,6 +12,7 @@ Axes of equal length are tied to each other by the equations. An axis is split a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -90,6 +91,10 @@ def _is_anonymous(eqn: Any) -> bool:
 # --- how the axes of a body are split ---------------------------------------------------------------------------------
 
 
+MIXED = "made of the rows of one shard"
+"""Said of an axis that is neither whole nor goes along the rows."""
+
+
 class _Found(NamedTuple):
     """A site or lanes in a body, and the axes of it that may be split."""
 
@@ -109,7 +114,7 @@ class _Body:
     loops: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
     named: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict)
     lengths: set[int] = dataclasses.field(default_factory=set)
-    sums: list[tuple[Axes, Axes, frozenset[str]]] = dataclasses.field(default_factory=list)
+    sums: list[tuple[int, int, frozenset[str]]] = dataclasses.field(default_factory=list)
 
     def split(self) -> Any:
         """The equation with splits written on what stands in its body."""
@@ -145,18 +150,21 @@ class _Body:
                     self.lengths.add(self.ties.sizes[axis])
 
     def settle(self) -> bool:
-        """Tie results of sums over the mesh whose operand has become known; whether there were any."""
+        """Pass on what has become known; whether anything has."""
         waiting, self.sums = self.sums, []
         for a, b, over in waiting:
-            for x, y in zip(a, b, strict=True):
-                known = self.ties.known(x)
-                if any(over & set(split.axes) for split in known):
-                    self.ties.state(y, WHOLE)
-                elif known:
-                    self.ties.tie([x], [y])
-                else:
-                    self.sums.append(([x], [y], over))
-        return len(self.sums) < sum(len(a) for a, _, _ in waiting)
+            known = self.ties.known(a)
+            if any(over & set(split.axes) for split in known - {MIXED}):
+                self.ties.state(b, WHOLE)
+            elif known:
+                self.ties.tie([a], [b])
+            else:
+                self.sums.append((a, b, over))
+        grown = len(self.sums) < len(waiting)
+        for lost, new in self.ties.made:
+            if any(self.ties.known(axis) - {WHOLE} for axis in lost):
+                grown |= sum(self.ties.state(axis, MIXED) for axis in new) > 0
+        return grown
 
     # --- the walk ---
 
@@ -183,7 +191,10 @@ class _Body:
             self.lanes(eqn, ins, outs, scope)
         elif eqn.primitive.name in REDUCING:
             over = frozenset(eqn.params["axes"])
-            self.sums += [(a, b, over) for a, b in zip(ins, outs, strict=True)]
+            pairs = itertools.chain(
+                *(zip(a, b, strict=True) for a, b in zip(ins, outs, strict=True))
+            )
+            self.sums += [(a, b, over) for a, b in pairs]
         elif wiring(eqn) is None:
             self.ties.results(eqn, ins, outs)
         else:
@@ -211,9 +222,11 @@ class _Body:
         spec, lanes = eqn.params["spec"], eqn.params["lanes"]
         own = out[len(lanes) :][: spec.batch_ndim]
         for i, axes in enumerate(self.along_lanes(lanes, ins, out)):
-            # Parameters are broadcast to the batch, from the right; values and masks have its axes.
+            # Parameters are broadcast to the batch from the right, or have it in front of event axes of their own.
+            # Values and masks have its axes.
             missing = max(len(own) - len(axes), 0) if i < spec.num_distribution_arrays else 0
-            self.ties.tie(axes, own[missing:])
+            if not (missing and spec.event_shape):
+                self.ties.tie(axes, own[missing:])
         cut = len(lanes) + len(own)
         self.found.append(_Found(".".join((*scope, spec.name)), eqn, out[:cut], out[cut:]))
 
@@ -261,6 +274,11 @@ class _Body:
         known, size = self.ties.known(axis), self.ties.sizes[axis]
         if size == 1 and len(known) > 1:  # one row a shard: what is whole was repeated along them
             known = known - {WHOLE}
+        if MIXED in known:
+            raise ModelError(
+                f"site {at.name!r}: its axis of size {size} is made of the rows of one shard, cut, joined or "
+                "reshaped. Draw the choices along the rows as they are, with jax.vmap"
+            )
         if len(known) == 1:
             return next(iter(known))
         if known:

@@ -43,6 +43,8 @@ class Ties:
         self.parents: list[int] = []
         self.sizes: list[int] = []
         self.facts: list[set[Hashable]] = []
+        self.made: list[tuple[Axes, Axes]] = []
+        """Of equations that tie nothing: the axes that are read, and the new axes that may be made of them."""
 
     def axes(self, shape: Sequence[int]) -> Axes:
         """New axes, of these sizes."""
@@ -64,14 +66,27 @@ class Ties:
                 self.parents[y] = x
                 self.facts[x] |= self.facts[y]
 
-    def state(self, axis: int, fact: Hashable) -> None:
-        self.facts[self.root(axis)].add(fact)
+    def state(self, axis: int, fact: Hashable) -> bool:
+        """Add a fact; whether it is new."""
+        facts = self.facts[self.root(axis)]
+        is_new = fact not in facts
+        facts.add(fact)
+        return is_new
 
     def known(self, axis: int) -> set[Any]:
         return self.facts[self.root(axis)]
 
     def results(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
-        """Tie the axes of an equation's results to those of its operands."""
+        """Tie the axes of an equation's results to those of its operands, or note that they are not."""
+        self.apply(eqn, ins, outs)
+        before, after = ({self.root(a): a for axes in xs for a in axes} for xs in (ins, outs))
+        lost = [a for root, a in before.items() if root not in after]
+        new = [a for root, a in after.items() if root not in before]
+        if lost and new:
+            self.made.append((lost, new))
+
+    def apply(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
+        """Tie what the rules say."""
         name = eqn.primitive.name
         if name in SHAPED:
             for a, b in itertools.product(ins, outs):
@@ -180,6 +195,19 @@ def _(params: Any, ins: Any, outs: Any) -> Pairs:
         axis for a, c, b in zip(ins, contract, batch, strict=True) for axis in _without(a, (*c, *b))
     ]
     return [(left, right), (shared[0], shared[1]), ([*shared[0], *free], outs[0])]
+
+
+@_rule("conv_general_dilated")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    numbers = params["dimension_numbers"]
+    return [([ins[0][numbers.lhs_spec[0]]], [outs[0][numbers.out_spec[0]]])]
+
+
+@_rule("all_gather")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    along = (params["all_gather_dimension"],)
+    rest = _without(ins[0], along) if params["tiled"] else ins[0]
+    return [(rest, _without(outs[0], along))]
 
 
 @_rule("gather")
