@@ -1,12 +1,12 @@
 """Sites inside ``jax.shard_map``: which of their axes are split over which axes of the mesh.
 
 The body of a ``shard_map`` is written for one shard. What a choice is for the whole program must be read off it. A
-``jax.vmap`` over the rows of a shard makes one choice for each row of all shards. A choice that reads no row is one
-choice, which all shards share. ``split_axes`` finds this out when a program is staged, and writes it on lanes and sites
-(``Split``). From then on the program has its whole sizes outside of the ``shard_map``, and those of one shard inside.
+``jax.vmap`` over the rows of a shard makes one choice for each row of all shards. Any other choice is one that all
+shards share. ``split_axes`` finds this out when a program is staged, and writes it on lanes and sites (``Split``). From
+then on the program has whole sizes outside of the ``shard_map``, and those of one shard inside.
 
-Axes of equal length are tied to each other by the equations. An axis is split as the operand or the result of the
-``shard_map`` is to which it is tied. Whatever cannot be told is an error that names the site.
+Equations tie axes of equal length to each other. An axis is split as the operand or the result of the ``shard_map`` is
+to which it is tied. Whatever cannot be told is an error that names the site.
 """
 
 from __future__ import annotations
