@@ -100,3 +100,57 @@ def test_no_file_imports_itself_by_a_detour():
 
     for module in inside:
         visit(module, [])
+
+
+# Control flow is known to one table and to those who stage, run or sum it anew; every other walk asks the table.
+PRIMITIVES = {"scan_p", "cond_p", "while_p", "shard_map_p"}
+NAMES = {"scan", "cond", "while", "shard_map"}
+MAY_NAME = {
+    ("ppl", "stage", "compat"),
+    ("ppl", "stage", "jaxprs"),
+    ("ppl", "stage", "control"),
+    ("ppl", "stage", "interpreter"),
+    ("ppl", "exact", "branches"),
+    ("ppl", "exact", "chains"),
+}
+
+
+def is_of_an_axis(node: ast.AST) -> bool:
+    """Whether an expression is about the kind of an axis of a choice, one of which is `"scan"`."""
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", "") == "Axis"
+    sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+    return any(getattr(side, "attr", "") == "kind" for side in sides)
+
+
+def named_primitives(tree: ast.Module) -> Iterator[str]:
+    """Control-flow primitives that a module names: as a variable, an attribute, an import, or a string."""
+    axes = {inner for node in ast.walk(tree) if is_of_an_axis(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node not in axes and node.value in NAMES:
+            yield repr(node.value)
+        found = {getattr(node, "id", ""), getattr(node, "attr", ""), getattr(node, "name", "")}
+        yield from found & PRIMITIVES
+
+
+@pytest.mark.parametrize(
+    ("source", "right"),
+    [
+        ("eqn.primitive is scan_p", {"scan_p"}),
+        ("eqn.primitive is lax.cond_p", {"cond_p"}),
+        ("from jax.lax import while_p as loop", {"while_p"}),
+        ("eqn.primitive.name == 'while'", {"'while'"}),
+        ("eqn.primitive.name in ('scan', 'cond')", {"'scan'", "'cond'"}),
+        ("RULES = {'shard_map': rule}", {"'shard_map'"}),
+        ("axis.kind == 'scan' and Axis(3, None, 'scan')", set()),
+        ("jax.lax.scan(step, 0.0, xs)", set()),
+    ],
+)
+def test_what_names_a_primitive(source, right):
+    assert set(named_primitives(ast.parse(source))) == right
+
+
+@pytest.mark.parametrize("module", FILES, ids="/".join)
+def test_control_flow_is_named_in_one_place(module):
+    found = sorted(set(named_primitives(ast.parse(FILES[module].read_text()))))
+    assert not found or module in MAY_NAME, f"{'/'.join(module)} names {', '.join(found)}"

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from weft.ppl.stage.compat import Literal, open_jaxpr
+from weft.ppl.stage.compat import open_jaxpr
 from weft.ppl.stage.equality import same_equations
+from weft.ppl.stage.jaxprs import behind
 
 
 def computes(f: Callable[[Any], Any], eqns: Sequence[Any], result: Any, source: Any) -> bool:
@@ -15,12 +16,12 @@ def computes(f: Callable[[Any], Any], eqns: Sequence[Any], result: Any, source: 
 
     Leading axes may be batch axes that ``f`` was mapped over, or was called with.
     """
-    own = _slice(eqns, result, source)
+    own = _between(source, result, eqns)
     shape, dtype, weak = source.aval.shape, source.aval.dtype, source.aval.weak_type
     g, aval = f, jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
     for _ in range(len(shape) - 1):
         other = open_jaxpr(jax.make_jaxpr(g)(aval))[0]
-        pair = _slice(other.eqns, other.outvars[0], other.invars[0])
+        pair = _between(other.invars[0], other.outvars[0], other.eqns)
         names = {source: other.invars[0]}
         same = same_equations(own, pair, names, ignored=("ctx_mesh",))
         if same and names.get(result) is other.outvars[0]:
@@ -29,11 +30,6 @@ def computes(f: Callable[[Any], Any], eqns: Sequence[Any], result: Any, source: 
     return False
 
 
-def _slice(eqns: Sequence[Any], result: Any, source: Any) -> list[Any]:
+def _between(source: Any, result: Any, eqns: Sequence[Any]) -> list[Any]:
     """The equations that a result needs, as far as the source."""
-    needed, found = {result}, []
-    for eqn in reversed(eqns):
-        if source not in eqn.outvars and needed & {*eqn.outvars}:
-            found.append(eqn)
-            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
-    return found[::-1]
+    return behind([e for e in eqns if source not in e.outvars], [result])

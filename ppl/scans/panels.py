@@ -20,7 +20,17 @@ from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal, bind, open_jaxpr, where_in_source
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, is_record, lanes_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.jaxprs import Holds, evaluate, inside, is_call, is_loop, results, run
+from weft.ppl.stage.jaxprs import (
+    Holds,
+    Place,
+    evaluate,
+    inside,
+    is_call,
+    is_loop,
+    results,
+    run,
+    spread,
+)
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
 from weft.ppl.transforms.rewriting import bind_marginal
@@ -122,59 +132,66 @@ def _without(lane: Any, addresses: Any, options: Any, *xs: Any) -> list[Any]:
 # --- which equations belong to the lanes ------------------------------------------------------------------------------
 
 
+SHARED: Any = object()
+"""The abstract value of what is computed without a choice of a lane."""
+
+
+class _Mixed(NamedTuple):
+    """The abstract value of what is computed from several lanes, and how. It may not reach a density."""
+
+    why: str
+
+
 class _Walk:
-    """The equations of a program, sorted into those of its lanes and the others.
+    """The equations of a program, sorted into those of its lanes and the others, by a forward analysis.
+
+    A variable is ``SHARED``, or ``_Mixed``, or the lanes' own. Of their own variables it is known where they carry the
+    axis of the lanes (None if they do not).
 
     Attributes:
         shared: the equations that read no choice of a lane.
         own: the others, in order, if they can be computed for one lane.
-        places: for each result of these, the axis of the lanes (None if it has none).
-        mixed: values that are computed from several lanes, and how. They may not reach a density.
         reads: the shared values that the lanes read, in order.
     """
 
     def __init__(
         self, jaxpr: Any, scans: list[Any], size: int, settled: set[str], name: str
     ) -> None:
-        self.size, self.name, self.settled = size, name, settled
+        self.scans, self.size, self.name, self.settled = scans, size, name, settled
         self.shared: list[Any] = []
         self.own: list[Any] = []
-        self.places: dict[Any, int | None] = {}
-        self.mixed: dict[Any, str] = {}
         self.reads: dict[Any, None] = {}
-        for eqn in jaxpr.eqns:
-            vs = [v for v in eqn.invars if not isinstance(v, Literal)]
-            if not (
-                any(v in self.places or v in self.mixed for v in vs)
-                or any(e is eqn for e in scans)
-                or self._draws(eqn)
-            ):
-                self.shared.append(eqn)
-                continue
-            why = next((self.mixed[v] for v in vs if v in self.mixed), None)
-            places = [None if isinstance(v, Literal) else self.places.get(v) for v in eqn.invars]
-            found: list[int | None] = []
-            if why is None:
-                try:
-                    found = self._place(eqn, places)
-                except Unaligned as e:
-                    what = repr(eqn.primitive.name)
-                    if eqn_holds_sites(eqn):
-                        what = ", ".join(map(repr, eqn_site_names(eqn)))
-                    why = f"{what}{where_in_source(eqn)} {e}"
-            if why is None:
+        spread(jaxpr.eqns, {}, self._transfer, lambda _: SHARED)
+
+    def _transfer(self, eqn: Any, ins: list[Any], _: Place) -> list[Any]:
+        begins = any(e is eqn for e in self.scans) or self._draws(eqn)
+        if not begins and all(x is SHARED for x in ins):
+            self.shared.append(eqn)
+            return [SHARED] * len(eqn.outvars)
+        why = next((x.why for x in ins if isinstance(x, _Mixed)), None)
+        if why is None:
+            try:
+                found = self._place(eqn, [None if x is SHARED else x for x in ins])
+            except Unaligned as e:
+                what = repr(eqn.primitive.name)
+                if eqn_holds_sites(eqn):
+                    what = ", ".join(map(repr, eqn_site_names(eqn)))
+                why = f"{what}{where_in_source(eqn)} {e}"
+            else:
                 self.own.append(eqn)
-                self.places.update(zip(eqn.outvars, found, strict=True))
-                self.reads.update(dict.fromkeys(v for v in vs if v not in self.places))
-                continue
-            if eqn_holds_sites(eqn) and not is_record(eqn):
-                names = ", ".join(map(repr, eqn_site_names(eqn)))
-                raise ModelError(
-                    f"filtering: the {size} series of {name!r} are not independent, as one filter for each wants them: "
-                    f"{names} would read several ({why}). Draw in each series what it reads; what they share must be "
-                    "given, and stand outside of their vmap"
+                read = zip(eqn.invars, ins, strict=True)
+                self.reads.update(
+                    (v, None) for v, x in read if x is SHARED and not isinstance(v, Literal)
                 )
-            self.mixed.update(dict.fromkeys(eqn.outvars, why))
+                return list(found)
+        if eqn_holds_sites(eqn) and not is_record(eqn):
+            names = ", ".join(map(repr, eqn_site_names(eqn)))
+            raise ModelError(
+                f"filtering: the {self.size} series of {self.name!r} are not independent, as one filter for each wants "
+                f"them: {names} would read several ({why}). Draw in each series what it reads; what they share must be "
+                "given, and stand outside of their vmap"
+            )
+        return [_Mixed(why)] * len(eqn.outvars)
 
     def _is_lane(self, eqn: Any) -> bool:
         lanes = eqn.params["lanes"] if eqn.primitive in (site_p, lanes_p) else ()

@@ -31,6 +31,7 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.jaxprs import (
     Holds,
     Place,
+    behind,
     evaluate,
     flow,
     inside,
@@ -206,7 +207,7 @@ def split(program: Program, observed: Sequence[str], scan: str | None = None) ->
     options: Any = sums[0].params["options"] if sums else None
 
     # What the sites after the scan read, and what they need for it.
-    last = _needed(after)
+    last = behind(after, [], eqn_holds_sites)
     read_after = dict.fromkeys(v for e in last for v in e.invars if not isinstance(v, Literal))
     made = {v for e in last for v in e.outvars}
     outs = list(eqn.outvars)
@@ -475,17 +476,6 @@ def _inline(jaxpr: Any, args: list[Any], sums: list[Any] | None = None) -> list[
         return _inline(inside(eqn)[0], ins, sums)
 
     return evaluate(jaxpr, args, equation)
-
-
-def _needed(equations: Any) -> list[Any]:
-    """The equations that hold sites, and those from which they read."""
-    kept: list[Any] = []
-    read: set[Any] = set()
-    for eqn in reversed(equations):
-        if eqn_holds_sites(eqn) or any(v in read for v in eqn.outvars):
-            kept.append(eqn)
-            read = read | {v for v in eqn.invars if not isinstance(v, Literal)}
-    return kept[::-1]
 
 
 def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -225,6 +225,18 @@ def evaluate(jaxpr: Any, args: Sequence[Any], equation: Equation | None = None) 
     """The results of a jaxpr; ``equation`` may take an equation over, or leave it as it is."""
     opened, _ = open_jaxpr(jaxpr)
     return results(opened.eqns, inputs(jaxpr, args), opened.outvars, equation)
+
+
+def behind(
+    eqns: Sequence[Any], wanted: Iterable[Any], meant: Callable[[Any], bool] | None = None
+) -> list[Any]:
+    """The equations that some variables are computed by, and those that are ``meant`` with what these read."""
+    reached, kept = set(wanted), []
+    for eqn in reversed(eqns):
+        if (meant is not None and meant(eqn)) or not reached.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            reached.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return kept[::-1]
 
 
 def evaluate_inside(
