@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from weft.ppl.stage.compat import open_jaxpr, scan_p
+from weft.ppl.stage.compat import open_jaxpr
 from weft.ppl.stage.control import lanes_p
 from weft.ppl.stage.interpreter import Context, Records
+from weft.ppl.stage.jaxprs import is_loop
 from weft.ppl.stage.sites import Lane
 
 from .factors import Factor
@@ -178,7 +179,7 @@ class _Slices:
 
     def dying(self, ins: list[Any], body: Any, later: frozenset[Variable]) -> set[Variable]:
         """Variables that lanes with a scan read, and nothing behind: they can be summed out in it."""
-        if not any(e.primitive is scan_p for e in open_jaxpr(body)[0].eqns):
+        if not any(map(is_loop, open_jaxpr(body)[0].eqns)):
             return set()
         return {v for x in ins for v in axes_of(x) if v in self.inside and v not in later}
 

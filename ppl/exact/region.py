@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from weft.ppl.stage.compat import inner_jaxprs, while_p
+from weft.ppl.stage.compat import inner_jaxprs
 from weft.ppl.stage.control import eqn_holds_sites, marginal_p, scope_p, site_names
 from weft.ppl.stage.errors import DensityError, ModelError
 from weft.ppl.stage.interpreter import Context, Handler, Records, Result, step, walk
-from weft.ppl.stage.jaxprs import is_call
+from weft.ppl.stage.jaxprs import described, is_call
 from weft.ppl.stage.sites import site_p
 
 from .elimination import sum_out
@@ -235,9 +235,8 @@ def _call(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
 
 
 def _refusal(eqn: Any) -> ModelError:
-    what = "a while_loop" if eqn.primitive is while_p else f"{eqn.primitive.name!r}"
     names = ", ".join(repr(n) for j in inner_jaxprs(eqn) for n in site_names(j))
     return ModelError(
-        f"the sites {names} in {what} depend on choices that are summed out, or are themselves to be summed out "
-        "there: that is possible in vmap, scan, cond, switch, jit and nested programs"
+        f"the sites {names} in {described(eqn)} depend on choices that are summed out, or are themselves to be summed "
+        "out there: that is possible in vmap, scan, cond, switch, jit and nested programs"
     )

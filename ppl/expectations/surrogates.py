@@ -42,6 +42,7 @@ from weft.ppl.stage.compat import (
 from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.jaxprs import (
     Holds,
+    described,
     equations,
     evaluate_inside,
     inside,
@@ -382,7 +383,7 @@ class Evaluator:
         if kind(eqn) not in ("loop", "branches", "call") or states_derivative(eqn):
             names = ", ".join(dict.fromkeys(repr(name) for name, _ in kinds([eqn])))
             raise GradientError(
-                f"the choices {names} stand in {_a(eqn)}, where no strategy but reparam is possible"
+                f"the choices {names} stand in {described(eqn)}, where no strategy but reparam is possible"
             )
         jaxprs = inside(eqn)
         outs, totals = evaluate_inside(eqn, values, lambda k, args: body(jaxprs[k], args))
@@ -620,9 +621,9 @@ def _is_plain(eqn: Any) -> bool:
 
 def _not_carried(eqn: Any) -> GradientError:
     return GradientError(
-        f"a choice with the strategy gumbel goes as an integer into {_a(eqn)}{where_in_source(eqn)}, which has no "
-        "derivative: write it by arithmetic, such as b * x + (1 - b) * y, take densities by sites of a program (not by "
-        "log_prob), or take enum, mvd or score there"
+        f"a choice with the strategy gumbel goes as an integer into {described(eqn)}{where_in_source(eqn)}, which has "
+        "no derivative: write it by arithmetic, such as b * x + (1 - b) * y, take densities by sites of a program (not "
+        "by log_prob), or take enum, mvd or score there"
     )
 
 
@@ -745,12 +746,7 @@ def _first_order(eqn: Any, what: str) -> str:
 def _no_tail(eqn: Any, names: Sequence[str]) -> GradientError:
     what = " and ".join(dict.fromkeys(map(repr, names)))
     return GradientError(
-        f"enum and mvd need the rest of the program as a function of the choice, and {what} stands in {_a(eqn)}, where "
-        "there is none: take score, reparam or reweight there, sum the choice out (marginalize), or write the loop in "
-        "Python"
+        f"enum and mvd need the rest of the program as a function of the choice, and {what} stands in "
+        f"{described(eqn)}, where there is none: take score, reparam or reweight there, sum the choice out "
+        "(marginalize), or write the loop in Python"
     )
-
-
-def _a(eqn: Any) -> str:
-    words = {"loop": "a scan", "unbounded": "a while_loop"}
-    return words.get(kind(eqn) or "", repr(eqn.primitive.name))

@@ -32,12 +32,12 @@ from weft.ppl.stage.jaxprs import (
     Holds,
     Place,
     behind,
+    described,
     evaluate,
     flow,
     inside,
     is_call,
     is_loop,
-    kind,
     results,
     spread,
 )
@@ -506,9 +506,9 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
         found = "; ".join(", ".join(map(repr, names)) for names in unseen.values())
         raise ModelError(f"filtering: no site in the scan of {name!r} is observed ({found})")
     held_in = [
-        (where, names)
-        for i, names in sited.items()
-        if holds_scan.at(jaxpr.eqns[i]) and (where := _WHERE.get(kind(jaxpr.eqns[i]) or ""))
+        (described(eqn), eqn_site_names(eqn))
+        for eqn in jaxpr.eqns
+        if eqn_holds_sites(eqn) and holds_scan.at(eqn)
     ]
     if held_in:
         where, names = held_in[0]
@@ -520,12 +520,6 @@ def _find(program: Program, jaxpr: Any, observed: set[str], scan: str | None) ->
         f"filtering: {name!r} has no jax.lax.scan with sites in it, whose observations could enter one after another"
     )
 
-
-_WHERE = {
-    "branches": "a cond",
-    "unbounded": "a while_loop",
-    "scope": "a nested program",
-}
 
 holds_scan = Holds(is_loop)
 """Whether a scan stands anywhere in a jaxpr."""

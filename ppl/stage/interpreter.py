@@ -26,7 +26,6 @@ from .compat import (
     Literal,
     bind,
     cond_p,
-    inner_jaxprs,
     manual_axes,
     open_jaxpr,
     rebind_shard_map,
@@ -34,10 +33,10 @@ from .compat import (
     scan_sizes,
     while_p,
 )
-from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
+from .control import addresses_of, eqn_holds_sites, estimated_p, lanes_p, scope_p, scopes
 from .cotangents import finite_cotangents
 from .errors import DensityError
-from .jaxprs import inputs, kind, read, steps
+from .jaxprs import equations, inputs, inside, is_checkpoint, kind, read, steps
 from .shards import layouts, specs_of
 from .sites import Site, site_p
 from .structure import (
@@ -320,8 +319,8 @@ def _scope(eqn: Any, ins: list[Any], context: Context) -> Result:
 
 
 def _call(eqn: Any, ins: list[Any], context: Context) -> Result:
-    inner = inner_jaxprs(eqn)[0]  # a call: the table of sites has refused everything else by name
-    if "remat" not in eqn.primitive.name and "checkpoint" not in eqn.primitive.name:
+    (inner,) = inside(eqn)  # a call: the table of sites has refused everything else by name
+    if not is_checkpoint(eqn):
         return walk(inner, ins, context)
     keys, given = context.only(context.names(inner))
 
@@ -451,18 +450,20 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> Result:
 def walk_names(jaxpr: Any) -> dict[str, Any]:
     """Names of the sites of a scope as a nested dict, nested programs included."""
     names: dict[str, Any] = {}
-    for eqn in open_jaxpr(jaxpr)[0].eqns:
-        if eqn.primitive is site_p:
-            names[eqn.params["spec"].name] = {"value": None}
-        elif eqn.primitive is scope_p:
-            if eqn.params["name"] is not None:
-                names[eqn.params["name"]] = walk_names(eqn.params["jaxpr"])
-        elif eqn.primitive is estimated_p:
-            names = _merge(names, at_addresses(eqn, [{"value": None}] * len(eqn.outvars)))
-        elif eqn_holds_sites(eqn):
-            for j in inner_jaxprs(eqn):
-                names = _merge(names, walk_names(j))
+    for eqn, place in equations(jaxpr, enter=_is_recorded):
+        for address in addresses_of(eqn):
+            *path, name = *scopes(place), *address
+            node = names
+            for part in path:
+                node = node.setdefault(part, {})
+            node[name] = {"value": None}
     return names
+
+
+def _is_recorded(eqn: Any) -> bool:
+    """Whether the sites inside an equation are recorded where it stands."""
+    anonymous = eqn.primitive is scope_p and eqn.params["name"] is None
+    return eqn_holds_sites(eqn) and not anonymous and eqn.primitive is not estimated_p
 
 
 def at_addresses(eqn: Any, items: Sequence[Any]) -> dict[str, Any]:

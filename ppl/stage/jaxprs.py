@@ -123,6 +123,19 @@ def kind(eqn: Any) -> str | None:
     return None if w is None else w.kind
 
 
+_WORDS = {
+    "loop": "a scan",
+    "branches": "a cond",
+    "unbounded": "a while_loop",
+    "scope": "a nested program",
+}
+
+
+def described(eqn: Any) -> str:
+    """What an equation is called in messages."""
+    return _WORDS.get(kind(eqn) or "", repr(eqn.primitive.name))
+
+
 def is_loop(eqn: Any) -> bool:
     """Whether an equation evaluates a jaxpr a known number of times, one after another."""
     return kind(eqn) == "loop"

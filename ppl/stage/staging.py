@@ -81,9 +81,9 @@ def stage(
     number = _current_generation(captured(f) if snapshot is None else snapshot)
     with _watching():
         closed, shape = _traced(f, args, number)
-        shard_map_p = types_vary(closed)
-        if shard_map_p is not None:
-            with types_of_shards_ignored(shard_map_p):
+        primitive = types_vary(closed)
+        if primitive is not None:
+            with types_of_shards_ignored(primitive):
                 closed, shape = _traced(f, args, -1 - number)
     jaxpr, consts = consts_first(closed)
     return Code(split_axes(jaxpr), jax.tree.structure(shape)), consts
