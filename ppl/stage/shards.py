@@ -31,7 +31,7 @@ from .compat import (
 )
 from .control import eqn_holds_sites, eqn_site_names, estimated_p, lanes_p, scope_p, scopes
 from .errors import ModelError
-from .jaxprs import Place, equations, flow, wiring
+from .jaxprs import Place, equations, flow, kind, wiring
 from .sites import site_p
 from .splits import WHOLE, Split
 from .ties import Axes, Ties
@@ -315,10 +315,9 @@ REDUCING = frozenset({"psum", "pmax", "pmin"})
 """Collectives whose result is the same on all shards along their axes."""
 
 _REFUSED = {
-    "while": "a while_loop",
+    "unbounded": "a while_loop",
     "marginal": "marginalize",
-    "estimated": "marginal or normalize",
-    "shard_map": "another shard_map",
+    "shards": "another shard_map",
 }
 
 _ALONG_ROWS = (
@@ -338,10 +337,11 @@ def _refuse(eqn: Any) -> None:
         raise ModelError(
             "draw(program) stands in a shard_map: its choices have no address. Move it out"
         )
-    if eqn.primitive.name in _REFUSED and eqn_holds_sites(eqn):
+    what = _REFUSED.get(kind(eqn) or "")
+    what = "marginal or normalize" if eqn.primitive is estimated_p else what
+    if what is not None and eqn_holds_sites(eqn):
         raise ModelError(
-            f"{_listed(eqn)} in {_REFUSED[eqn.primitive.name]} inside a shard_map, which Weft has no rule for: move "
-            "one out of the other"
+            f"{_listed(eqn)} in {what} inside a shard_map, which Weft has no rule for: move one out of the other"
         )
 
 
@@ -368,7 +368,7 @@ def refuse_mixed(
             return [frozenset(t for t in x if t[0] not in over) for x in values]
         if name == "axis_index":
             return [frozenset({(params["axis_name"], "")})]
-        if name == "cond" and eqn_holds_sites(eqn):
+        if kind(eqn) == "branches" and eqn_holds_sites(eqn):
             _refuse_parts(_listed(eqn), "stands in a branch that is chosen by", values[0], around)
         if eqn.primitive is not site_p:
             return None
