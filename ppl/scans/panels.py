@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from weft.ppl.analysis.independence import BATCHED, ELEMENTWISE, Unaligned, align
+from weft.ppl.analysis.independence import Unaligned, align
 from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal, bind, open_jaxpr, where_in_source
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, is_record, lanes_p
@@ -31,6 +31,7 @@ from weft.ppl.stage.jaxprs import (
     run,
     spread,
 )
+from weft.ppl.stage.primitives import BATCHED, ELEMENTWISE
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
 from weft.ppl.transforms.rewriting import bind_marginal

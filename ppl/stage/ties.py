@@ -11,26 +11,11 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-_ELEMENTWISE = """
-abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
-convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1
-finite_cotangent floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p
-logistic lt lt_to max min mul ne neg nextafter not or polygamma population_count pow
-random_gamma_grad real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left
-shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
-"""
-ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+from .primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS
 
-_SHAPED = "cumsum cumprod cummax cummin cumlogsumexp rev sort pvary pcast reshard ppermute"
-SHAPED = ELEMENTWISE | frozenset(_SHAPED.split())
+_SHAPED = CUMULATIVE | {"rev", "sort", "reshard", "ppermute"}
+SHAPED = ELEMENTWISE - {"optimization_barrier"} | _SHAPED
 """Primitives whose results have the shape of their operands, axis by axis."""
-
-_BATCHED = """
-cholesky triangular_solve lu lu_solve lu_pivots_to_permutation eigh eig svd qr geqrf householder_product
-tridiagonal_solve tridiagonal schur
-"""
-BATCHED = frozenset(_BATCHED.split())
-"""Linear algebra: all axes but the last two are batch axes, in the same places in the results."""
 
 Axes = Sequence[int]
 """The axes of an array, as numbers in ``Ties``."""
@@ -100,7 +85,7 @@ class Ties:
         elif name in RULES:
             for a, b in RULES[name](eqn.params, ins, outs):
                 self.tie(a, b)
-        elif name.startswith(("reduce_", "arg")) and "axes" in eqn.params:
+        elif name in REDUCTIONS:
             for a, b in itertools.product(ins, outs):
                 self.tie(_without(a, eqn.params["axes"]), b)
 
@@ -155,6 +140,11 @@ def _(params: Any, ins: Any, outs: Any) -> Pairs:
 @_rule("reduce")
 def _(params: Any, ins: Any, outs: Any) -> Pairs:
     return [(_without(a, params["dimensions"]), b) for a, b in zip(ins, outs, strict=False)]
+
+
+@_rule("optimization_barrier")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return list(zip(ins, outs, strict=True))
 
 
 @_rule("concatenate")
