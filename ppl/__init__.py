@@ -1,13 +1,7 @@
 """The language: sites, staging, the interpreter, models, transforms, expectations."""
 
-from .estimated import marginal as marginal
-from .estimated import normalize as normalize
-from .exact.explanations import Explanation as Explanation
-from .exact.explanations import explain as explain
-from .exact.marginalize import marginalize as marginalize
-from .expectations import gradients as gradients
-from .expectations.expectations import Expectation as Expectation
-from .expectations.expectations import expect as expect
+from typing import TYPE_CHECKING
+
 from .programs.language import deterministic as deterministic
 from .programs.language import draw as draw
 from .programs.language import factor as factor
@@ -29,6 +23,7 @@ from .stage.errors import GradientError as GradientError
 from .stage.errors import ModelError as ModelError
 from .stage.errors import ObservationError as ObservationError
 from .stage.errors import WeftError as WeftError
+from .stage.lazy import on_first_use
 from .stage.structure import Axis as Axis
 from .stage.structure import SiteInfo as SiteInfo
 from .transforms.reparam import Affine as Affine
@@ -45,3 +40,27 @@ from .transforms.transforms import replay as replay
 from .transforms.transforms import scale as scale
 from .transforms.transforms import scope as scope
 from .transforms.transforms import with_gradients as with_gradients
+
+if TYPE_CHECKING:
+    from .estimated import marginal as marginal
+    from .estimated import normalize as normalize
+    from .exact.explanations import Explanation as Explanation
+    from .exact.explanations import explain as explain
+    from .exact.marginalize import marginalize as marginalize
+    from .expectations import gradients as gradients
+    from .expectations.expectations import Expectation as Expectation
+    from .expectations.expectations import expect as expect
+
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "marginal": "weft.ppl.estimated",
+        "normalize": "weft.ppl.estimated",
+        "Explanation": "weft.ppl.exact.explanations",
+        "explain": "weft.ppl.exact.explanations",
+        "marginalize": "weft.ppl.exact.marginalize",
+        "gradients": "weft.ppl.expectations.gradients",
+        "Expectation": "weft.ppl.expectations.expectations",
+        "expect": "weft.ppl.expectations.expectations",
+    },
+)

@@ -20,47 +20,29 @@ here:
 from __future__ import annotations
 
 import abc
-import warnings
 from typing import Any, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.programs.printing import Printed
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
-from weft.ppl.stage.modules import Module
 
-from .runner import run_chunks, tracing
-
-
-class State(eqx.Module):
-    """Base of the states of algorithms: arrays only, of shapes that never change.
-
-    Attributes:
-        iteration: the number of iterations done.
-    """
-
-    iteration: eqx.AbstractVar[Int[Array, ""]]
+from .loop import Loop, iterate, iteration_keys, strong
+from .loop import State as State
+from .runner import tracing
 
 
-class Algorithm(Printed, Module):
+class Algorithm(Printed, Loop):
     """Base of all algorithms: settings with `init`, `step`, `result` and `run`."""
-
-    @abc.abstractmethod
-    def num_iterations(self, target: Target) -> int:
-        """How many iterations a whole run takes."""
 
     @abc.abstractmethod
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> Any:
         """The state before the first iteration (traced). `init` are choices to begin at, where that has a meaning."""
-
-    @abc.abstractmethod
-    def step(self, key: PRNGKeyArray, state: Any, target: Target) -> Any:
-        """The state one iteration later (traced), with the same shapes and dtypes. `key` is this iteration's own."""
 
     @abc.abstractmethod
     def result(self, state: Any, target: Target) -> Any:
@@ -89,25 +71,9 @@ class Algorithm(Printed, Module):
         """The error to raise for a first state that is not valid."""
         raise NotImplementedError
 
-    def has_result(self, iteration: int) -> bool:
-        """Whether there is anything to return after so many iterations."""
-        return iteration > 0
-
-    def finished(self, state: Any) -> Any:
-        """Whether a state needs no more iterations (traced); None, where their number alone decides."""
-        return None
-
-    def before_chunk(self, state: Any) -> tuple[Any, int | None]:
-        """Work on the host before each chunk: gives a state, and the iterations it has room for (None: any number)."""
-        return state, None
-
     def reserve(self, state: Any, num_iterations: int) -> Any:
         """A state with room for so many more iterations (traced), for runs that have no chunks."""
         return state
-
-    def describe(self, state: Any) -> str:
-        """A few words for the progress bar."""
-        return ""
 
     def run(
         self, key: PRNGKeyArray, target: Target, *, init: Any = None, progress: bool = True
@@ -144,33 +110,7 @@ class Algorithm(Printed, Module):
             state = _begin(settings, staged, key, init)
         if not self.is_valid(state):
             raise self.init_error(state, staged)
-        start, stop = int(state.iteration), settings.num_iterations(staged)
-
-        def advance(state: Any, first: int, last: int) -> Any:
-            return _advance((settings, staged, key, jnp.int32(first), jnp.int32(last)), state)
-
-        state, done = run_chunks(
-            advance,
-            state,
-            start,
-            stop,
-            title=type(self).__name__,
-            progress=progress,
-            describe=settings.describe,
-            finished=settings.finished,
-            before_chunk=settings.before_chunk,
-        )
-        if done < stop and not settings.finished(state):
-            if not self.has_result(done):
-                raise KeyboardInterrupt(
-                    f"{type(self).__name__} was interrupted after {done} of {stop} iterations, "
-                    "before there was any result"
-                )
-            warnings.warn(
-                f"{type(self).__name__} was interrupted after {done} of {stop} iterations: "
-                "this result holds what there is",
-                stacklevel=2,
-            )
+        state = settings.in_chunks(key, state, staged, title=type(self).__name__, progress=progress)
         return settings.result(state, target)
 
 
@@ -184,34 +124,6 @@ def require_counts(settings: Any, **least: int) -> None:
             )
 
 
-def strong(tree: Any) -> Any:
-    """The same arrays without weak types, so that a first state has the type of every later one."""
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), tree)
-
-
-def iteration_keys(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """The key of `init`, and the one that the iterations' keys are folded from."""
-    first, rest = jax.random.split(key)
-    return first, rest
-
-
-def _iterate(
-    algorithm: Algorithm, target: Target, key: PRNGKeyArray, state: Any, start: Any, stop: Any
-) -> Any:
-    _, rest = iteration_keys(key)
-
-    def body(i: Any, state: Any) -> Any:
-        return strong(algorithm.step(jax.random.fold_in(rest, i), state, target))
-
-    if algorithm.finished(state) is None:
-        return jax.lax.fori_loop(start, stop, body, state)
-
-    def goes_on(carry: Any) -> Any:
-        return (carry[0] < stop) & ~algorithm.finished(carry[1])
-
-    return jax.lax.while_loop(
-        goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.asarray(start), state)
-    )[1]
 
 
 @eqx.filter_jit
@@ -219,18 +131,11 @@ def _begin(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -
     return strong(algorithm.init(iteration_keys(key)[0], target, init))
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _advance(fixed: tuple[Any, ...], state: Any) -> Any:
-    # The state is donated: buffers of draws are written in place, chunk after chunk.
-    algorithm, target, key, start, stop = fixed
-    return _iterate(algorithm, target, key, state, start, stop)
-
-
 @eqx.filter_jit
 def _whole(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
     state = strong(algorithm.init(iteration_keys(key)[0], target, init))
     start, stop = 0 if init is None else state.iteration, algorithm.num_iterations(target)
-    return _iterate(algorithm, target, key, algorithm.reserve(state, stop), start, stop)
+    return iterate(algorithm, target, key, algorithm.reserve(state, stop), start, stop)
 
 
 def _require_target(target: Any, algorithm: Algorithm) -> None:

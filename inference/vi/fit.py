@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from weft.inference.run.runner import run_chunks, tracing
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.run.loop import iterate
+from weft.inference.run.runner import tracing
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
 from weft.ppl.stage.packing import pack
 from weft.ppl.stage.staging import stage
 
+from .ascent import Ascent, AscentState, compare
 from .fitted import Fit as Fit
 from .fitted import Restarts as Restarts
 from .minibatches import Minibatches, warn_unscaled
@@ -29,60 +27,10 @@ from .parameters import unwrap
 from .starts import Start
 from .stopping import plateau
 
+if TYPE_CHECKING:
+    import optax
+
 Objective = Callable[..., Float[Array, ""]]
-
-NUM_ESTIMATES = 100
-"""Estimates of the bound by which restarts are compared."""
-
-
-class FitState(eqx.Module):
-    """The state of a fit; of several restarts, each array leads with their axis.
-
-    Attributes:
-        moving: the arrays of the parameters, on the unconstrained scale, and of the optimiser.
-        bounds: `(num_steps,)`, the bound estimated at each step so far.
-        num_skipped: steps whose bound or gradient was not finite; they changed nothing.
-        order: `(N,)`, the rows of the data in the order of this epoch; empty without minibatches.
-        seen: what the rule that stops early has seen; `None` without one.
-        stopped: whether it stopped the fit.
-        num_done: steps done.
-    """
-
-    moving: list[Array]
-    bounds: Float[Array, " steps"]
-    num_skipped: Int[Array, ""]
-    order: Int[Array, " rows"]
-    seen: Any
-    stopped: Bool[Array, ""]
-    num_done: Int[Array, ""]
-
-
-class _Pure(eqx.Module):
-    """What the loop needs besides the state: all of it compares by structure.
-
-    Attributes:
-        code: one step, `(*captured, key, *moving, *rest, *batch) -> (moving, bound, finite)`.
-        captured: what the objective closed over.
-        key: of the fit, or one for each restart.
-        rest: the arrays among the parameters that are not optimised, each with an axis of restarts.
-        batches: the data.
-        rule: when to stop early.
-        minimize: whether the objective is a loss.
-        lanes: whether there are several restarts.
-    """
-
-    code: Any = eqx.field(static=True)
-    captured: list[Array]
-    key: PRNGKeyArray
-    rest: list[Array]
-    batches: Minibatches
-    rule: Any
-    minimize: bool = eqx.field(static=True)
-    lanes: bool = eqx.field(static=True)
-
-    def over_lanes(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """`f(key, rest, state)` of every restart."""
-        return jax.vmap(f) if self.lanes else f
 
 
 def fit(
@@ -175,105 +123,89 @@ def fit(
         raise WeftError("fit: state= goes on with one fit, and num_restarts > 1 begins several")
     key = as_key(key)
     batches = Minibatches.make(data, batch_size)
+    import optax
+
     optimizer = optax.with_extra_args_support(optimizer)
     start = Start.make(key, params, num_restarts, optimizer, state)
-    check = getattr(objective, "check", None)
-    if check is not None:
+    if (check := getattr(objective, "check", None)) is not None:
         check(start.params(0), *batches.example())
         warn_unscaled(objective, start.params(0), batches)
     step = _step(objective, optimizer, start, batches, minimize)
     code, captured = stage(
         step, [start.keys[0], *start.moving[0], *start.rest[0], *batches.example_arrays()]
     )
-    lanes = num_restarts > 1
-
-    def stacked(xs: list[list[Array]]) -> list[Array]:
-        # The state is given to compiled code to reuse, and must not be the caller's own arrays.
-        each = [list(x) for x in zip(*xs, strict=True)]
-        return [jnp.stack(x) if lanes else jnp.array(x[0], x[0].dtype, copy=True) for x in each]
-
-    def filled(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jnp.stack([x] * num_restarts) if lanes else jnp.array(x, copy=True), tree
-        )
-
-    carry = FitState(
-        moving=stacked(start.moving),
-        bounds=filled(jnp.full(num_steps, jnp.nan, jnp.result_type(float))),
-        num_skipped=filled(jnp.int32(0)),
-        order=filled(batches.order()),
-        seen=None if stop is None else filled(stop.init()),
-        stopped=filled(jnp.asarray(False)),
-        num_done=filled(jnp.int32(0)),
-    )
-    pure = _Pure(
+    several = num_restarts > 1
+    ascent = Ascent(
         code,
         captured,
-        jnp.stack(start.keys) if lanes else key,
-        stacked(start.rest),
+        jnp.stack(start.keys) if several else key,
+        _stacked(start.rest),
         batches,
         jax.tree.map(jnp.asarray, stop),
+        num_steps,
         minimize,
-        lanes,
+        several,
     )
-
-    if concrete := not tracing(key, carry, captured, batches):
-
-        def advance(carry: FitState, first: int, last: int) -> FitState:
-            carry = _advance((pure, jnp.int32(first), jnp.int32(last)), carry)
-            if first == 0 and not np.isfinite(carry.bounds[..., 0]).any():
-                raise _explain(start.keys[0], objective, start.params(0), batches)
-            return carry
-
-        def describe(carry: FitState) -> str:
-            recent = np.asarray(carry.bounds)
-            recent = [
-                x[np.isfinite(x)][-100:].mean()
-                for x in np.atleast_2d(recent)
-                if np.isfinite(x).any()
-            ]
-            if not recent:
-                return ""
-            return f"loss {min(recent):.5g}" if minimize else f"bound {max(recent):.5g}"
-
-        carry, done = run_chunks(
-            advance,
-            carry,
-            0,
-            num_steps,
-            title="fit",
-            progress=progress,
-            describe=describe,
-            finished=None if stop is None else lambda carry: bool(np.all(carry.stopped)),
-        )
-        if done < num_steps and not np.all(carry.stopped):
-            warnings.warn(
-                f"fit was interrupted after {done} of {num_steps} steps: this result holds what there is",
-                stacklevel=2,
-            )
-    else:
-        carry = _whole(pure, carry)
-    restarts, rest = None, pure.rest
-    if lanes:
-        restarts = _compare(pure, carry.moving, jax.random.fold_in(key, 4))
-        carry, rest = jax.tree.map(lambda x: x[restarts.best], (carry, rest))
-    free, optimizer_state = start.skeleton.unpack(carry.moving)
-    bounds = carry.bounds
+    begin = ascent.begin(_stacked(start.moving))
+    concrete = not tracing(key, begin, captured, batches)
+    end = (
+        _in_chunks(ascent, begin, objective, start, progress) if concrete else _whole(ascent, begin)
+    )
+    run = end.run
+    restarts, rest = None, ascent.rest
+    if several:
+        restarts = compare(ascent, run.moving, jax.random.fold_in(key, 4))
+        run, rest = jax.tree.map(lambda x: x[restarts.best], (run, rest))
+    free, optimizer_state = start.skeleton.unpack(run.moving)
     wrapped = eqx.combine(free, start.rest_skeleton.unpack(rest))
     return Fit(
         params=unwrap(wrapped),
-        bounds=bounds[: int(carry.num_done)] if concrete else bounds,
+        bounds=run.bounds[: int(run.num_done)] if concrete else run.bounds,
         state=optimizer_state,
-        num_skipped=carry.num_skipped,
+        num_skipped=run.num_skipped,
         objective=objective,
         data=batches.whole(),
         minimize=minimize,
         batch_size=batches.batch_size,
         key=jax.random.fold_in(key, 2),
-        stopped=carry.stopped,
+        stopped=run.stopped,
         restarts=restarts,
         wrapped=wrapped,
     )
+
+
+def _stacked(runs: list[list[Array]]) -> list[Array]:
+    """The arrays of all runs as one, copies in any case: the state of a loop is donated."""
+    each = [list(x) for x in zip(*runs, strict=True)]
+    several = len(runs) > 1
+    return [jnp.stack(x) if several else jnp.array(x[0], x[0].dtype, copy=True) for x in each]
+
+
+def _in_chunks(
+    ascent: Ascent, begin: AscentState, objective: Objective, start: Start, progress: bool
+) -> AscentState:
+    """The state after all steps, from the host. A first bound that is not finite ends the fit."""
+
+    def require_finite(state: AscentState) -> tuple[AscentState, None]:
+        if int(state.iteration) and not np.isfinite(state.run.bounds[..., 0]).any():
+            raise _explain(start.keys[0], objective, start.params(0), ascent.batches)
+        return state, None
+
+    state = ascent.in_chunks(
+        start.keys[0],
+        begin,
+        None,
+        title="fit",
+        unit="steps",
+        progress=progress,
+        before_chunk=require_finite,
+    )
+    return require_finite(state)[0]
+
+
+@eqx.filter_jit
+def _whole(ascent: Ascent, state: AscentState) -> AscentState:
+    return iterate(ascent, None, jax.random.key(0), state, 0, ascent.num_steps)
 
 
 def _step(
@@ -284,6 +216,8 @@ def _step(
     minimize: bool,
 ) -> Callable[..., tuple[list[Array], Array, Array]]:
     """One step as a function of arrays: `(key, *moving, *rest, *batch) -> (moving, bound, finite)`."""
+    import optax
+
     n, m = start.skeleton.num_arrays, start.rest_skeleton.num_arrays
 
     def step(key: PRNGKeyArray, *arrays: Array) -> tuple[list[Array], Array, Array]:
@@ -312,85 +246,6 @@ def _step(
         return kept, value if minimize else -value, finite
 
     return step
-
-
-def _iterate(pure: _Pure, state: FitState, start: Any, stop: Any) -> FitState:
-    batches, rule = pure.batches, pure.rule
-
-    def one(i: Any, key: PRNGKeyArray, rest: list[Array], state: FitState) -> FitState:
-        step_key, order_key = (jax.random.fold_in(key, k) for k in range(2))
-        order = batches.shuffle(order_key, i, state.order)
-        moving, bound, finite = pure.code(
-            *pure.captured,
-            jax.random.fold_in(step_key, i),
-            *state.moving,
-            *rest,
-            *batches.take(order, i),
-        )
-        # A first step without a finite gradient is marked as one without a finite bound, which
-        # stops the fit.
-        bound = jnp.where(finite | (i > 0), bound, jnp.nan).astype(state.bounds.dtype)
-        new = FitState(
-            moving=moving,
-            bounds=state.bounds.at[i].set(bound),
-            num_skipped=state.num_skipped + jnp.int32(~finite),
-            order=order,
-            seen=None,
-            stopped=state.stopped,
-            num_done=state.num_done + 1,
-        )
-        if rule is None:
-            return new
-        seen, now = rule.update(state.seen, i, -bound if pure.minimize else bound)
-        new = dataclasses.replace(new, seen=seen, stopped=now)
-        return jax.tree.map(lambda n, o: jnp.where(state.stopped, o, n), new, state)
-
-    def body(carry: tuple[Any, FitState]) -> tuple[Any, FitState]:
-        i, state = carry
-        # The iteration is one number for all restarts: their epochs begin together.
-        return i + 1, pure.over_lanes(partial(one, i))(pure.key, pure.rest, state)
-
-    def proceed(carry: tuple[Any, FitState]) -> Array:
-        i, state = carry
-        return (i < stop) & (True if rule is None else ~jnp.all(state.stopped))
-
-    return jax.lax.while_loop(proceed, body, (start, state))[1]
-
-
-@eqx.filter_jit(donate="all-except-first")
-def _advance(fixed: tuple[Any, ...], state: FitState) -> FitState:
-    pure, start, stop = fixed
-    return _iterate(pure, state, start, stop)
-
-
-@eqx.filter_jit
-def _whole(pure: _Pure, state: FitState) -> FitState:
-    return _iterate(pure, state, jnp.int32(0), jnp.int32(state.bounds.shape[-1]))
-
-
-@eqx.filter_jit
-def _compare(pure: _Pure, moving: list[Array], key: PRNGKeyArray) -> Restarts:
-    """The bound of every restart at its last parameters, by fresh keys (and batches) that they share."""
-
-    def estimate(i: Any) -> Array:
-        order = pure.batches.shuffle(jax.random.fold_in(key, 0), i, pure.batches.order())
-        batch = pure.batches.take(order, i)
-        step_key = jax.random.fold_in(jax.random.fold_in(key, 1), i)
-
-        def one(moving: list[Array], rest: list[Array]) -> Array:
-            return pure.code(*pure.captured, step_key, *moving, *rest, *batch)[1]
-
-        return jax.vmap(one)(moving, pure.rest)
-
-    found = jax.lax.map(estimate, jnp.arange(NUM_ESTIMATES))
-    bounds = jnp.mean(found, 0)
-    worst = jnp.inf if pure.minimize else -jnp.inf
-    ranked = jnp.where(jnp.isfinite(bounds), bounds, worst)
-    return Restarts(
-        bounds=bounds,
-        errors=jnp.std(found, 0, ddof=1) / jnp.sqrt(NUM_ESTIMATES),
-        best=jnp.argmin(ranked) if pure.minimize else jnp.argmax(ranked),
-    )
 
 
 def _explain(

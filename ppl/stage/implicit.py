@@ -11,6 +11,7 @@ already.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -81,7 +82,10 @@ def _along_cdf(d: Any, x: jax.Array) -> jax.Array:
     return value(x, *arrays)
 
 
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
+@functools.cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss and Legendre on (-1, 1)."""
+    return np.polynomial.legendre.leggauss(64)
 
 
 def _around_circle(d: Any, x: jax.Array) -> jax.Array:
@@ -106,9 +110,10 @@ def _(primals: Any, tangents: Any) -> Any:
     size = jnp.abs(z)
     # Twelve standard deviations further the integrand is below exp(-72) of what it is at z.
     width = jnp.minimum(math.pi - size, 12 / jnp.sqrt(kappa))
-    t = size[..., None] + width[..., None] * (jnp.asarray(NODES, z.dtype) + 1) / 2
+    nodes, weights = _quadrature()
+    t = size[..., None] + width[..., None] * (jnp.asarray(nodes, z.dtype) + 1) / 2
     kappa = kappa[..., None]
     mean = i1e(kappa) / i0e(kappa)
     integrand = (jnp.cos(t) - mean) * jnp.exp(kappa * (jnp.cos(t) - jnp.cos(size[..., None])))
-    integral = jnp.sum(jnp.asarray(WEIGHTS, z.dtype) * integrand, -1) * width / 2
+    integral = jnp.sum(jnp.asarray(weights, z.dtype) * integrand, -1) * width / 2
     return z, jnp.sign(z) * integral * tangents[1]

@@ -1,0 +1,62 @@
+"""What an import loads: the language does not load what it does not need."""
+
+import subprocess
+import sys
+
+import pytest
+
+import weft
+
+HEAVY = [
+    "blackjax",
+    "arviz",
+    "pandas",
+    "xarray",
+    "diffrax",
+    "scipy.stats",
+    "scipy.optimize",
+    "matplotlib",
+    "optax",
+    "weft.inference",
+    "weft.models",
+    "weft.ppl.exact",
+]
+
+
+def loaded(code: str) -> set[str]:
+    """Those of the heavy modules that a new interpreter has loaded after some code."""
+    code = f"import sys\n{code}\nprint(*(m for m in {HEAVY!r} if m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_the_language_loads_no_more_than_numpyro() -> None:
+    assert loaded("import weft") <= loaded("import numpyro")
+
+
+def test_inference_loads_libraries_on_first_use() -> None:
+    own = {name for name in HEAVY if name.startswith("weft.")}
+    assert loaded("import weft.inference, weft.models") <= loaded("import numpyro") | own
+
+
+@pytest.mark.parametrize("package", [weft, weft.ppl], ids=lambda p: p.__name__)
+def test_names_that_are_loaded_later_are_there(package: object) -> None:
+    code = (
+        f"import {package.__name__} as p; names = dir(p); print(*(n for n in names if n[0] != '_'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = run.stdout.split()
+    assert {"marginalize", "expect", "explain", "gradients"} <= set(names)
+    for name in names:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'marginalise'"):
+        _ = package.marginalise  # type: ignore[attr-defined]
+
+
+def test_a_file_is_read_without_further_imports(tmp_path: object) -> None:
+    code = f"""
+import jax, numpyro.distributions as dist, weft
+draws = weft.inference.SequentialParticles({{}}, log_weights=jax.numpy.zeros(3))
+draws.save({str(tmp_path)!r} + "/p")"""
+    loaded(code)
+    assert "weft.inference" in loaded(f"import weft; weft.load({str(tmp_path)!r} + '/p')")
