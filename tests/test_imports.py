@@ -8,18 +8,8 @@ import pytest
 import weft
 
 HEAVY = [
-    "blackjax",
-    "arviz",
-    "pandas",
-    "xarray",
-    "diffrax",
-    "scipy.stats",
-    "scipy.optimize",
-    "matplotlib",
-    "optax",
-    "weft.inference",
-    "weft.models",
-    "weft.ppl.exact",
+    *("blackjax", "arviz", "pandas", "xarray", "diffrax", "matplotlib", "optax"),
+    *("scipy.stats", "scipy.optimize", "weft.inference", "weft.models", "weft.ppl.exact"),
 ]
 
 
