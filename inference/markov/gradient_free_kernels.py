@@ -7,10 +7,9 @@ from typing import Any, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc import random_walk as _random_walk
-from blackjax.mcmc import slice as _slice
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
+from weft.inference.run import libraries
 from weft.ppl.stage.errors import WeftError
 
 from .density_kernels import AdaptiveKernel, DensityKernel, LogDensity, rate
@@ -51,12 +50,12 @@ class random_walk(AdaptiveKernel):
             scale = step_size * jnp.sqrt(inverse_mass)
         return eqx.tree_at(lambda k: k.scale, self, scale, is_leaf=lambda x: x is None)
 
-    def init(self, position: Any, log_density: LogDensity) -> _random_walk.RWState:
-        return _random_walk.init(position, log_density)
+    def init(self, position: Any, log_density: LogDensity) -> libraries.random_walk.RWState:
+        return libraries.random_walk.init(position, log_density)
 
     def step(
-        self, key: PRNGKeyArray, state: _random_walk.RWState, log_density: LogDensity
-    ) -> tuple[_random_walk.RWState, _random_walk.RWInfo]:
+        self, key: PRNGKeyArray, state: libraries.random_walk.RWState, log_density: LogDensity
+    ) -> tuple[libraries.random_walk.RWState, libraries.random_walk.RWInfo]:
         flat, unravel = ravel_pytree(state.position)
         self.known_step()
         scale = jnp.asarray(self.scale, flat.dtype)
@@ -71,7 +70,7 @@ class random_walk(AdaptiveKernel):
             step = jnp.linalg.cholesky(scale) @ noise if scale.ndim == 2 else scale * noise
             return unravel(flat + step)
 
-        return _random_walk.build_rmh()(key, state, log_density, propose)
+        return libraries.random_walk.build_rmh()(key, state, log_density, propose)
 
     def report(self, info: Any) -> Info:
         return rate(info)
@@ -96,14 +95,14 @@ class slice_sampler(DensityKernel):
     max_expansions: int = 10
     max_shrinkage: int = 100
 
-    def init(self, position: Any, log_density: LogDensity) -> _slice.SliceState:
-        return _slice.init(position, log_density)
+    def init(self, position: Any, log_density: LogDensity) -> libraries.slice.SliceState:
+        return libraries.slice.init(position, log_density)
 
     def step(
-        self, key: PRNGKeyArray, state: _slice.SliceState, log_density: LogDensity
-    ) -> tuple[_slice.SliceState, _slice.SliceInfo]:
-        kernel = _slice.build_coordinate_kernel(
-            interval=_slice.stepping_out,
+        self, key: PRNGKeyArray, state: libraries.slice.SliceState, log_density: LogDensity
+    ) -> tuple[libraries.slice.SliceState, libraries.slice.SliceInfo]:
+        kernel = libraries.slice.build_coordinate_kernel(
+            interval=libraries.slice.stepping_out,
             initial_widths=self.width,
             max_expansions=self.max_expansions,
             max_shrinkage=self.max_shrinkage,

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc import barker as _barker
-from blackjax.mcmc import hmc as _hmc
-from blackjax.mcmc import mala as _mala
-from blackjax.mcmc import nuts as _nuts
-from blackjax.mcmc.hmc import HMCState
-from blackjax.mcmc.proposal import static_binomial_sampling
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, PRNGKeyArray
+from weft.inference.run import libraries
 
 from .density_kernels import AdaptiveKernel, LogDensity, rate
 from .kernel import Info
+
+if TYPE_CHECKING:
+    from blackjax.mcmc.hmc import HMCState
 
 
 class GradientKernel(AdaptiveKernel):
@@ -40,7 +38,7 @@ class Hamiltonian(GradientKernel):
         return hmc(step_size, 1, inverse_mass)
 
     def init(self, position: Any, log_density: LogDensity) -> HMCState:
-        return _hmc.init(position, log_density)
+        return libraries.hmc.init(position, log_density)
 
     def report(self, info: Any) -> Info:
         return {
@@ -75,8 +73,8 @@ class hmc(Hamiltonian):
 
     def step(
         self, key: PRNGKeyArray, state: HMCState, log_density: LogDensity
-    ) -> tuple[HMCState, _hmc.HMCInfo]:
-        kernel = _hmc.build_kernel(divergence_threshold=self.divergence_threshold)
+    ) -> tuple[HMCState, libraries.hmc.HMCInfo]:
+        kernel = libraries.hmc.build_kernel(divergence_threshold=self.divergence_threshold)
         metric = _metric(self.inverse_mass, state.position)
         return kernel(key, state, log_density, self.known_step(), metric, self.num_steps)
 
@@ -105,8 +103,8 @@ class nuts(Hamiltonian):
 
     def step(
         self, key: PRNGKeyArray, state: HMCState, log_density: LogDensity
-    ) -> tuple[HMCState, _nuts.NUTSInfo]:
-        kernel = _nuts.build_kernel(divergence_threshold=self.divergence_threshold)
+    ) -> tuple[HMCState, libraries.nuts.NUTSInfo]:
+        kernel = libraries.nuts.build_kernel(divergence_threshold=self.divergence_threshold)
         metric = _metric(self.inverse_mass, state.position)
         return kernel(key, state, log_density, self.known_step(), metric, self.max_tree_depth)
 
@@ -133,16 +131,16 @@ class mala(GradientKernel):
     inverse_mass: Any = None
     target_acceptance: Any = eqx.field(default=0.574, kw_only=True)
 
-    def init(self, position: Any, log_density: LogDensity) -> _mala.MALAState:
-        return _mala.init(position, log_density)
+    def init(self, position: Any, log_density: LogDensity) -> libraries.mala.MALAState:
+        return libraries.mala.init(position, log_density)
 
     def report(self, info: Any) -> Info:
         return rate(info)
 
     def step(
-        self, key: PRNGKeyArray, state: _mala.MALAState, log_density: LogDensity
-    ) -> tuple[_mala.MALAState, _mala.MALAInfo]:
-        move = _mala.build_kernel()
+        self, key: PRNGKeyArray, state: libraries.mala.MALAState, log_density: LogDensity
+    ) -> tuple[libraries.mala.MALAState, libraries.mala.MALAInfo]:
+        move = libraries.mala.build_kernel()
         step_size = self.known_step()
         return _scaled(
             lambda s, f: move(key, s, f, step_size), state, log_density, self.inverse_mass
@@ -181,15 +179,15 @@ class barker(GradientKernel):
     inverse_mass: Any = None
     target_acceptance: Any = eqx.field(default=0.4, kw_only=True)
 
-    def init(self, position: Any, log_density: LogDensity) -> _barker.BarkerState:
-        return _barker.init(position, log_density)
+    def init(self, position: Any, log_density: LogDensity) -> libraries.barker.BarkerState:
+        return libraries.barker.init(position, log_density)
 
     def report(self, info: Any) -> Info:
         return rate(info)
 
     def step(
-        self, key: PRNGKeyArray, state: _barker.BarkerState, log_density: LogDensity
-    ) -> tuple[_barker.BarkerState, _barker.BarkerInfo]:
+        self, key: PRNGKeyArray, state: libraries.barker.BarkerState, log_density: LogDensity
+    ) -> tuple[libraries.barker.BarkerState, libraries.barker.BarkerInfo]:
         step_size = self.known_step()
         return _scaled(
             lambda s, f: _barker_step(key, s, f, step_size), state, log_density, self.inverse_mass
@@ -197,8 +195,8 @@ class barker(GradientKernel):
 
 
 def _barker_step(
-    key: PRNGKeyArray, state: _barker.BarkerState, log_density: LogDensity, step_size: Any
-) -> tuple[_barker.BarkerState, _barker.BarkerInfo]:
+    key: PRNGKeyArray, state: libraries.barker.BarkerState, log_density: LogDensity, step_size: Any
+) -> tuple[libraries.barker.BarkerState, libraries.barker.BarkerInfo]:
     """One transition. BlackJAX's own overflows where a step meets a steep slope, and then rejects without need."""
     normal_key, sign_key, accept_key = jax.random.split(key, 3)
     x, unravel = ravel_pytree(state.position)
@@ -206,15 +204,15 @@ def _barker_step(
     z = step_size * jax.random.normal(normal_key, x.shape, x.dtype)
     forward = jax.random.uniform(sign_key, x.shape, x.dtype) < jax.nn.sigmoid(z * slope)
     move = jnp.where(forward, z, -z)
-    proposal = _barker.init(unravel(x + move), log_density)
+    proposal = libraries.barker.init(unravel(x + move), log_density)
     slope_there = ravel_pytree(proposal.logdensity_grad)[0]
     # The normal law of z is symmetric; what is left of the proposal's density are the two probabilities of a sign.
     signs = jax.nn.softplus(-move * slope) - jax.nn.softplus(move * slope_there)
     log_ratio: Any = proposal.logdensity - state.logdensity + jnp.sum(signs)
-    after, (accepted, probability, _) = static_binomial_sampling(
+    after, (accepted, probability, _) = libraries.proposal.static_binomial_sampling(
         accept_key, log_ratio, state, proposal
     )
-    info: Any = _barker.BarkerInfo
+    info: Any = libraries.barker.BarkerInfo
     return after, info(probability, accepted, proposal)
 
 

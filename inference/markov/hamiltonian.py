@@ -10,15 +10,13 @@ import abc
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.mcmc.hmc import HMCInfo, HMCState
-from blackjax.mcmc.metrics import Metric
-from blackjax.mcmc.nuts import NUTSInfo
 from jaxtyping import Array, PRNGKeyArray
+from weft.inference.run import libraries
 from weft.inference.run.adaptation import Adaptation, AdaptationState, MassLayout, Phase
 from weft.inference.weighted.points import record
 from weft.ppl import Target
@@ -30,6 +28,11 @@ from . import gradient_kernels as kernels
 from .density_kernels import DensityKernel
 from .driver import ChainSampler, ChainsState, Record, Stats
 from .initialisation import InitStrategy, Start, check_init, explain
+
+if TYPE_CHECKING:
+    from blackjax.mcmc.hmc import HMCInfo, HMCState
+    from blackjax.mcmc.metrics import Metric
+    from blackjax.mcmc.nuts import NUTSInfo
 
 
 class HamiltonianSampler(ChainSampler):
@@ -81,7 +84,7 @@ class HamiltonianSampler(ChainSampler):
         layout, adaptation = self._layout(target), self._adaptation(target)
         start_key, step_key = jax.random.split(key)
         start: Any = self.init_strategy(start_key, target, self.num_chains, init)
-        chains = HMCState(start.position, start.log_density, start.gradient)
+        chains = libraries.hmc.HMCState(start.position, start.log_density, start.gradient)
 
         def one_step(key: PRNGKeyArray, state: Any, size: Array, mass: tuple[Array, ...]) -> Any:
             return kernels.hmc(size, 1, layout.metric(mass)).step(key, state, space.log_density)
@@ -242,7 +245,12 @@ class nuts(HamiltonianSampler):
     def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Metric) -> kernels.nuts:
         return kernels.nuts(step_size, metric, self.max_tree_depth)
 
-    def stats(self, before: HMCState, info: NUTSInfo, metric: Metric) -> dict[str, Array]:
+    def stats(
+        self,
+        before: HMCState,
+        info: NUTSInfo,
+        metric: Metric,
+    ) -> dict[str, Array]:
         depth, energy = jnp.int32(info.num_trajectory_expansions), jnp.asarray(info.energy)
         stopped = info.is_turning | info.is_divergent
         return {
@@ -285,6 +293,11 @@ class hmc(HamiltonianSampler):
         steps = jnp.clip(jnp.round(factor * mean), 1, self.max_steps).astype(jnp.int32)
         return kernels.hmc(step_size, steps, metric)
 
-    def stats(self, before: HMCState, info: HMCInfo, metric: Metric) -> dict[str, Array]:
+    def stats(
+        self,
+        before: HMCState,
+        info: HMCInfo,
+        metric: Metric,
+    ) -> dict[str, Array]:
         energy = metric.kinetic_energy(info.momentum) - before.logdensity
         return {"energy": jnp.where(info.is_accepted, info.energy, energy)}

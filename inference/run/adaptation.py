@@ -20,21 +20,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from blackjax.adaptation.mass_matrix import MassMatrixAdaptationState, mass_matrix_adaptation
-from blackjax.adaptation.staged_adaptation import build_schedule
-from blackjax.adaptation.step_size import (
-    DualAveragingAdaptationState,
-    dual_averaging_adaptation,
-    find_reasonable_step_size,
-)
-from blackjax.mcmc.metrics import Metric, gaussian_euclidean
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from . import libraries
+
+if TYPE_CHECKING:
+    from blackjax.adaptation.mass_matrix import MassMatrixAdaptationState
+    from blackjax.adaptation.step_size import DualAveragingAdaptationState
+    from blackjax.mcmc.metrics import Metric
 
 InverseMass = tuple[Array, ...]
 """One array for each part of a `MassLayout`: `(n,)` variances, or an `(n, n)` covariance."""
@@ -82,8 +81,8 @@ class MassLayout:
         the velocity at one of its ends points against the sum of its momenta.
         """
         if self.parts[0] is None:
-            return gaussian_euclidean(inverse_mass[0])
-        metrics = [gaussian_euclidean(m) for m in inverse_mass]
+            return libraries.metrics.gaussian_euclidean(inverse_mass[0])
+        metrics = [libraries.metrics.gaussian_euclidean(m) for m in inverse_mass]
 
         def sample_momentum(key: PRNGKeyArray, position: Any) -> Any:
             keys = jax.random.split(key, len(metrics))
@@ -112,7 +111,7 @@ class MassLayout:
                 "only Riemannian and isokinetic integrators scale by a metric"
             )
 
-        return Metric(sample_momentum, kinetic_energy, check_turning, scale)
+        return libraries.metrics.Metric(sample_momentum, kinetic_energy, check_turning, scale)
 
 
 class Phase(NamedTuple):
@@ -137,7 +136,7 @@ def phase(iteration: Int[Array, ""], num_warmup: int) -> Phase:
     if num_warmup == 0:
         return Phase(iteration, warming, jnp.bool_(False), jnp.bool_(False))
     with jax.ensure_compile_time_eval():
-        table = np.asarray(build_schedule(num_warmup)).astype(bool)
+        table = np.asarray(libraries.staged_adaptation.build_schedule(num_warmup)).astype(bool)
     slow, ends = jnp.asarray(table)[jnp.minimum(iteration, num_warmup - 1)]
     return Phase(iteration, warming, warming & slow, warming & ends)
 
@@ -175,7 +174,10 @@ class AdaptationState(eqx.Module):
         if not self.adapt_mass:
             return self
         final = jnp.exp(self.step.log_step_size_avg)
-        ends = (mass_matrix_adaptation(m.inverse_mass_matrix.ndim == 1)[2] for m in self.mass)
+        ends = (
+            libraries.mass_matrix.mass_matrix_adaptation(m.inverse_mass_matrix.ndim == 1)[2]
+            for m in self.mass
+        )
         mass = tuple(end(m) for end, m in zip(ends, self.mass, strict=True))
         step = _first(final, self.ahead)
         return _like(AdaptationState(step, mass, True, self.ahead), self)
@@ -246,7 +248,7 @@ class Adaptation:
                 return lambda k, s: one_step(k, s, size, first)
 
             one: Any = jnp.ones((), dtype)
-            step_size = find_reasonable_step_size(
+            step_size = libraries.step_size.find_reasonable_step_size(
                 key, generator, state, one, self.target_acceptance
             )
         step = _first(jnp.asarray(step_size, dtype), self.ahead)
@@ -261,7 +263,9 @@ class Adaptation:
         now: Phase,
     ) -> AdaptationState:
         """Learn from one transition, if it is one of warm-up."""
-        _, update, _ = dual_averaging_adaptation(self.target_acceptance, gamma=self.gamma)
+        _, update, _ = libraries.step_size.dual_averaging_adaptation(
+            self.target_acceptance, gamma=self.gamma
+        )
 
         def learn(mass: Any) -> Any:
             parts = zip(self._mass(), mass, self.layout.split(position), strict=True)
@@ -277,12 +281,17 @@ class Adaptation:
         return jax.lax.cond(now.warming, warm, lambda state: state, state)
 
     def _mass(self) -> list[tuple[Callable, Callable, Callable]]:
-        return [mass_matrix_adaptation(is_diagonal_matrix=not dense) for dense in self.layout.dense]
+        return [
+            libraries.mass_matrix.mass_matrix_adaptation(is_diagonal_matrix=not dense)
+            for dense in self.layout.dense
+        ]
 
 
 def _first(step_size: Array, ahead: float) -> DualAveragingAdaptationState:
     """Dual averaging before its first update, with the first step size for its average."""
-    init, _, _ = dual_averaging_adaptation(0.0)  # what is aimed at matters to updates alone
+    init, _, _ = libraries.step_size.dual_averaging_adaptation(
+        0.0
+    )  # what is aimed at matters to updates alone
     state = init(step_size)
     mu = jnp.log(ahead * step_size)
     return state._replace(log_step_size_avg=state.log_step_size, mu=mu)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.run import libraries
 from weft.inference.run.loop import iterate
 from weft.inference.run.runner import tracing
 from weft.ppl.stage.compat import as_key
@@ -123,9 +124,7 @@ def fit(
         raise WeftError("fit: state= goes on with one fit, and num_restarts > 1 begins several")
     key = as_key(key)
     batches = Minibatches.make(data, batch_size)
-    import optax
-
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = libraries.optax.with_extra_args_support(optimizer)
     start = Start.make(key, params, num_restarts, optimizer, state)
     if (check := getattr(objective, "check", None)) is not None:
         check(start.params(0), *batches.example())
@@ -216,8 +215,6 @@ def _step(
     minimize: bool,
 ) -> Callable[..., tuple[list[Array], Array, Array]]:
     """One step as a function of arrays: `(key, *moving, *rest, *batch) -> (moving, bound, finite)`."""
-    import optax
-
     n, m = start.skeleton.num_arrays, start.rest_skeleton.num_arrays
 
     def step(key: PRNGKeyArray, *arrays: Array) -> tuple[list[Array], Array, Array]:
@@ -241,7 +238,7 @@ def _step(
         updates, state = optimizer.update(
             slope, state, free, value=value, grad=slope, value_fn=loss
         )
-        new, _ = pack((optax.apply_updates(free, updates), state))
+        new, _ = pack((libraries.optax.apply_updates(free, updates), state))
         kept = [jnp.where(finite, n.astype(o.dtype), o) for n, o in zip(new, moving, strict=True)]
         return kept, value if minimize else -value, finite
 

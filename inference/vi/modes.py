@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from weft.inference.run import libraries
 from weft.ppl import Target
 from weft.ppl.stage.errors import DensityError
 
@@ -23,10 +24,8 @@ def _climb(target: Target, z: Vector, num_steps: int) -> Vector:
     def loss(z: Vector) -> Array:
         return -space.log_density(z)
 
-    import optax
-
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)
+    solver = libraries.optax.lbfgs()
+    value_and_grad = libraries.optax.value_and_grad_from_state(loss)
 
     def advance(carry: Any) -> Any:
         z, state, i, _ = carry

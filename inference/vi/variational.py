@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import PRNGKeyArray
+from weft.inference.run import libraries
 from weft.ppl import Program, Target
 from weft.ppl.programs.printing import Printed
 from weft.ppl.stage.errors import WeftError
@@ -126,11 +127,11 @@ class variational(Printed, Module):
         )
 
     def _default_optimizer(self) -> optax.GradientTransformation:
-        import optax
-
         if self.stop is not None:
-            return optax.adam(FLAT_RATE)
-        return optax.adam(optax.cosine_decay_schedule(FALLING_RATE, self.num_steps))
+            return libraries.optax.adam(FLAT_RATE)
+        return libraries.optax.adam(
+            libraries.optax.cosine_decay_schedule(FALLING_RATE, self.num_steps)
+        )
 
     def _made(self, target: Target) -> tuple[Callable[..., Any], Any]:
         """The guide and its first parameters, made for the target."""

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 
 def on_first_use(
     package: str, names: Mapping[str, str]
@@ -23,8 +25,10 @@ def on_first_use(
     def getattr_(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(names[name])
-        found = module if names[name].endswith(f".{name}") else getattr(module, name)
+        where = names[name]
+        with jax.ensure_compile_time_eval():  # a constant of the module is none of a trace around
+            module = importlib.import_module(where)
+        found = module if where.rpartition(".")[2] == name else getattr(module, name)
         setattr(sys.modules[package], name, found)
         return found
 
