@@ -124,8 +124,6 @@ def require_counts(settings: Any, **least: int) -> None:
             )
 
 
-
-
 @eqx.filter_jit
 def _begin(algorithm: Algorithm, target: Target, key: PRNGKeyArray, init: Any) -> Any:
     return strong(algorithm.init(iteration_keys(key)[0], target, init))
