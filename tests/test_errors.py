@@ -320,13 +320,6 @@ def _linear_solve() -> Any:
     return lax.custom_linear_solve(matvec, jnp.ones(()), lambda _, b: b / 2, symmetric=True)
 
 
-def _shard_map() -> Any:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("i",))
-    spec = jax.sharding.PartitionSpec("i")
-    f = jax.shard_map(lambda x: x + normal("a"), mesh=mesh, in_specs=spec, out_specs=spec)
-    return f(jnp.ones(2))
-
-
 @pytest.mark.parametrize(
     ("function", "primitive"),
     [
@@ -336,7 +329,6 @@ def _shard_map() -> Any:
         (_pallas, "pallas_call"),
         (_reduce, "reduce"),
         (_linear_solve, "custom_linear_solve"),
-        (_shard_map, "shard_map"),
     ],
 )
 def test_constructs_without_a_rule(function: Callable[..., Any], primitive: str) -> None:

@@ -70,8 +70,11 @@ def _mapped(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _inside(eqn: Any, change: Callable[[Any], Any]) -> Any:
-    """The equation with those inside it changed; anonymous and estimated programs were staged on their own."""
-    if eqn.primitive is estimated_p or _is_anonymous(eqn):
+    """The equation with those inside it changed.
+
+    Anonymous and estimated programs were staged on their own, and what has no rule is refused by name.
+    """
+    if wiring(eqn) is None:
         return eqn
 
     def go(value: Any) -> Any:
