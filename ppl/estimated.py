@@ -38,8 +38,9 @@ from weft.ppl.programs.targets import Target
 from weft.ppl.stage.addresses import Address, dotted, flatten, select, unflatten
 from weft.ppl.stage.control import estimated_p
 from weft.ppl.stage.errors import DensityError, ModelError
-from weft.ppl.stage.interpreter import Context, Handler, interpret, look_up
+from weft.ppl.stage.interpreter import Context, Handler, interpret
 from weft.ppl.stage.packing import pack
+from weft.ppl.stage.records import look_up
 from weft.ppl.stage.sites import Site
 from weft.ppl.stage.specs import Constant
 from weft.ppl.stage.staging import stage

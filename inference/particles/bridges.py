@@ -16,7 +16,8 @@ from weft.ppl import Model, Program, Target, factor, mask
 from weft.ppl.programs.traces import flat_records
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import AddressError, DensityError
-from weft.ppl.stage.interpreter import Context, Handler, Records, walk
+from weft.ppl.stage.interpreter import Context, Handler, walk
+from weft.ppl.stage.records import Records
 from weft.ppl.stage.sites import Site
 from weft.ppl.stage.structure import SiteInfo
 from weft.ppl.transforms.rewriting import Rewrite, Transformed, rebind_scope, stage_call

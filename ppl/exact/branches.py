@@ -7,7 +7,7 @@ index depends on besides.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from weft.ppl.programs.handlers import Free
 from weft.ppl.stage.compat import cond_p
 from weft.ppl.stage.cotangents import finite_cotangents
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.interpreter import Context, Records, is_record, look_up, walk_names
+from weft.ppl.stage.interpreter import Context
+from weft.ppl.stage.records import Records, is_site_record, look_up, recorded
 from weft.ppl.stage.structure import count_anonymous
 
 from .choices import IMPOSSIBLE
 from .factors import Factor
-from .plan import Address
 from .region import Lost, Region, addresses, rule
 from .tables import Limit, Variable, apply, is_table, variables_of
 
@@ -96,7 +96,7 @@ def _check_idle(region: Region, eqn: Any, context: Context) -> None:
     """Refuse latent choices that only some branches have: where they are idle they would have no density."""
     if not region.kept.every_branch:
         return
-    names = [_listed(walk_names(b)) for b in eqn.params["branches"]]
+    names = [recorded(b) for b in eqn.params["branches"]]
     for path in {p for found in names for p in found}:
         address = ".".join((*context.prefix, *path))
         latent = isinstance(look_up(context.given, path), Free)
@@ -106,15 +106,6 @@ def _check_idle(region: Region, eqn: Any, context: Context) -> None:
                 f"{address!r} is a choice in some branches only of a cond that is "
                 "summed over: let it stand in every branch, or before the cond"
             )
-
-
-def _listed(names: Mapping[str, Any], prefix: Address = ()) -> list[Address]:
-    """The addresses of the sites in a nested listing of names."""
-    return [
-        address
-        for name, node in names.items()
-        for address in ([(*prefix, name)] if is_record(node) else _listed(node, (*prefix, name)))
-    ]
 
 
 def _select(limit: Limit, index: Any, values: Sequence[Any]) -> Any:
@@ -137,7 +128,7 @@ def _records(limit: Limit, index: Any, records: list[Records]) -> Records:
     for name in dict.fromkeys(n for r in records for n in r):
         nodes = [r.get(name) for r in records]
         first = next(n for n in nodes if n is not None)
-        if not is_record(first):
+        if not is_site_record(first):
             merged[name] = _records(limit, index, [n or {} for n in nodes])
             continue
         fill = {k: jnp.zeros_like(v) for k, v in first.items()}

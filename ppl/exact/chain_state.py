@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from weft.ppl.stage.interpreter import Records
+from weft.ppl.stage.records import Records
 
 from .factors import Factor
 from .families import Placement

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.compat import scan_sizes
-from weft.ppl.stage.interpreter import Context, Records
+from weft.ppl.stage.interpreter import Context
+from weft.ppl.stage.records import Records
 
 from .chain_state import State, Step, located
 from .factors import Factor, multiply

@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from weft.ppl.stage.compat import scan_p
-from weft.ppl.stage.interpreter import Context, Records
+from weft.ppl.stage.interpreter import Context
+from weft.ppl.stage.records import Records
 
 from .chain_loop import one_by_one
 from .chain_state import State, Step

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.stage.errors import DensityError, ModelError
-from weft.ppl.stage.interpreter import Context, Records
+from weft.ppl.stage.interpreter import Context
+from weft.ppl.stage.records import Records
 from weft.ppl.stage.sites import Site, site_p
 
 from .conjugacy import certify, family_of

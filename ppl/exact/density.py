@@ -15,15 +15,8 @@ import jax.numpy as jnp
 from weft.ppl.programs.handlers import Evaluate, Given
 from weft.ppl.stage.control import marginal_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.interpreter import (
-    RULES,
-    Context,
-    Handler,
-    Records,
-    Result,
-    look_up,
-    walk,
-)
+from weft.ppl.stage.interpreter import RULES, Context, Handler, Result, walk
+from weft.ppl.stage.records import Records, look_up
 from weft.ppl.stage.sites import Site
 from weft.ppl.stage.structure import site_table
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from weft.ppl.stage.compat import open_jaxpr
 from weft.ppl.stage.control import lanes_p
-from weft.ppl.stage.interpreter import Context, Records
+from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.jaxprs import is_loop
+from weft.ppl.stage.records import Records
 from weft.ppl.stage.sites import Lane
 
 from .factors import Factor

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from weft.ppl.stage.control import eqn_holds_sites, estimated_p, scope_p
-from weft.ppl.stage.jaxprs import Place, equations
-from weft.ppl.stage.sites import site_p
+from weft.ppl.stage.records import recorded
 
 from .families import Family
 from .semirings import Semiring, log_sum
@@ -77,19 +75,4 @@ class Plan:
 
     def holds(self, eqn: Any, prefix: Address) -> bool:
         """Whether an equation is, or holds, a choice that is summed out."""
-        return any(
-            (*prefix, *_scopes(place), inner.params["spec"].name) in self.targets
-            for inner, place in equations([eqn], _has_addresses)
-            if inner.primitive is site_p
-        )
-
-
-def _has_addresses(eqn: Any) -> bool:
-    """Whether the sites in an equation may be summed out: those of an anonymous run have no addresses."""
-    anonymous = eqn.primitive is scope_p and eqn.params["name"] is None
-    return eqn_holds_sites(eqn) and not anonymous and eqn.primitive is not estimated_p
-
-
-def _scopes(place: Place) -> Address:
-    """The names of the nested programs around an equation."""
-    return tuple(eqn.params["name"] for eqn, _ in place.around if eqn.primitive is scope_p)
+        return any((*prefix, *address) in self.targets for address in recorded([eqn]))

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.compat import inner_jaxprs
-from weft.ppl.stage.control import eqn_holds_sites, marginal_p, scope_p, site_names
+from weft.ppl.stage.control import eqn_holds_sites, is_record, marginal_p, scope_p, site_names
 from weft.ppl.stage.errors import DensityError, ModelError
-from weft.ppl.stage.interpreter import Context, Handler, Records, Result, step, walk
+from weft.ppl.stage.interpreter import Context, Handler, Result, step, walk
 from weft.ppl.stage.jaxprs import described, is_call
+from weft.ppl.stage.records import Records
 from weft.ppl.stage.sites import site_p
 
 from .elimination import sum_out
@@ -85,7 +86,7 @@ class Region(Handler):
         sited = eqn_holds_sites(eqn)
         lost = next((x for x in ins if isinstance(x, Lost)), None)
         if lost is not None:  # what follows from it is lost, too; only a record may be
-            if sited and not _is_record(eqn):
+            if sited and not is_record(eqn):
                 raise ModelError(lost.why)
             return [lost] * len(eqn.outvars), {}, {}
         tables = any(map(is_table, ins))
@@ -171,10 +172,6 @@ def _added(records: Records, address: Address, at: Any, table: Any) -> Records:
         return {**records, name: _added(records[name], tuple(rest), at, table)}
     value = records[name]["value"].at[at].add(table)
     return {**records, name: {**records[name], "value": value}}
-
-
-def _is_record(eqn: Any) -> bool:
-    return eqn.primitive is site_p and eqn.params["spec"].kind == "deterministic"
 
 
 def _cast(x: Any, aval: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.programs.handlers import Evaluate, Given, conditioned
-from weft.ppl.stage.interpreter import Handler, Records, is_record
+from weft.ppl.stage.interpreter import Handler
+from weft.ppl.stage.records import Records, is_site_record
 from weft.ppl.stage.sites import Site
 
 
@@ -27,7 +28,7 @@ def filled(records: Records, given: dict[str, Any]) -> dict[str, Any]:
     """The entries of choices that were recorded, with what was given of them."""
     return {
         name: Filled(node["value"], given.get(name))
-        if is_record(node)
+        if is_site_record(node)
         else filled(node, given.get(name, {}))
         for name, node in records.items()
     }

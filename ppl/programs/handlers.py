@@ -12,15 +12,8 @@ import jax.numpy as jnp
 from numpyro.distributions import biject_to
 from weft.ppl.stage.cotangents import finite_cotangents
 from weft.ppl.stage.errors import AddressError, DensityError
-from weft.ppl.stage.interpreter import (
-    Context,
-    Handler,
-    Records,
-    at_addresses,
-    interpret,
-    look_up,
-    walk_while,
-)
+from weft.ppl.stage.interpreter import Context, Handler, interpret, walk_while
+from weft.ppl.stage.records import Records, at_addresses, look_up
 from weft.ppl.stage.sites import Site
 from weft.ppl.stage.specs import is_discrete
 

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.addresses import unflatten
-from weft.ppl.stage.interpreter import Handler, Records, interpret, is_record
+from weft.ppl.stage.interpreter import Handler, interpret
 from weft.ppl.stage.modules import Noun
+from weft.ppl.stage.records import Records, is_site_record
 from weft.ppl.stage.staging import Code
 from weft.ppl.stage.structure import SiteInfo, site_table
 
@@ -73,7 +74,7 @@ def sort_records(
 
 def flat_records(records: Records, prefix: str = "") -> Iterable[tuple[str, dict[str, Any]]]:
     for name, node in records.items():
-        if is_record(node):
+        if is_site_record(node):
             yield prefix + name, node
         else:
             yield from flat_records(node, f"{prefix}{name}.")

@@ -268,3 +268,9 @@ def addresses_of(eqn: Any) -> list[tuple[str, ...]]:
     if eqn.primitive is estimated_p:
         return [address for address, _ in eqn.params["sites"].value]
     return []
+
+
+def has_addresses(eqn: Any) -> bool:
+    """Whether an equation holds sites with addresses; in an anonymous run, or behind an estimate, they have none."""
+    anonymous = eqn.primitive is scope_p and eqn.params["name"] is None
+    return not anonymous and eqn.primitive is not estimated_p and eqn_holds_sites(eqn)

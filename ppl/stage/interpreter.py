@@ -14,7 +14,7 @@ declines goes by the rules of control flow, which are written once, here:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -33,10 +33,11 @@ from .compat import (
     scan_sizes,
     while_p,
 )
-from .control import addresses_of, eqn_holds_sites, estimated_p, lanes_p, scope_p, scopes
+from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
 from .errors import DensityError
-from .jaxprs import equations, inputs, inside, is_checkpoint, kind, read, steps
+from .jaxprs import inputs, inside, is_checkpoint, kind, read, steps
+from .records import Records, cast, completed, flagged, merged, recorded
 from .shards import layouts, specs_of
 from .sites import Site, site_p
 from .structure import (
@@ -49,9 +50,6 @@ from .structure import (
     scope_names,
     scope_plan,
 )
-
-Records = dict[str, Any]
-"""Name to what was recorded there (``{"value": ..., "active": ...}``), or to the records of a nested program."""
 
 Result = tuple[list[Any], Records, dict[str, Any]]
 """Outputs, records and summed terms."""
@@ -247,16 +245,11 @@ def step(eqn: Any, ins: list[Any], context: Context) -> Result:
         return bind(eqn, ins), {}, {}
     rule = _shards if kind(eqn) == "shards" else RULES.get(eqn.primitive, _call)
     outs, records, terms = rule(eqn, ins, context)
-    return [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)], records, terms
+    return [cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)], records, terms
 
 
 def _add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {k: a[k] + b[k] if k in b else a[k] for k in a}
-
-
-def _cast(x: Any, aval: Any) -> Any:
-    dtype = getattr(aval, "dtype", None)
-    return x if dtype is None or x.dtype == dtype else jax.lax.convert_element_type(x, dtype)
 
 
 def _site(eqn: Any, ins: list[Any], context: Context) -> Result:
@@ -290,7 +283,7 @@ def _shards(eqn: Any, ins: list[Any], context: Context) -> Result:
 
     def run(ins: Any, keys: Any, given: Any) -> Any:
         outs, records, terms = walk(body, ins, inside.inside(keys, given, context.anonymous))
-        outs = [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
+        outs = [cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)]
         return outs, records, {k: jax.lax.psum(v, tuple(mesh_axes)) for k, v in terms.items()}
 
     def whole(at: Any) -> Any:
@@ -412,10 +405,10 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> Result:
     def run(i: int, operands: Any, keys: Any, given: Any) -> Any:
         inside = context.inside(keys, given, contexts[i].anonymous)
         outs, records, terms = walk(branches[i], operands, inside)
-        outs = [_cast(o, a) for o, a in zip(outs, branches[i].out_avals, strict=True)]
+        outs = [cast(o, a) for o, a in zip(outs, branches[i].out_avals, strict=True)]
         if not context.handler.every_branch:
             return outs, records, terms
-        mine = _leaf_names(walk_names(branches[i]))
+        mine = recorded(branches[i])
         for j, other in enumerate(branches):
             if j != i:
                 skip = frozenset((*context.prefix, *address) for address in mine)
@@ -424,18 +417,18 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> Result:
                     handler=context.handler.idle(skip),
                 )
                 more, extra = _idle(other, operands, idle)
-                records, terms = _merge(records, more), _add(terms, extra)
-                mine = [*mine, *_leaf_names(walk_names(other))]
+                records, terms = merged(records, more), _add(terms, extra)
+                mine = [*mine, *recorded(other)]
         return outs, records, terms
 
     union: Records = {}
     for i in range(len(branches)) if context.handler.records else ():
-        union = _merge(union, jax.eval_shape(lambda *a, i=i: run(i, *a)[1], operands, keys, given))
+        union = merged(union, jax.eval_shape(lambda *a, i=i: run(i, *a)[1], operands, keys, given))
 
     def branch(i: int) -> Any:
         def f(operands: Any, keys: Any, given: Any) -> Any:
             outs, records, terms = run(i, operands, keys, given)
-            return outs, _fill(records, union), terms
+            return outs, completed(records, union), terms
 
         return f
 
@@ -443,95 +436,8 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> Result:
     outs, records, terms = jax.lax.switch(
         index, [branch(i) for i in range(len(branches))], operands, keys, given
     )
-    here = [set(_leaf_names(walk_names(b))) for b in branches]
-    return outs, _flag(records, index, here), terms
-
-
-def walk_names(jaxpr: Any) -> dict[str, Any]:
-    """Names of the sites of a scope as a nested dict, nested programs included."""
-    names: dict[str, Any] = {}
-    for eqn, place in equations(jaxpr, enter=_is_recorded):
-        for address in addresses_of(eqn):
-            *path, name = *scopes(place), *address
-            node = names
-            for part in path:
-                node = node.setdefault(part, {})
-            node[name] = {"value": None}
-    return names
-
-
-def _is_recorded(eqn: Any) -> bool:
-    """Whether the sites inside an equation are recorded where it stands."""
-    anonymous = eqn.primitive is scope_p and eqn.params["name"] is None
-    return eqn_holds_sites(eqn) and not anonymous and eqn.primitive is not estimated_p
-
-
-def at_addresses(eqn: Any, items: Sequence[Any]) -> dict[str, Any]:
-    """A nested dict with one item for each choice of an estimated density."""
-    tree: dict[str, Any] = {}
-    for (address, _), item in zip(eqn.params["sites"].value, items, strict=True):
-        node = tree
-        for name in address[:-1]:
-            node = node.setdefault(name, {})
-        node[address[-1]] = item
-    return tree
-
-
-def look_up(tree: dict[str, Any], address: Sequence[str]) -> Any:
-    """What stands at an address of a nested dict; None, if nothing does."""
-    node: Any = tree
-    for name in address:
-        node = node.get(name) if isinstance(node, dict) else None
-    return node
-
-
-def is_record(node: Any) -> bool:
-    """Whether a node of the records is a site's record (its key ``"value"`` is an array, or None in a listing)."""
-    return "value" in node and not isinstance(node["value"], dict)
-
-
-def _leaf_names(records: Records, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    return [
-        address
-        for name, node in records.items()
-        for address in (
-            [(*prefix, name)] if is_record(node) else _leaf_names(node, (*prefix, name))
-        )
-    ]
-
-
-def _merge(a: Records, b: Records) -> Records:
-    """``a`` and what ``b`` has besides."""
-    merged = dict(a)
-    for name, node in b.items():
-        if name not in merged:
-            merged[name] = node
-        elif is_record(node):
-            merged[name] = {**node, **merged[name]}
-        else:
-            merged[name] = _merge(merged[name], node)
-    return merged
-
-
-def _fill(records: Records, shapes: Records) -> Records:
-    """The records with zeros (idle, unset) for what this branch has not."""
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.tree.map(_cast, _merge(records, zeros), shapes)
-
-
-def _flag(
-    records: Records, index: Any, here: list[set[tuple[str, ...]]], prefix: tuple[str, ...] = ()
-) -> Records:
-    """Tell for every record whether the branch that has it was taken."""
-    flagged: Records = {}
-    for name, node in records.items():
-        address = (*prefix, name)
-        if not is_record(node):
-            flagged[name] = _flag(node, index, here, address)
-            continue
-        taken = jnp.asarray([address in names for names in here])[index]
-        flagged[name] = {**node, "active": jnp.logical_and(node.get("active", True), taken)}
-    return flagged
+    here = [set(recorded(b)) for b in branches]
+    return outs, flagged(records, index, here), terms
 
 
 def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[str, Any]]:

@@ -18,8 +18,9 @@ from weft.ppl.programs.models import Model
 from weft.ppl.stage.compat import ShapedArray, consts_first
 from weft.ppl.stage.control import estimated_p, marginal_p, scope_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.interpreter import Context, Handler, Records, Result, look_up, walk
+from weft.ppl.stage.interpreter import Context, Handler, Result, walk
 from weft.ppl.stage.packing import pack
+from weft.ppl.stage.records import Records, look_up
 from weft.ppl.stage.sites import Site, bind_site
 from weft.ppl.stage.specs import SiteSpec
 from weft.ppl.stage.staging import Code, stage

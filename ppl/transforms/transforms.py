@@ -22,7 +22,8 @@ from weft.ppl.stage.addresses import Address, covers, dotted, flatten, unflatten
 from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.control import estimated_p
 from weft.ppl.stage.errors import AddressError, ObservationError
-from weft.ppl.stage.interpreter import Context, Handler, Records, look_up
+from weft.ppl.stage.interpreter import Context, Handler
+from weft.ppl.stage.records import Records, look_up
 from weft.ppl.stage.sites import Site
 from weft.ppl.stage.specs import SiteSpec
 from weft.ppl.stage.structure import SiteInfo
