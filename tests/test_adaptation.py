@@ -1,0 +1,326 @@
+"""One warm-up for every kernel: acceptance, inverse mass, where it does nothing, and what comes back.
+
+Acceptance: each chain has a step size of its own, so that the standard error of their mean is that of independent
+chains. The band is 5 of them (6e-7 for each of some 30 numbers) and 0.04, since the acceptance at an averaged log step
+size is not the average acceptance. Without a warm-up the kernels here accept next to nothing, or next to everything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pytest
+from scipy import special, stats
+from weft.inference import hmc, load, mcmc, nuts, particle_gibbs, pmmh
+from weft.inference.results.diagnostics import mcse
+from weft.inference.run import algorithm as algorithm_module
+from weft.inference.run import runner as runner_module
+from weft.inference.run.adaptation import phase
+from weft.inference.testing import check_invariance
+from weft.ppl.stage.errors import WeftError
+
+from programs import quick_compilation
+from weft import gen, kernels, sample
+
+KEY = jax.random.key(0)
+BAND = 5.0
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    with quick_compilation():
+        yield
+
+
+@gen
+def skewed() -> None:
+    """Asymmetric; on the unconstrained scale variances are .64, 10^4 and 1.6."""
+    sample("a", dist.Gamma(2.0, 30.0))
+    sample("b", dist.Normal(0.0, 100.0))
+    sample("c", dist.Gumbel(3.0, 1.0))
+
+
+VARIANCES = {"a": float(special.polygamma(1, 2.0)), "b": 1e4, "c": np.pi**2 / 6}
+ADAPTIVE = {
+    "random_walk": kernels.random_walk(),
+    "mala": kernels.mala(),
+    "barker": kernels.barker(),
+    "hmc": kernels.hmc(num_steps=3),
+    "nuts": kernels.nuts(max_tree_depth=5),
+}
+
+
+def everywhere(kernel: Any) -> Any:
+    """A kernel alone, in a block, in a mixture, repeated; all of them in a cycle."""
+    return kernels.cycle(
+        kernel,
+        kernels.block(kernel, "a", "b"),
+        kernels.mixture([kernel, kernels.block(kernel, "c")], [2.0, 1.0]),
+        kernels.repeat(kernel, 2),
+    )
+
+
+@functools.cache
+def warmed(name: str) -> Any:
+    algorithm = mcmc(everywhere(ADAPTIVE[name]), num_samples=200, num_chains=24, num_warmup=400)
+    return algorithm.run(KEY, skewed().given(), progress=False)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_acceptance_is_what_was_asked_for(name: str) -> None:
+    found = warmed(name)
+    for part in range(4):
+        rates = np.asarray(found.stats[f"acceptance_rate_{part}"], float).mean(1)
+        error = rates.std(ddof=1) / rates.size**0.5
+        away = abs(rates.mean() - ADAPTIVE[name].target_acceptance)
+        assert away < BAND * error + 0.04, (part, rates.mean(), error)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_each_part_learns_its_own_scales(name: str) -> None:
+    """Variances of the coordinates that the part moves, within a factor of two in the median over chains."""
+    found = warmed(name).warmup
+    assert set(found) - {"divergences"} == {"0", "1", "2", "3"}
+    for part, names in ((found["0"], "abc"), (found["1"], "ab"), (found["2"]["1"], "c")):
+        learnt = np.median(np.asarray(part["inverse_mass"]), 0)
+        exact = np.array([VARIANCES[name] for name in names])
+        assert learnt.shape == exact.shape
+        assert (np.abs(np.log(learnt / exact)) < np.log(2)).all(), (learnt, exact)
+        assert part["step_size"].shape == (24,)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_the_adapted_kernel_leaves_the_law(name: str) -> None:
+    require_invariance(everywhere(ADAPTIVE[name]).adapted(warmed(name)), skewed)
+
+
+def require_invariance(kernel: Any, model: Any) -> None:
+    draw = lambda key: model().simulate(key).choices  # noqa: E731
+    report = check_invariance(kernel, model().given(), key=KEY, draw=draw, num_runs=3000)
+    assert report.passed, report
+
+
+def test_the_draws_after_warm_up_are_those_of_the_law() -> None:
+    x = warmed("mala").choices
+    exact = {"a": 2 / 30, "b": 0.0, "c": 3 + np.euler_gamma}
+    for name, mean in exact.items():
+        values = np.asarray(x[name], float)
+        assert abs(values.mean() - mean) < 5.5 * mcse(values)
+
+
+# --- a mixture with discrete choices ----------------------------------------------------------------------------------
+
+DATA = np.array([0.3, -0.4, 2.1, 0.9, 3.2, 0.1, 2.6])
+
+
+@gen
+def mixture() -> None:
+    far = sample("far", dist.Gamma(3.0, 1.0))
+    spread = sample("spread", dist.LogNormal(-0.5, 0.5))
+    z = sample("z", dist.Bernoulli(0.3).expand([len(DATA)]))
+    sample("y", dist.Normal(far * z, spread))
+
+
+def by_quadrature() -> dict[str, Any]:
+    """Posterior means of both numbers and of every z, on a grid of both: what is left, a sum over z, factorises."""
+    far, logs = np.linspace(1e-3, 12, 600)[:, None, None], np.linspace(-3, 2, 400)[:, None]
+    spread = np.exp(logs)
+    up = np.log(0.3) + stats.norm(far, spread).logpdf(DATA)
+    both = np.logaddexp(up, np.log(0.7) + stats.norm(0.0, spread).logpdf(DATA))
+    log_weights = both.sum(-1) + stats.gamma(3.0).logpdf(far[..., 0])
+    log_weights = log_weights + stats.norm(-0.5, 0.5).logpdf(logs[:, 0])
+    weights = special.softmax(log_weights)
+    return {
+        "far": (weights * far[..., 0]).sum(),
+        "spread": (weights * spread[:, 0]).sum(),
+        "z": (weights[..., None] * np.exp(up - both)).sum((0, 1)),
+    }
+
+
+@pytest.mark.parametrize("name", ["mala", "nuts"])
+def test_in_turns_with_gibbs_on_a_mixture(name: str) -> None:
+    kernel = kernels.cycle(kernels.gibbs("z"), kernels.block(ADAPTIVE[name], "far", "spread"))
+    algorithm = mcmc(kernel, num_samples=500, num_chains=16, num_warmup=400)
+    draws = algorithm.run(KEY, mixture().given({"y": jnp.asarray(DATA)}), progress=False)
+    rates = np.asarray(draws.stats["acceptance_rate_1"], float).mean(1)
+    away = abs(rates.mean() - ADAPTIVE[name].target_acceptance)
+    assert away < BAND * rates.std(ddof=1) / 4 + 0.04, rates
+    assert set(draws.warmup) - {"divergences"} == {"1"}
+    for address, exact in by_quadrature().items():
+        values = np.asarray(draws.choices[address], float)
+        assert (np.abs(values.mean((0, 1)) - exact) < 5.5 * mcse(values)).all(), address
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@gen
+def scaled(s: Any) -> None:
+    sample("x", dist.Gumbel(0.0, s))
+
+
+def test_jitted_and_vmapped_over_data_sets() -> None:
+    """The step size of each data set is in proportion to its scale; that of MALA to the square of it."""
+    kernel = kernels.mala(adapt="step_size")
+    algorithm = mcmc(kernel, num_samples=50, num_chains=8, num_warmup=300)
+    scales = jnp.array([0.01, 30.0])
+    run = lambda s: algorithm.run(KEY, scaled(s).given(), init={"x": s}, progress=False)  # noqa: E731
+    draws = jax.jit(jax.vmap(run))(scales)
+    assert draws.warmup["step_size"].shape == (2, 8)
+    assert "inverse_mass" not in draws.warmup
+    unit = np.log(np.asarray(draws.warmup["step_size"]) / np.asarray(scales)[:, None] ** 2)
+    error = np.sqrt((unit.var(1, ddof=1) / 8).sum())
+    assert abs(unit[0].mean() - unit[1].mean()) < BAND * error
+    assert error < 0.5
+    assert kernel.adapted(jax.tree.map(lambda x: x[0], draws)).step_size.shape == ()
+
+
+def test_a_run_in_pieces_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernels.cycle(kernels.mala(), kernels.block(kernels.random_walk(), "b"))
+    algorithm = mcmc(kernel, num_samples=11, num_chains=2, num_warmup=60, thin=2)
+    whole = algorithm.run(KEY, skewed().given(), progress=False)
+    monkeypatch.setattr(runner_module, "FIRST_CHUNK", 7)
+    monkeypatch.setattr(runner_module, "_next_size", lambda *_: 7)
+    pieces = algorithm.run(KEY, skewed().given(), progress=False)
+    for part in ("choices", "stats", "warmup"):
+        a, b = jax.tree.leaves(getattr(whole, part)), jax.tree.leaves(getattr(pieces, part))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)), part
+
+
+def test_a_state_that_was_put_aside_goes_on_as_it_would_have() -> None:
+    algorithm = mcmc(kernels.barker(), num_samples=10, num_chains=2, num_warmup=40)
+    target = skewed().given().staged()
+    settings = algorithm_module._traced_floats(algorithm.prepare(target))
+    advance = jax.jit(
+        lambda state, a, b: algorithm_module._iterate(settings, target, KEY, state, a, b)
+    )
+    first = algorithm_module.strong(jax.jit(lambda: settings.init(KEY, target))())
+    whole = advance(first, 0, 50)
+    kept = jax.tree.map(np.asarray, advance(first, 0, 23))  # in the midst of the warm-up
+    resumed = advance(jax.tree.map(jnp.asarray, kept), 23, 50)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_what_a_warm_up_found_is_saved_and_run_on_with(tmp_path: Any) -> None:
+    draws, kernel = warmed("barker"), everywhere(ADAPTIVE["barker"])
+    draws.save(tmp_path / "draws.npz")
+    adapted = kernel.adapted(load(tmp_path / "draws.npz"))
+    expected = np.exp(np.median(np.log(draws.warmup["1"]["step_size"])))
+    np.testing.assert_allclose(adapted.kernels[1].kernel.step_size, expected, rtol=1e-6)
+    masses = draws.warmup["3"]["inverse_mass"].mean(0)
+    np.testing.assert_allclose(adapted.kernels[3].kernel.inverse_mass, masses, rtol=1e-5)
+    assert draws.warmup["2"]["0"]["step_size"].shape == (24,)
+
+
+# --- what is given ----------------------------------------------------------------------------------------------------
+
+
+def test_without_warm_up_a_kernel_is_used_as_given() -> None:
+    for kernel in (kernels.mala(1e-12), kernels.nuts(1e-12), kernels.random_walk(1e-12)):
+        draws = mcmc(kernel, num_samples=3, num_chains=1).run(
+            KEY, skewed().given(), init={"a": 0.05, "b": 4.0, "c": 2.0}, progress=False
+        )
+        np.testing.assert_allclose(draws.choices["c"], 2.0, rtol=1e-5)
+    for make in (nuts, hmc):
+        draws = make(0, 3, num_chains=1, step_size=0.005).run(KEY, skewed().given(), progress=False)
+        np.testing.assert_allclose(draws.stats["step_size"], 0.005, rtol=1e-6)
+
+
+def test_what_does_not_adapt_stays() -> None:
+    still = kernels.cycle(kernels.mala(0.02, adapt=False), kernels.slice_sampler())
+    algorithm = mcmc(still, num_samples=2, num_chains=2, num_warmup=20)
+    assert algorithm.run(KEY, skewed().given(), progress=False).warmup is None
+    for kernel in (kernels.nuts(), kernels.random_walk(None), kernels.mala()):
+        with pytest.raises(WeftError, match="no step size.*num_warmup"):
+            mcmc(kernel, num_samples=2).run(KEY, skewed().given(), progress=False)
+    with pytest.raises(WeftError, match="adapt=False keeps the step size that is given"):
+        kernels.barker(adapt=False)
+    with pytest.raises(WeftError, match="adapt is True, False or 'step_size'"):
+        kernels.barker(0.1, adapt="mass")  # pyright: ignore
+
+
+@gen
+def tilted() -> None:
+    x = sample("x", dist.Normal(0.0, 1.0))
+    sample("y", dist.Normal(x, 0.2))
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        kernels.mala(dense_mass=True),
+        kernels.random_walk(jnp.eye(2)),
+        kernels.barker(inverse_mass=jnp.eye(2)),
+    ],
+)
+def test_a_dense_inverse_mass_is_a_covariance(kernel: Any) -> None:
+    algorithm = mcmc(kernel, num_samples=200, num_chains=8, num_warmup=600)
+    draws = algorithm.run(KEY, tilted().given(), progress=False)
+    found = np.median(np.asarray(draws.warmup["inverse_mass"]), 0)
+    np.testing.assert_allclose(found, [[1.0, 1.0], [1.0, 1.04]], rtol=0.4)
+    rates = np.asarray(draws.stats["acceptance_rate"], float).mean(1)
+    error = rates.std(ddof=1) / 8**0.5
+    assert abs(rates.mean() - kernel.target_acceptance) < BAND * error + 0.04
+    require_invariance(kernel.adapted(draws), tilted)
+
+
+def test_given_scales_are_where_a_warm_up_begins() -> None:
+    given = jnp.array([0.3, 50.0, 1.0])
+    algorithm = mcmc(kernels.mala(0.5, inverse_mass=given), 1, 1, num_warmup=1)
+    draws = algorithm.run(KEY, skewed().given(), progress=False)
+    np.testing.assert_allclose(draws.warmup["inverse_mass"][0], given)
+    walk = kernels.random_walk(given)
+    step_size, inverse_mass = walk.scales()
+    np.testing.assert_allclose(walk.with_scales(step_size, inverse_mass).scale, given, rtol=1e-6)
+
+
+def test_the_verdict_gives_advice_that_can_be_followed() -> None:
+    def verdict(kernel: Any, num_warmup: int) -> str:
+        algorithm = mcmc(kernel, num_samples=30, num_chains=2, num_warmup=num_warmup)
+        target = scaled(1e-3).given()
+        return algorithm.run(KEY, target, init={"x": 0.0}, progress=False).summary().verdict
+
+    assert "a smaller step_size, or have a warm-up find one" in verdict(kernels.nuts(1e3), 0)
+    assert "target_acceptance" not in verdict(kernels.nuts(1e3), 0)
+    assert "step_size" not in verdict(kernels.nuts(1e3), 60)
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_is_stans() -> None:
+    phases = jax.vmap(lambda i: phase(i, 150))(jnp.arange(152))
+    assert np.flatnonzero(~phases.slow)[75] == 100
+    assert np.flatnonzero(phases.ends).tolist() == [99]
+    assert np.asarray(phases.warming).sum() == 150
+
+
+@gen
+def walk() -> Any:
+    scale = sample("scale", dist.LogNormal(0.0, 1.0))
+
+    def step(x: Any, _: Any) -> Any:
+        x = sample("x", dist.Normal(x, scale))
+        return x, sample("y", dist.Normal(x, 1.0))
+
+    return jax.lax.scan(step, 0.0, length=3)[0]
+
+
+def test_particle_gibbs_warms_its_kernel_up_and_pmmh_thins() -> None:
+    target = walk().given({"y": jnp.array([0.5, 1.0, 2.0])})
+    kernel = kernels.block(kernels.random_walk(1e-4), "scale")
+    draws = particle_gibbs(kernel, 10, 50, num_warmup=150).run(KEY, target, progress=False)
+    assert (draws.warmup["1"]["step_size"] > 0.05).all()
+    settings = {"num_samples": 6, "num_warmup": 4, "num_chains": 2}
+    whole = pmmh(10, **settings).run(KEY, target, progress=False)
+    part = pmmh(10, **settings, thin=3, keep=["scale"]).run(KEY, target, progress=False)
+    assert set(part.choices) == {"scale"}
+    assert np.array_equal(part.choices["scale"], whole.choices["scale"][:, 2::3])
+    assert np.array_equal(part.stats["lp"], whole.stats["lp"][:, 2::3])
