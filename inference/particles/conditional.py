@@ -31,7 +31,7 @@ from weft.ppl.stage.errors import ModelError, WeftError
 from .feynman_kac import FeynmanKac
 from .filter import Filter, require_markov
 from .filtering import Proposal, filtering
-from .generation import Generation, whole_pass
+from .generation import Generation, log_transitions, whole_pass
 from .history import along
 from .panels import Panel
 from .smoothing import drawn_back, traced_back
@@ -58,7 +58,7 @@ def conditional_pass(
         draw_key, ancestor_key = jax.random.split(key)
         first = jnp.zeros((), int)
         if ancestor_sampling:
-            onward = jax.vmap(model.log_transition, (None, 0, None))(t, before.particles, given)
+            onward = log_transitions(model, t, before.particles, given)
             first = jax.random.categorical(ancestor_key, before.log_weights + onward)
         others = multinomial(draw_key, before.log_weights, num_particles - 1)
         return jnp.concatenate([first[None], others])

@@ -119,6 +119,14 @@ def log_mean_weight(generation: Generation) -> Float[Array, "*step"]:
     return logsumexp(generation.log_weights, axis=-1) - jnp.log(generation.log_weights.shape[-1])
 
 
+def log_transitions(
+    model: FeynmanKac, t: Int[Array, ""], particles: Any, now: Any
+) -> Float[Array, " particle"]:
+    """Log density of a step to given choices from each particle; minus infinity where it is no number."""
+    found = jax.vmap(model.log_transition, (None, 0, None))(t, particles, now)
+    return jnp.where(jnp.isnan(found), -jnp.inf, found)
+
+
 def particle_keys(key: PRNGKeyArray, num: int) -> PRNGKeyArray:
     """A key for each particle.
 

@@ -78,6 +78,7 @@ def moments(choices: Any, weights: Float[Array, " particle"]) -> Any:
 
     def one(x: Array) -> dict[str, Array]:
         w = weights.reshape(-1, *(1,) * (x.ndim - 1))
+        x = jnp.where(w > 0, x, 0)  # where nothing can be, it may be no number
         mean = jnp.sum(w * x, 0)
         return {"mean": mean, "sd": jnp.sqrt(jnp.sum(w * (x - mean) ** 2, 0))}
 

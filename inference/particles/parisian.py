@@ -29,7 +29,7 @@ from weft.ppl.stage.errors import WeftError
 from .conditional import conditional_pass
 from .filter import Filter, only_the_scan, require_markov
 from .filtering import filtering
-from .generation import Generation
+from .generation import Generation, log_transitions
 from .history import along
 from .results import SequentialParticles
 from .smc import smc
@@ -108,7 +108,7 @@ def _expectation(
         before, now = model.taken(particles), model.taken(then)
 
         def one(key: PRNGKeyArray, now: Any) -> Any:
-            onward = jax.vmap(model.log_transition, (None, 0, None))(t, particles, now)
+            onward = log_transitions(model, t, particles, now)
             chosen = jax.random.categorical(key, log_weights + onward, shape=(num_backward,))
 
             def past(j: Array) -> Any:

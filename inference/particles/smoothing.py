@@ -21,7 +21,7 @@ from weft.ppl.stage.errors import WeftError
 from .feynman_kac import FeynmanKac
 from .filter import Filter, only_the_scan, require_markov
 from .filtering import filtering
-from .generation import Generation
+from .generation import Generation, log_transitions
 from .history import along, lineage
 from .panels import Panel
 from .results import SequentialParticles
@@ -41,7 +41,7 @@ def drawn_back(key: PRNGKeyArray, model: FeynmanKac, found: Generation) -> Int[A
     def back(index: Array, x: Any) -> Any:
         t, particles, log_weights, then = x
         given = model.taken(jax.tree.map(lambda x: x[index], then))
-        onward = jax.vmap(model.log_transition, (None, 0, None))(t, particles, given)
+        onward = log_transitions(model, t, particles, given)
         index = jax.random.categorical(jax.random.fold_in(rest, t), log_weights + onward)
         return index, index
 
