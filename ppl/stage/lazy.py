@@ -28,7 +28,8 @@ def on_first_use(
         where = names[name]
         with jax.ensure_compile_time_eval():  # a constant of the module is none of a trace around
             module = importlib.import_module(where)
-        found = module if where.rpartition(".")[2] == name else getattr(module, name)
+        own = where.rpartition(".")[2] == name and not hasattr(module, name)
+        found = module if own else getattr(module, name)
         setattr(sys.modules[package], name, found)
         return found
 
