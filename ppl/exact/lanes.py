@@ -57,55 +57,77 @@ def _over(
     if not lanes:
         return region.walk(body, ins, dataclasses.replace(context, keys=keys, given=given))
     lane = lanes[-1]
-    slices = _Slices(Plate(lane.size, f"the axis {lane.name or 'of a vmap'!r}"))
-    inputs = [slices.enter(x, m) for x, m in zip(ins, lane.mapped, strict=True)]
-    dying = slices.dying(ins, body, later)
-    taken = [f for f in region.factors if dying & set(f.variables)]
-    region.factors = [f for f in region.factors if f not in taken]
-    pending = [slices.enter_factor(f) for f in taken]
-    if any(v in slices.inside for x in inputs for v in axes_of(x.form)):
-        raise Entangled(
-            f"lanes of {slices.plate.name} read both their own copy of {addresses(slices.inside)} and all of them"
-        )
-    placed = [v for v in slices.whole if slices.whole[v][0] in region.placements]
-    alive = frozenset(slices.inside.get(v, v) for v in later)
+    begin = _Begin(region, lane, body, ins, later)
     ends: list[_End] = []
 
-    def one(arrays: Any, tables: Any, placements: Any, keys: Any, given: Any, index: Any) -> Any:
-        inner = Region(region.plan, region.kept, alive)
-        inner.factors = [
-            dataclasses.replace(f, table=t) for (f, _), t in zip(pending, tables, strict=True)
-        ]
-        for whole, part in slices.inside.items():
-            key = region.keys.get(whole)
-            inner.keys[part] = None if key is None else jax.random.fold_in(key, index)
-        inner.placements = {**region.placements, **dict(zip(placed, placements, strict=True))}
-        values = [x.value(a) for x, a in zip(inputs, arrays, strict=True)]
-        found = _over(inner, lanes[:-1], body, values, keys, given, context, alive)
+    def one(arrays: Any, keys: Any, given: Any, index: Any) -> Any:
+        inner, values = begin.lane(arrays, index)
+        outs, records = _over(inner, lanes[:-1], body, values, keys, given, context, inner.outside)
         inner.refuse_shared("a vmap")
-        here = {*inner.created, *(slices.inside[v] for v in dying)}
-        inner.finish(here - set(variables_of(found[0])))
-        ends.append(_End(inner, found[0]))
-        return ends[-1].arrays(), found[1]
+        inner.finish({*inner.created, *begin.dying} - set(variables_of(outs)))
+        ends.append(_End(inner, outs))
+        return ends[-1].arrays(), records
 
-    axes = (
-        [x.axis for x in inputs],
-        [i for _, i in pending],
-        [slices.whole[v][1] for v in placed],
-        0,
-        0,
-        0,
-    )
     with region.plan.limit.repeated(lane.size, (lane.size,)):
-        arrays, records = jax.vmap(one, axes, axis_size=lane.size, axis_name=lane.name)(
-            [x.array for x in inputs],
-            [f.table for f in taken],
-            [region.placements[slices.whole[v][0]] for v in placed],
-            keys,
-            given,
-            jnp.arange(lane.size),
-        )
-    return ends[-1].leave(region, slices, arrays), records
+        arrays, records = jax.vmap(
+            one, (begin.axes(), 0, 0, 0), axis_size=lane.size, axis_name=lane.name
+        )(begin.arrays(), keys, given, jnp.arange(lane.size))
+    return ends[-1].leave(region, begin.slices, arrays), records
+
+
+class _Begin:
+    """How the walk of a lane begins: its operands, and the factors that can be summed out in it.
+
+    Attributes:
+        slices: the way of variables into the lane.
+        inputs: the operands.
+        factors: those of the region around that go into the lanes.
+        dying: variables of a lane that nothing reads behind the lanes.
+        later: those that are read there.
+    """
+
+    def __init__(
+        self, region: Region, lane: Lane, body: Any, ins: list[Any], later: frozenset[Variable]
+    ) -> None:
+        self.region = region
+        self.slices = slices = _Slices(Plate(lane.size, f"the axis {lane.name or 'of a vmap'!r}"))
+        self.inputs = [slices.enter(x, m) for x, m in zip(ins, lane.mapped, strict=True)]
+        dying = slices.dying(ins, body, later)
+        self.factors = [f for f in region.factors if dying & set(f.variables)]
+        region.factors = [f for f in region.factors if f not in self.factors]
+        self.inner_factors = [slices.enter_factor(f) for f in self.factors]
+        if any(v in slices.inside for x in self.inputs for v in axes_of(x.form)):
+            raise Entangled(
+                f"lanes of {slices.plate.name} read both their own copy of {addresses(slices.inside)} and all of them"
+            )
+        self.placed = [v for v in slices.whole if slices.whole[v][0] in region.placements]
+        self.dying = {slices.inside[v] for v in dying}
+        self.later = frozenset(slices.inside.get(v, v) for v in later)
+
+    def arrays(self) -> Any:
+        """All that differs between lanes."""
+        placements = [self.region.placements[self.slices.whole[v][0]] for v in self.placed]
+        return [x.array for x in self.inputs], [f.table for f in self.factors], placements
+
+    def axes(self) -> Any:
+        """The axes of these arrays that run along the lanes."""
+        placements = [self.slices.whole[v][1] for v in self.placed]
+        return [x.axis for x in self.inputs], [i for _, i in self.inner_factors], placements
+
+    def lane(self, arrays: Any, index: Any) -> tuple[Region, list[Any]]:
+        """The region of one lane, and its operands."""
+        inputs, tables, placements = arrays
+        around = self.region
+        inner = Region(around.plan, around.kept, self.later)
+        inner.factors = [
+            dataclasses.replace(f, table=t)
+            for (f, _), t in zip(self.inner_factors, tables, strict=True)
+        ]
+        for whole, part in self.slices.inside.items():
+            key = around.keys.get(whole)
+            inner.keys[part] = None if key is None else jax.random.fold_in(key, index)
+        inner.placements = {**around.placements, **dict(zip(self.placed, placements, strict=True))}
+        return inner, [x.value(a) for x, a in zip(self.inputs, inputs, strict=True)]
 
 
 class _End:

@@ -1,18 +1,19 @@
-r"""What a step of a filter hands on of choices that are summed out: their law given all that is kept.
+r"""The forward message of a Rao-Blackwellised filter: the law of what is summed out, given all that is kept.
 
-Of a chain $x_t$ that is summed out of a scan, one step reads $x_{t-1}$ through its carry and hands $x_t$ on. Given the
+A scan has a chain $x_t$ that is summed out. One step reads $x_{t-1}$ through its carry and hands $x_t$ on. Given the
 choices $z_{1:t}$ and the observations $y_{1:t}$ that are kept, the carry has a law of its own, the *message*
 
-$$m_t(c) = p(c_t = c \mid z_{1:t}, y_{1:t}),$$
+$$m_t(c) = p(c_t = c \mid z_{1:t}, y_{1:t}).$$
 
-which is all that later steps need of the past: step $t + 1$ draws $c_t$ from $m_t$ as one more choice that is summed
-out, so that its density is $p(z_{t+1}, y_{t+1} \mid z_{1:t}, y_{1:t})$, and hands on $m_{t+1}$. For normal choices this
-is the Kalman filter, for finite ones the forward recursion; with other choices drawn by particles, the mixture Kalman
-filter (Chen and Liu 2000; Doucet, de Freitas, Murphy and Russell 2000, "Rao-Blackwellised particle filtering").
+Later steps need nothing else of the past. Step $t + 1$ draws $c_t$ from $m_t$ as one more choice, which is summed out
+with the others. So its density is $p(z_{t+1}, y_{t+1} \mid z_{1:t}, y_{1:t})$, and it hands on $m_{t+1}$. For normal
+choices this is the Kalman filter, for finite ones the forward recursion. With other choices drawn by particles it is
+the mixture Kalman filter (Chen and Liu 2000; Doucet, de Freitas, Murphy and Russell 2000, "Rao-Blackwellised particle
+filtering").
 
-A message is a list of arrays: of a carry that is an affine function of normal choices, the mean of its leaves, joined
-into one vector, and a root of their covariance; of one that is a function of finite choices, log probabilities of their
-joint values, and each leaf at each of them.
+A message is a list of arrays. Of a carry that is an affine function of normal choices it is the mean of its leaves,
+joined into one vector, and a root of their covariance. Of a function of finite choices it is the log probabilities of
+their joint values, and each leaf at each of them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from weft.ppl.stage.control import eqn_holds_sites, is_record, marginal_p, scope
 from weft.ppl.stage.errors import DensityError, ModelError
 from weft.ppl.stage.interpreter import Context, Handler, Result, step, walk
 from weft.ppl.stage.jaxprs import described, is_call
-from weft.ppl.stage.records import Records
+from weft.ppl.stage.records import Records, cast
 from weft.ppl.stage.sites import site_p
 
 from .elimination import sum_out
@@ -175,12 +175,9 @@ def _added(records: Records, address: Address, at: Any, table: Any) -> Records:
 
 
 def _cast(x: Any, aval: Any) -> Any:
-    dtype = getattr(aval, "dtype", None)
-    if isinstance(x, Lost) or dtype is None or x.dtype == dtype:
+    if isinstance(x, Lost):
         return x
-    if is_table(x):
-        return x.like(jax.lax.convert_element_type(x.array, dtype))
-    return jax.lax.convert_element_type(x, dtype)
+    return x.like(cast(x.array, aval)) if is_table(x) else cast(x, aval)
 
 
 def addresses(variables: Iterable[Variable]) -> str:
