@@ -483,6 +483,14 @@ def loop_over_rows(x):
     return lax.scan(lambda c, x: (c + sample("z", dist.Normal(x, 1.0)), None), 0.0, x)[0] + x
 
 
+def one_row_of_each(x):
+    def row(x):
+        step = lambda c, _: (c + sample("z", dist.Normal(lax.psum(x, "i"), 1.0)), None)  # noqa: E731
+        return lax.scan(step, x, None, length=2)[0]
+
+    return jax.vmap(row)(x)
+
+
 def until(x):
     z = lax.while_loop(lambda z: z < 0, lambda z: z + sample("z", dist.Normal(1.0, 1.0)), -1.0)
     return x + z
@@ -521,6 +529,7 @@ REFUSED = {
     steps_between_rows: "site 'z': its axis of size 3 is made of the rows of one shard",
     pairs_of_rows: "site 'z': two of its axes are split over the same axis of the mesh",
     loop_over_rows: "site 'z' in a scan or map along the rows of a shard",
+    one_row_of_each: "psum over 'i' stands in a jax.vmap over rows .* with site 'z'",
     until: "site 'z' in a while_loop inside a shard_map",
     nameless: r"draw\(program\) stands in a shard_map",
     summed_out: "marginalize inside a shard_map",
@@ -559,6 +568,20 @@ def test_sums_over_shards_are_refused_by_name(two_devices: list[jax.Device]) -> 
 
     with pytest.raises(ModelError, match="'shard_map'"):
         marginalize(gen(model), "z")(X).log_density({"y": X})
+
+
+def test_all_rows_on_every_shard(two_devices: list[jax.Device]) -> None:
+    """What is gathered is whole: choices along it are shared by all shards, and count once."""
+
+    def body(x):
+        rows = lax.all_gather(x, "i", tiled=True)
+        z = jax.vmap(lambda x: sample("z", dist.Normal(x, 1.0)))(rows)
+        return x + jnp.sum(z)
+
+    plain = jax.vmap(lambda x: sample("z", dist.Normal(x, 1.0)))
+    expected, found = (f(X).simulate(KEY) for f in (gen(plain), over_shards(body)))
+    np.testing.assert_array_equal(found.choices["z"], expected.choices["z"])
+    np.testing.assert_allclose(found.log_density, expected.log_density, 1e-6)
 
 
 def test_an_axis_that_is_named_is_known(two_devices: list[jax.Device]) -> None:

@@ -12,7 +12,6 @@ to which it is tied. Whatever cannot be told is an error that names the site.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,10 +30,11 @@ from .compat import (
 )
 from .control import eqn_holds_sites, eqn_site_names, estimated_p, lanes_p, scope_p, scopes
 from .errors import ModelError
-from .jaxprs import Place, equations, flow, kind, wiring
+from .jaxprs import equations, kind, wiring
 from .sites import site_p
 from .splits import WHOLE, Split
 from .ties import Axes, Ties
+from .varying import SAME, listed, mesh_axes, refuse_mixed
 
 
 def split_axes(jaxpr: Any) -> Any:
@@ -117,7 +117,7 @@ class _Body:
     loops: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
     named: dict[tuple[str, int], int] = dataclasses.field(default_factory=dict)
     lengths: set[int] = dataclasses.field(default_factory=set)
-    sums: list[tuple[int, int, frozenset[str]]] = dataclasses.field(default_factory=list)
+    same: list[tuple[int, int, frozenset[str]]] = dataclasses.field(default_factory=list)
 
     def split(self) -> Any:
         """The equation with splits written on what stands in its body."""
@@ -130,7 +130,7 @@ class _Body:
             pass
         for loop, axis in self.loops:
             if self.ties.known(axis) - {WHOLE}:
-                raise ModelError(_ALONG_ROWS.format(sites=_listed(loop)))
+                raise ModelError(_ALONG_ROWS.format(sites=listed(loop)))
         found = iter(self.found)
 
         def change(eqn: Any) -> Any:
@@ -154,7 +154,7 @@ class _Body:
 
     def settle(self) -> bool:
         """Pass on what has become known; whether anything has."""
-        waiting, self.sums = self.sums, []
+        waiting, self.same = self.same, []
         for a, b, over in waiting:
             known = self.ties.known(a)
             if any(over & set(split.axes) for split in known - {MIXED}):
@@ -162,8 +162,8 @@ class _Body:
             elif known:
                 self.ties.tie([a], [b])
             else:
-                self.sums.append((a, b, over))
-        grown = len(self.sums) < len(waiting)
+                self.same.append((a, b, over))
+        grown = len(self.same) < len(waiting)
         for lost, new in self.ties.made:
             if any(self.ties.known(axis) - {WHOLE} for axis in lost):
                 grown |= sum(self.ties.state(axis, MIXED) for axis in new) > 0
@@ -192,17 +192,22 @@ class _Body:
             self.site(eqn, ins, outs[0], scope)
         elif eqn.primitive is lanes_p:
             self.lanes(eqn, ins, outs, scope)
-        elif eqn.primitive.name in REDUCING:
-            over = frozenset(eqn.params["axes"])
-            pairs = itertools.chain(
-                *(zip(a, b, strict=True) for a, b in zip(ins, outs, strict=True))
-            )
-            self.sums += [(a, b, over) for a, b in pairs]
+        elif eqn.primitive.name in SAME:
+            self.collective(eqn, ins, outs)
         elif wiring(eqn) is None:
             self.ties.results(eqn, ins, outs)
         else:
             inside = (*scope, eqn.params["name"]) if eqn.primitive is scope_p else scope
             self.control(eqn, ins, outs, inside)
+
+    def collective(self, eqn: Any, ins: list[Axes], outs: list[Axes]) -> None:
+        """A collective with the same result on all shards: its axes are those of the operand, or whole."""
+        for a, b in zip(ins, outs, strict=True):
+            new = eqn.params["all_gather_dimension"] if len(b) > len(a) else len(b)
+            for axis in b[new : new + 1]:
+                self.ties.state(axis, WHOLE)
+            kept = [*b[:new], *b[new + 1 :]]
+            self.same += [(x, y, mesh_axes(eqn)) for x, y in zip(a, kept, strict=True)]
 
     def control(self, eqn: Any, ins: list[Axes], outs: list[Axes], scope: tuple[str, ...]) -> None:
         """A call, a loop or a branch: what its bodies read and give, as it is wired."""
@@ -314,9 +319,6 @@ def _written(lanes: Sequence[Any], outermost_first: Sequence[Split]) -> tuple[An
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-REDUCING = frozenset({"psum", "pmax", "pmin"})
-"""Collectives whose result is the same on all shards along their axes."""
-
 _REFUSED = {
     "unbounded": "a while_loop",
     "marginal": "marginalize",
@@ -329,11 +331,6 @@ _ALONG_ROWS = (
 )
 
 
-def _listed(eqn: Any) -> str:
-    names = eqn_site_names(eqn)
-    return ("site " if len(names) == 1 else "sites ") + ", ".join(map(repr, names))
-
-
 def _refuse(eqn: Any) -> None:
     """Refuse by name what has no rule inside of a ``shard_map``."""
     if _is_anonymous(eqn):
@@ -344,75 +341,8 @@ def _refuse(eqn: Any) -> None:
     what = "marginal or normalize" if eqn.primitive is estimated_p else what
     if what is not None and eqn_holds_sites(eqn):
         raise ModelError(
-            f"{_listed(eqn)} in {what} inside a shard_map, which Weft has no rule for: move one out of the other"
+            f"{listed(eqn)} in {what} inside a shard_map, which Weft has no rule for: move one out of the other"
         )
-
-
-Mixed = frozenset[tuple[str, str]]
-"""Over which axes of the mesh a value differs from shard to shard, and the choice that makes it differ, if one does."""
-
-
-def refuse_mixed(
-    body: Any, ins: Sequence[Sequence[Split]], outs: Sequence[Sequence[Split]]
-) -> None:
-    """Refuse choices that read a part of the rows as if it were all, and results that give such a part away."""
-
-    def join(values: Sequence[Mixed]) -> Mixed:
-        return frozenset().union(*values)
-
-    def transfer(eqn: Any, values: list[Mixed], place: Place) -> list[Mixed] | None:
-        name, params = eqn.primitive.name, eqn.params
-        around = [a for e, _ in place.around if e.primitive is lanes_p for a in _axes(e)]
-        if name in REDUCING and params.get("axis_index_groups") is None:
-            return [frozenset(t for t in x if t[0] not in params["axes"]) for x in values]
-        if name == "all_gather" and params.get("axis_index_groups") is None:
-            over = params["axis_name"]
-            over = over if isinstance(over, tuple) else (over,)
-            return [frozenset(t for t in x if t[0] not in over) for x in values]
-        if name == "axis_index":
-            return [frozenset({(params["axis_name"], "")})]
-        if kind(eqn) == "branches" and eqn_holds_sites(eqn):
-            _refuse_parts(_listed(eqn), "stands in a branch that is chosen by", values[0], around)
-        if eqn.primitive is not site_p:
-            return None
-        site = ".".join((*scopes(place), params["spec"].name))
-        own = [*around, *_axes(eqn)]
-        if len(set(own)) < len(own):
-            raise ModelError(
-                f"site {site!r}: two of its axes are split over the same axis of the mesh, so that a shard has only a "
-                "part of their pairs. Gather one of them first (jax.lax.all_gather)"
-            )
-        _refuse_parts(f"site {site!r}", "reads", join(values), own)
-        return [join(values) | {(a, site) for a in own}]
-
-    first = [frozenset((a, "") for split in spec for a in split.axes) for spec in ins]
-    results = flow(body, first, transfer, join)
-    for k, (value, spec) in enumerate(zip(results, outs, strict=True)):
-        covered = {a for split in spec for a in split.axes}
-        for axis, site in sorted(value):
-            if site and axis not in covered:
-                raise ModelError(
-                    f"result {k} of a shard_map depends on the choices {site!r} of one shard along {axis!r}, and its "
-                    f"out_specs say that it is the same on all: mention {axis!r} there, or reduce it (jax.lax.psum)"
-                )
-
-
-def _refuse_parts(who: str, does: str, value: Mixed, allowed: Sequence[str]) -> None:
-    for axis, site in sorted(value):
-        if axis not in allowed:
-            what = f"the choices {site!r}" if site else "rows"
-            raise ModelError(
-                f"{who} in a shard_map {does} what depends on {what} of one shard along {axis!r}, but is one choice "
-                "for all shards. Draw it under jax.vmap over the rows, or reduce what it reads over all shards first "
-                "(jax.lax.psum)"
-            )
-
-
-def _axes(eqn: Any) -> list[str]:
-    """The axes of the mesh that a site or lanes are split over."""
-    splits = [lane.split for lane in eqn.params["lanes"]]
-    splits += eqn.params["spec"].split if "spec" in eqn.params else ()
-    return [a for split in splits for a in split.axes]
 
 
 # --- whole arrays, and those of one shard -----------------------------------------------------------------------------

@@ -193,13 +193,6 @@ def _(params: Any, ins: Any, outs: Any) -> Pairs:
     return [([ins[0][numbers.lhs_spec[0]]], [outs[0][numbers.out_spec[0]]])]
 
 
-@_rule("all_gather")
-def _(params: Any, ins: Any, outs: Any) -> Pairs:
-    along = (params["all_gather_dimension"],)
-    rest = _without(ins[0], along) if params["tiled"] else ins[0]
-    return [(rest, _without(outs[0], along))]
-
-
 @_rule("gather")
 def _(params: Any, ins: Any, outs: Any) -> Pairs:
     operand, indices = ins
