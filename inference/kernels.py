@@ -1,23 +1,24 @@
-"""Markov kernels: moves of the choices of a target by which its law stays as it is.
+"""Markov kernels: moves of the choices of a target, which leave its law as it is.
 
-Every kernel has `move(key, choices, target) -> (choices, info)`: nested dicts of all latent choices go
-in and come out, `info` is a flat dict of scalars with "acceptance_rate" at least. A move is pure; it
-jits, vmaps and scans, also with a target of traced arrays. `mcmc` runs any kernel.
+Every kernel has `move(key, choices, target) -> (choices, info)`. The choices are nested dicts of all latent
+choices. `info` is a flat dict of scalars, with "acceptance_rate" at least. A move is pure: it works under `jit`,
+`vmap` and `scan`, also with a target of traced arrays. `mcmc` runs any kernel.
 
-| kernel | moves | needs |
-| --- | --- | --- |
-| `hmc`, `nuts`, `mala` | all at once, along gradients | continuous choices |
-| `random_walk`, `slice_sampler` | all at once, one by one | continuous choices |
-| `elliptical_slice` | all at once | normal priors |
-| `gibbs` | the named, by an exact draw given all others | finite supports, or conjugate priors |
-| `conditional_smc` | the choices of a scan | observations in it |
-| `metropolis_hastings`, `involutive` | what a program proposes | its density |
-| `block`, `cycle`, `mixture`, `repeat` | what their kernels move | |
+| kernel | moves | needs | a warm-up tunes |
+| --- | --- | --- | --- |
+| `hmc`, `nuts`, `mala`, `barker` | all at once, along gradients | continuous choices | step size, inverse mass |
+| `random_walk` | all at once | continuous choices | its scale |
+| `slice_sampler` | one number after the other | continuous choices | |
+| `elliptical_slice` | all at once | normal priors | |
+| `gibbs` | the named, by an exact draw given all others | finite supports, or conjugate priors | |
+| `conditional_smc` | the choices of a scan | observations in it | |
+| `metropolis_hastings`, `involutive` | what a program proposes | its density | |
+| `block`, `cycle`, `mixture`, `repeat` | what their kernels move | | what their kernels tune |
 
-Those that follow a density on R^n (the first two rows) can do without a target, too:
-`kernel.on(log_density)` binds them to a density; what that gives has `init(position)` and
-`step(key, state) -> (state, info)`. Positions are pytrees of floating arrays, densities functions of
-them. The transitions are BlackJAX's.
+The kernels of the first three rows follow a density on R^n. They can do without a target:
+`kernel.on(log_density)` binds them to a density. It gives `init(position)` and
+`step(key, state) -> (state, info)`. A position is a pytree of floating arrays, a density a function of it.
+The transitions are BlackJAX's.
 
 Examples:
     >>> import jax

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -50,3 +51,11 @@ draws = weft.inference.SequentialParticles({{}}, log_weights=jax.numpy.zeros(3))
 draws.save({str(tmp_path)!r} + "/p")"""
     loaded(code)
     assert "weft.inference" in loaded(f"import weft; weft.load({str(tmp_path)!r} + '/p')")
+
+
+def test_a_function_is_found_before_the_file_of_its_name() -> None:
+    import weft.ppl
+
+    assert weft.ppl.marginalize.__name__ == "marginalize"
+    assert not isinstance(weft.ppl.marginalize, types.ModuleType)
+    assert isinstance(weft.ppl.gradients, types.ModuleType)

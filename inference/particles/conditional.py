@@ -174,7 +174,7 @@ def particle_gibbs(
         proposal: of a step.
         scan: an address in the scan that is meant.
         num_chains: as in `mcmc`, with `num_warmup` and `thin`.
-        num_warmup: transitions that are discarded.
+        num_warmup: transitions that are discarded, in which the kernel of the parameters adapts.
         thin: store every `thin`-th.
 
     Returns:
