@@ -136,7 +136,7 @@ def phase(iteration: Int[Array, ""], num_warmup: int) -> Phase:
     if num_warmup == 0:
         return Phase(iteration, warming, jnp.bool_(False), jnp.bool_(False))
     with jax.ensure_compile_time_eval():
-        table = np.asarray(libraries.staged_adaptation.build_schedule(num_warmup)).astype(bool)
+        table = np.asarray(libraries.build_schedule(num_warmup)).astype(bool)
     slow, ends = jnp.asarray(table)[jnp.minimum(iteration, num_warmup - 1)]
     return Phase(iteration, warming, warming & slow, warming & ends)
 

@@ -12,8 +12,8 @@ from weft.ppl.stage.lazy import on_first_use
 if TYPE_CHECKING:
     import optax as optax
     from blackjax.adaptation import mass_matrix as mass_matrix
-    from blackjax.adaptation import staged_adaptation as staged_adaptation
     from blackjax.adaptation import step_size as step_size
+    from blackjax.adaptation.staged_adaptation import build_schedule as build_schedule
     from blackjax.mcmc import barker as barker
     from blackjax.mcmc import hmc as hmc
     from blackjax.mcmc import mala as mala
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from blackjax.mcmc import slice as slice
 
 _KERNELS = ("barker", "hmc", "mala", "metrics", "nuts", "proposal", "random_walk", "slice")
-_ADAPTATION = ("mass_matrix", "staged_adaptation", "step_size")
+_ADAPTATION = ("mass_matrix", "step_size")
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "optax": "optax",
+        "build_schedule": "blackjax.adaptation.staged_adaptation",
         **{name: f"blackjax.mcmc.{name}" for name in _KERNELS},
         **{name: f"blackjax.adaptation.{name}" for name in _ADAPTATION},
     },
