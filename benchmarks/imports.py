@@ -19,7 +19,7 @@ PACKAGES = {
     "weft": "import weft",
     "weft.inference": "import weft.inference",
 }
-RUNS = 15
+RUNS = 9
 
 
 def seconds(code: str, env: dict[str, str]) -> float:

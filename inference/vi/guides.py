@@ -29,212 +29,22 @@ leave them out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from numpyro.distributions import constraints
-from weft.inference.markov.initialisation import check_init
-from weft.inference.run.runner import tracing
 from weft.ppl import Model, Target
 from weft.ppl.analysis.dependence import site_inputs
-from weft.ppl.programs.handlers import Given
-from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
-from weft.ppl.stage.specs import Constant
 
-from .factorised import Family, Guide, Parts, Place
+from .factorised import Place
 from .families import Flow, FullRank, LowRank, MeanField, Structured
-from .modes import mode
+from .guide_start import or_zero, start_of
 from .parameters import constrained
-
-NUM_PRIOR_DRAWS = 101
-"""Draws of the prior whose median is where `loc` begins."""
-
-
-# --- where they begin ----------------------------------------------------------------------------
-
-
-class Start(eqx.Module):
-    """The common beginning of every guide.
-
-    Attributes:
-        places: the latent choices, in order.
-        index: the latent elements of sites that are observed in part.
-        target: the target without its discrete choices.
-        loc: the unconstrained elements to begin at, by address.
-    """
-
-    places: tuple[Place, ...] = eqx.field(static=True)
-    index: dict[str, Array]
-    target: Target
-    loc: dict[str, Array]
-
-    @property
-    def parts(self) -> Parts:
-        """The place of each choice's elements in the vector of all elements."""
-        return Parts(tuple((a, z.size) for a, z in self.loc.items()))
-
-    def scale(self, value: float) -> dict[str, Any]:
-        """A positive parameter for each choice, of its shape."""
-        return {
-            a: constrained(jnp.full(z.shape, value, z.dtype), constraints.positive)
-            for a, z in self.loc.items()
-        }
-
-    def guide(self, name: str, family: Family) -> Model:
-        """The guide of a family."""
-        runs = any(p.support is None and p.num_values is None for p in self.places)
-        target = self.target if runs else None
-        return Model(Guide(family, self.places, self.index, target), name)
-
-
-def _start(
-    name: str, target: Target, init: Any, scale: float, key: Any, discrete: bool = False
-) -> Start:
-    """Check a target, and find the parameters that its guide begins with."""
-    if not isinstance(target, Target):
-        raise TypeError(
-            f"{name}: expected a Target, got {type(target).__name__}; condition the program first: "
-            "model(*args).given(data)"
-        )
-    if not target.latents:
-        raise WeftError(f"{name}: the target of model {target.program.name!r} has no latent choice")
-    if not np.ndim(scale) == 0 or not scale > 0:
-        raise WeftError(f"{name}: scale must be a positive number, got {scale!r}")
-    finite = [_finite(name, target, a, discrete) for a in target.latents if _discrete(target, a)]
-    rest = _without(target, finite)
-    _refuse_supports(name, target)
-    space = rest.unconstrain() if rest.latents else None
-    shapes = {} if space is None else space.shapes
-    places = tuple(_place(target, a, shapes) for a in target.latents)
-    index = {
-        p.address: _elements(target.missing[p.address], p)
-        for p in places
-        if p.address in target.missing and p.num_values is None
-    }
-    loc = {} if space is None else _begin(name, rest, init, as_key(_or_zero(key)))
-    return Start(places, index, rest, loc)
-
-
-def _or_zero(key: Any) -> Any:
-    return jax.random.key(0) if key is None else key
-
-
-def _discrete(target: Target, address: str) -> bool:
-    info = target.sites[address]
-    return info.is_discrete or not jnp.issubdtype(info.dtype, jnp.inexact)
-
-
-def _finite(name: str, target: Target, address: str, allowed: bool) -> str:
-    """A discrete choice that the guide may hold: its address."""
-    info = target.sites[address]
-    cure = (
-        f"sum it out (marginalize(model, {address!r})), give its value, or write the guide by hand"
-    )
-    if not allowed:
-        raise DensityError(
-            f"{name}: site {address!r} ({info.distribution}) is discrete, and this guide is a law on R^n: "
-            f"{cure}; mean_field takes finite choices"
-        )
-    if info.values is None or not np.array_equal(info.values, np.arange(info.values.size)):
-        raise DensityError(
-            f"{name}: site {address!r} ({info.distribution}) is discrete, and its values are not known to be "
-            f"0, ..., K - 1: {cure}"
-        )
-    return address
-
-
-def _without(target: Target, discrete: list[str]) -> Target:
-    """The target of the continuous choices, with the discrete ones set to arbitrary values."""
-    at = {a: Given(jnp.zeros(target.sites[a].shape, target.sites[a].dtype)) for a in discrete}
-    return Target(target.program, {**target.data, **at}, target.missing).staged()
-
-
-def _place(target: Target, address: str, shapes: Mapping[str, tuple[int, ...]]) -> Place:
-    info = target.sites[address]
-    common = {
-        "address": address,
-        "batch_shape": info.batch_shape,
-        "event_shape": info.event_shape,
-        "dtype": info.dtype,
-        "dims": info.dims,
-    }
-    if address not in shapes:
-        assert info.num_values is not None
-        return Place(**common, shape=info.shape, support=None, num_values=info.num_values)
-    shape = shapes[address]
-    if address in target.missing:  # of those the coordinates are the missing elements alone
-        shape = (*info.batch_shape, *shape[1:])
-    support = None if info.support is None else Constant(info.support)
-    return Place(**common, shape=shape, support=support)
-
-
-def _elements(missing: Array, place: Place) -> Array:
-    """Flat indices of the unconstrained elements of the given batch elements."""
-    each = math.prod(place.shape[len(place.batch_shape) :])
-    return (missing[:, None] * each + jnp.arange(each)).reshape(-1)
-
-
-def _refuse_supports(name: str, target: Target) -> None:
-    """Refuse supports that a guide cannot know when it comes to the site.
-
-    Raises:
-        DensityError: for such a support. The message names the site.
-    """
-    reads = None
-    for i, address in enumerate(target.latents):
-        info = target.sites[address]
-        if info.support is not None or _discrete(target, address):
-            continue
-        if reads is None:
-            reads = site_inputs(target.program.code()[0].jaxpr)
-        late = [a for a in target.latents[i:] if a in reads.get(address, ())]
-        if info.conditional:
-            why = "stands in a branch"
-        elif late:
-            why = f"depends on {', '.join(map(repr, late))}, which the guide has not drawn by then"
-        else:
-            continue
-        raise DensityError(
-            f"{name}: the support of site {address!r} ({info.distribution}) depends on values that are known at "
-            f"run time only, and the site {why}. Write the guide by hand, or reparametrise the site so that its "
-            "support is fixed"
-        )
-
-
-def _begin(name: str, target: Target, init: Any, key: PRNGKeyArray) -> dict[str, Array]:
-    """The unconstrained elements to begin at: those of `init`, or else the median of draws of the prior."""
-    space, z = target.unconstrain(), None
-    if init is not None:
-        check_init(init, target, 1)
-        for address, value in flatten(init).items():
-            shape = target.sites[address].shape
-            if np.shape(value) != shape:
-                raise WeftError(
-                    f"{name}: init has shape {np.shape(value)} at {address!r}, expected {shape}"
-                )
-    given = flatten(init)
-    if set(given) != set(target.latents):
-        z = _median(target, jax.random.split(key, NUM_PRIOR_DRAWS))
-        given = {**flatten(space.to_choices(z)), **given} if given else None
-    found = flatten(z if given is None else space.from_choices(unflatten(given)))
-    return {a: jnp.asarray(found[a], jnp.result_type(float)) for a in target.latents}
-
-
-@eqx.filter_jit
-def _median(target: Target, keys: Array) -> Any:
-    """The median of draws of the prior, element by element on the unconstrained scale."""
-    draws = jax.vmap(target.unconstrain().init)(keys)
-    return jax.tree.map(lambda x: jnp.nanmedian(x, 0), draws)
-
-
-# --- the guides ----------------------------------------------------------------------------------
 
 
 def mean_field(
@@ -284,7 +94,7 @@ def mean_field(
         >>> print(f"{draws.choices['rate'].mean():.0f}")  # the posterior is Gamma(6, 2)
         3
     """
-    start = _start("mean_field", target, init, scale, key, discrete=True)
+    start = start_of("mean_field", target, init, scale, key, discrete=True)
     params: dict[str, Any] = {"loc": start.loc, "scale": start.scale(scale)}
     logits = {
         p.address: jnp.zeros((*p.batch_shape, p.num_values))
@@ -342,14 +152,15 @@ def full_rank(
         >>> print(f"{(L @ L.T)[0, 1]:.2f}")  # exactly -4/9
         -0.44
     """
-    start = _start("full_rank", target, init, scale, key)
+    start = start_of("full_rank", target, init, scale, key)
     return start.guide("full_rank", FullRank(start.parts)), {
         "loc": start.loc,
-        "scale_tril": _tril(scale * jnp.eye(start.parts.size)),
+        "scale_tril": triangular(scale * jnp.eye(start.parts.size)),
     }
 
 
-def _tril(value: Array) -> Any:
+def triangular(value: Array) -> Any:
+    """A parameter that stays a lower Cholesky factor."""
     return constrained(value, constraints.lower_cholesky)
 
 
@@ -403,10 +214,8 @@ def low_rank(
     """
     if not isinstance(rank, (int, np.integer)) or rank < 1:
         raise WeftError(f"low_rank: rank must be a positive integer, got {rank!r}")
-    start = _start("low_rank", target, init, scale, key)
-    noise = jax.random.normal(
-        jax.random.fold_in(as_key(_or_zero(key)), 1), (start.parts.size, rank)
-    )
+    start = start_of("low_rank", target, init, scale, key)
+    noise = jax.random.normal(jax.random.fold_in(as_key(or_zero(key)), 1), (start.parts.size, rank))
     return start.guide("low_rank", LowRank(start.parts)), {
         "loc": start.loc,
         "scale": start.scale(scale),
@@ -472,7 +281,7 @@ def structured(
         >>> {b: w.shape for b, w in params["weights"]["x"].items()}
         {'x0': (1, 10, 1), 'x': (9, 1, 1, 1)}
     """
-    start = _start("structured", target, init, scale, key)
+    start = start_of("structured", target, init, scale, key)
     if start.index:
         raise DensityError(
             f"structured: {', '.join(map(repr, start.index))} is observed in part, so that its lanes are not alike; "
@@ -583,9 +392,9 @@ def flow(
             raise WeftError(f"flow: {what} must be an integer, {least} at least, got {value!r}")
     if num_bins > 200:
         raise WeftError(f"flow: num_bins must be 200 at most, got {num_bins}")
-    start = _start("flow", target, init, scale, key)
+    start = start_of("flow", target, init, scale, key)
     n, outputs = start.parts.size, 2 + 3 * num_bins - 1
-    noise_key = jax.random.fold_in(as_key(_or_zero(key)), 1)
+    noise_key = jax.random.fold_in(as_key(or_zero(key)), 1)
     network = {
         "in": jax.random.normal(noise_key, (num_hidden, n)) / math.sqrt(n),
         "hidden_bias": jnp.zeros(num_hidden),
@@ -598,67 +407,3 @@ def flow(
         "scale": start.scale(scale),
         "network": network,
     }
-
-
-# --- Laplace -------------------------------------------------------------------------------------
-
-
-def laplace(
-    target: Target,
-    *,
-    init: Any = None,
-    num_steps: int = 1000,
-    key: PRNGKeyArray | None = None,
-) -> tuple[Model, dict[str, Any]]:
-    r"""The normal at the mode of the unconstrained density, with the inverse of its curvature.
-
-        z ~ N(z*, H^-1),    z* = argmax log p(z),    H = - d^2 log p / dz^2 at z*,
-
-    where `p(z)` includes the Jacobians of the bijections. L-BFGS, and then Newton's method, find the mode. `H` is `n`
-    by `n`; automatic differentiation computes it, and it is inverted in double precision. The result is the guide of
-    `full_rank` at these parameters. It is ready to use, and a good start for `fit`.
-
-    Args:
-        target: the target.
-        init: choices to begin at, as in `mean_field`. If there are several modes, the one uphill of `init` is found.
-        num_steps: the most steps of L-BFGS.
-        key: a random key for draws of the prior.
-
-    Returns:
-        The guide, and its parameters `{"loc": {address: array}, "scale_tril": (n, n)}`.
-
-    Raises:
-        TypeError: if `target` is no Target.
-        DensityError: for discrete choices, and as in `mean_field`; the message names the site. Also if no mode is
-            found, or if the density does not fall off in all directions from the point that was found; the message
-            names the directions.
-
-    References:
-        Tierney and Kadane (1986), "Accurate approximations for posterior moments and marginal
-        densities".
-
-    Examples:
-        >>> import jax, numpyro.distributions as dist
-        >>> from weft import gen, sample
-        >>> from weft.inference import laplace
-        >>> @gen
-        ... def model():
-        ...     mu = sample("mu", dist.Normal(0.0, 1.0))
-        ...     sample("y", dist.Normal(mu, 1.0))
-        >>> guide, params = laplace(model().given({"y": 2.0}))
-        >>> program = guide(params)  # the posterior, N(1, 1/2)
-        >>> print(f"{program.log_density({'mu': 1.0}):.4f}")
-        -0.5724
-    """
-    if tracing(key):
-        raise WeftError(
-            "laplace: it decides on the values that it finds, so it runs outside of jit and vmap"
-        )
-    start = _start("laplace", target, init, 1.0, key)
-    space = start.target.unconstrain().flat
-    z = jnp.concatenate([x.reshape(-1) for x in start.loc.values()])
-    found, hessian = mode(start.target, z, num_steps)
-    covariance = np.linalg.inv(hessian)
-    tril = jnp.asarray(np.linalg.cholesky((covariance + covariance.T) / 2), z.dtype)
-    loc = flatten(space.unravel(jnp.asarray(found, z.dtype)))
-    return start.guide("laplace", FullRank(start.parts)), {"loc": loc, "scale_tril": _tril(tril)}

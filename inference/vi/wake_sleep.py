@@ -1,0 +1,154 @@
+"""Objectives whose draws do not move with the parameters: wake-sleep and its relatives, by weighted draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from weft.inference.weighted.proposals import log_ratio
+from weft.ppl import Program, Target, expect
+from weft.ppl.stage.addresses import flatten, unflatten
+from weft.ppl.stage.compat import as_key
+
+from .objectives import Objective, stop
+
+
+class _Weighted(Objective):
+    """Base of objectives that average over draws of the guide by normalised weights. Neither draws nor weights move."""
+
+    num_particles: int = eqx.field(default=10, static=True)
+
+    @property
+    def covers(self) -> bool:
+        return True
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An estimate."""
+        draw_key, score_key = jax.random.split(as_key(key))
+        fixed_target, fixed_guide = self.at(stop(params), *batch)
+
+        def one(key: PRNGKeyArray) -> tuple[Any, Array]:
+            trace = fixed_guide.simulate(key)
+            return trace.choices, log_ratio(fixed_target, fixed_guide, trace, key=key)
+
+        keys = jax.random.split(draw_key, self.num_particles)
+        choices, log_w = stop(jax.vmap(one)(keys))
+
+        def value(params: Any) -> Array:
+            return self.value(*self.pair(params, *batch), choices, jax.nn.softmax(log_w))
+
+        return expect(value)(score_key, params)
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        """The objective for given draws, of shape `(num_particles, ...)`, and their normalised weights."""
+        raise NotImplementedError
+
+
+class wake_theta(_Weighted):
+    r"""The model's part of reweighted wake-sleep: `sum_i w_i log p_theta(x_i, y)`, with draws and weights fixed.
+
+    Its gradient is that of the log evidence, with a bias of order 1 / `num_particles`. Discrete choices of the guide
+    need no strategy.
+
+    References:
+        Bornschein and Bengio (2015), equation 5.
+    """
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        return jnp.sum(weights * jax.vmap(target.log_density)(choices))
+
+
+class wake_phi(_Weighted):
+    r"""The guide's part of reweighted wake-sleep: `sum_i w_i log q_phi(x_i)`, with draws and weights fixed.
+
+    To maximise it is to minimise the forward divergence KL(p(x | y) || q), with a bias of order 1 / `num_particles`. So
+    the guide comes to cover the posterior.
+
+    References:
+        Bornschein and Bengio (2015), equation 7.
+    """
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        return jnp.sum(weights * jax.vmap(guide.log_density)(choices))
+
+
+forward_kl = wake_phi
+"""The forward divergence, up to its sign and a constant: what `wake_phi` maximises."""
+
+
+class rws(_Weighted):
+    r"""Reweighted wake-sleep: `wake_theta + wake_phi` from the same draws."""
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        both = jax.vmap(lambda x: target.log_density(x) + guide.log_density(x))(choices)
+        return jnp.sum(weights * both)
+
+
+class sleep_phi(Objective):
+    r"""The sleep phase: `E_{x, y ~ p} [log q_phi(x | y)]`, with data that are drawn from the model.
+
+    The guide is amortised: it is a function `(params, data, *batch) -> Program`. `data` is a nested dict like the
+    target's `observed`.
+
+    References:
+        Hinton et al. (1995); Bornschein and Bengio (2015), equation 9.
+    """
+
+    @property
+    def covers(self) -> bool:
+        return True
+
+    def at(self, params: Any, *batch: Any) -> tuple[Target, Program]:
+        target = self.target if isinstance(self.target, Target) else self.target(params, *batch)
+        return target, self.guide(params, target.observed, *batch)
+
+    def __call__(self, key: PRNGKeyArray, params: Any, *batch: Any) -> Float[Array, ""]:
+        """An unbiased estimate."""
+        dream_key, score_key = jax.random.split(as_key(key))
+        target, _ = self.pair(params, *batch)
+        dream = flatten(stop(target.program.simulate(dream_key).choices))
+        data = unflatten({a: x for a, x in dream.items() if a in target.data})
+        latent = unflatten({a: x for a, x in dream.items() if a not in target.data})
+
+        def value(params: Any) -> Array:
+            return self.guide(params, data, *batch).log_density(latent)
+
+        return expect(value)(score_key, params)
+
+
+class eubo(_Weighted):
+    r"""An estimate of the evidence upper bound `E_{p(x | y)} [log p(x, y) - log q(x)]`, to be minimised.
+
+    The mean over the posterior is taken by normalised weights. So the estimate is biased downwards, and is no bound by
+    itself. Beside the ELBO it says how far apart guide and posterior are.
+    """
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        gaps = jax.vmap(lambda x: target.log_density(x) - guide.log_density(x))(choices)
+        return jnp.sum(weights * gaps)
+
+
+class log_variance(_Weighted):
+    r"""Minus half the variance of `log w` over draws of the guide, with the draws fixed.
+
+    Its maximum is zero, where all weights are equal. Its gradient is that of the ELBO with the best constant baseline.
+    It needs no strategy.
+
+    References:
+        Richter et al. (2020), "VarGrad", proposition 1.
+    """
+
+    @property
+    def covers(self) -> bool:
+        return False  # one draw outside would make the variance infinite
+
+    @property
+    def least_particles(self) -> int:
+        return 2
+
+    def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
+        log_w = jax.vmap(lambda x: target.log_density(x) - guide.log_density(x))(choices)
+        return -0.5 * jnp.var(log_w, ddof=1)
