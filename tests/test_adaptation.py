@@ -19,9 +19,9 @@ import pytest
 from scipy import special, stats
 from weft.inference import hmc, load, mcmc, nuts, particle_gibbs, pmmh
 from weft.inference.results.diagnostics import mcse
-from weft.inference.run import algorithm as algorithm_module
 from weft.inference.run import runner as runner_module
 from weft.inference.run.adaptation import phase
+from weft.inference.run.loop import iterate, strong
 from weft.inference.testing import check_invariance
 from weft.ppl.stage.errors import WeftError
 
@@ -196,11 +196,8 @@ def test_a_run_in_pieces_is_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_state_that_was_put_aside_goes_on_as_it_would_have() -> None:
     algorithm = mcmc(kernels.barker(), num_samples=10, num_chains=2, num_warmup=40)
     target = skewed().given().staged()
-    settings = algorithm_module._traced_floats(algorithm.prepare(target))
-    advance = jax.jit(
-        lambda state, a, b: algorithm_module._iterate(settings, target, KEY, state, a, b)
-    )
-    first = algorithm_module.strong(jax.jit(lambda: settings.init(KEY, target))())
+    advance = jax.jit(lambda state, a, b: iterate(algorithm, target, KEY, state, a, b))
+    first = jax.jit(lambda: strong(algorithm.init(KEY, target)))()
     whole = advance(first, 0, 50)
     kept = jax.tree.map(np.asarray, advance(first, 0, 23))  # in the midst of the warm-up
     resumed = advance(jax.tree.map(jnp.asarray, kept), 23, 50)
