@@ -317,7 +317,7 @@ def test_other_kinds_of_mesh(how: dict[str, Any]) -> None:
         compare("batches", mesh)
 
 
-@pytest.mark.parametrize(("devices", "names"), [(1, "rows batches"), (8, "rows batches plane")])
+@pytest.mark.parametrize(("devices", "names"), [(1, "rows"), (8, "batches plane")])
 def test_any_number_of_devices(devices: int, names: str) -> None:
     code = f"import test_shard_map as t; assert t.jax.device_count() == {devices}\n"
     code += f"for name in {names.split()}: t.compare(name)"
@@ -568,6 +568,34 @@ def test_sums_over_shards_are_refused_by_name(two_devices: list[jax.Device]) -> 
 
     with pytest.raises(ModelError, match="'shard_map'"):
         marginalize(gen(model), "z")(X).log_density({"y": X})
+
+
+def test_batches_of_many_families(two_devices: list[jax.Device]) -> None:
+    """A distribution of all rows of a shard is drawn as that of all rows is."""
+    families = {
+        "uniform": lambda x: dist.Uniform(x - 1.0, x + 1.0),
+        "truncated": lambda x: dist.TruncatedNormal(x, 1.0, low=0.0),
+        "shifted": lambda x: dist.TransformedDistribution(
+            dist.Normal(0.0, 1.0), dist.transforms.AffineTransform(x, 2.0)
+        ),
+        "expanded": lambda x: dist.Normal(0.0, 1.0).expand([x.shape[0]]),
+        "mixture": lambda x: dist.MixtureSameFamily(
+            dist.Categorical(logits=jnp.stack([x, -x], -1)),
+            dist.Normal(jnp.stack([x, -x], -1), 1.0),
+        ),
+        "vector": lambda x: dist.MultivariateNormal(jnp.stack([x, x, x], -1), jnp.eye(3)),
+    }
+
+    def body(x):
+        for name, family in families.items():
+            value = sample(name, family(x))
+            x = x + 0.1 * (value[:, 0] if name == "vector" else value)
+        return x
+
+    expected, found = (f(X).simulate(KEY) for f in (gen(body), over_shards(body)))
+    for name, x in expected.choices.items():
+        np.testing.assert_allclose(found.choices[name], x, 1e-5, 1e-6, err_msg=name)
+    np.testing.assert_allclose(found.log_density, expected.log_density, 1e-5)
 
 
 def test_all_rows_on_every_shard(two_devices: list[jax.Device]) -> None:

@@ -30,11 +30,13 @@ from .compat import (
 )
 from .control import eqn_holds_sites, eqn_site_names, estimated_p, lanes_p, scope_p, scopes
 from .errors import ModelError
-from .jaxprs import equations, kind, wiring
+from .jaxprs import Holds, equations, kind, wiring
 from .sites import site_p
 from .splits import WHOLE, Split
 from .ties import Axes, Ties
 from .varying import SAME, listed, mesh_axes, refuse_mixed
+
+_holds_shards = Holds(is_shard_map)
 
 
 def split_axes(jaxpr: Any) -> Any:
@@ -47,18 +49,15 @@ def split_axes(jaxpr: Any) -> Any:
     def change(eqn: Any) -> Any:
         return _Body(eqn).split() if is_shard_map(eqn) else _inside(eqn, change)
 
-    return _mapped(jaxpr, change)
+    return _mapped(jaxpr, change) if _holds_shards(jaxpr) else jaxpr
 
 
 def types_vary(jaxpr: Any) -> Any:
     """The primitive of a ``shard_map`` that holds sites and was traced with ``check_vma``; None, if there is none."""
-    inside = equations(jaxpr, enter=eqn_holds_sites)
-    typed = (
-        e.primitive
-        for e, _ in inside
-        if is_shard_map(e) and eqn_holds_sites(e) and e.params.get("check_vma")
-    )
-    return next(typed, None)
+    if not _holds_shards(jaxpr):
+        return None
+    held = (e for e, _ in equations(jaxpr, enter=eqn_holds_sites) if eqn_holds_sites(e))
+    return next((e.primitive for e in held if is_shard_map(e) and e.params.get("check_vma")), None)
 
 
 def _mapped(jaxpr: Any, change: Callable[[Any], Any]) -> Any:

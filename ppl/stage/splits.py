@@ -8,6 +8,7 @@ takes its own part of what comes out.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,14 +58,19 @@ def gathered(d: Any, spec: Any) -> Any:
     be one attribute, so that a draw of all shards is the same call as without shards.
 
     Raises:
-        ModelError: if ``d`` is another distribution.
+        ModelError: if that cannot be done.
     """
-    whole = _gathered(d, spec)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    if (
-        whole is None
-        or jax.eval_shape(whole.sample, key).shape != spec.whole_batch + spec.event_shape
-    ):
+    key, whole, shape = jax.eval_shape(lambda: jax.random.key(0)), None, None
+    try:
+        whole = _gathered(d, spec)
+        shape = jax.eval_shape(whole.sample, key).shape
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+    ):  # arrays that do not go with each other any more
+        pass
+    if shape != spec.whole_batch + spec.event_shape:
         raise ModelError(
             f"site {spec.name!r}: the batch of {spec.label} is split over a mesh, and Weft cannot put its shards "
             "together for a draw. Draw one row at a time: jax.vmap(lambda x: sample(name, make(x)))(rows)"
@@ -73,27 +79,28 @@ def gathered(d: Any, spec: Any) -> Any:
 
 
 def _gathered(d: Any, spec: Any) -> Any:
-    if not isinstance(d, dist.Distribution) or isinstance(d, dist.ExpandedDistribution):
+    """The same, unchecked; None, if the batch shape is not known to be one attribute."""
+    if not isinstance(d, dist.Distribution):
         return None
-    whole = copy.copy(d)
     n, m = len(d.batch_shape), spec.batch_ndim
-    whole._batch_shape = spec.whole_batch[:n] + d.batch_shape[m:]
+    batch = spec.whole_batch[:n] + d.batch_shape[m:]
+    if isinstance(d, dist.ExpandedDistribution):
+        return None if d.base_dist.batch_shape else d.base_dist.expand(batch)
     splits = spec.split[:n] + (WHOLE,) * (n - m)
+    whole = copy.copy(d)
+    whole._batch_shape = batch
     for field, value in list(vars(d).items()):
         if isinstance(value, dist.Distribution):
-            inner = _gathered(value, spec)
-            if inner is None:
-                return None
-            setattr(whole, field, inner)
-        elif isinstance(value, (jax.Array, Tracer)):
-            setattr(whole, field, _gather(value, splits, d.batch_shape))
-        elif jax.tree.leaves(value) and field in type(d).gather_pytree_data_fields():
-            return None
+            setattr(whole, field, _gathered(value, spec))
+        elif field in type(d).gather_pytree_data_fields() or isinstance(value, (jax.Array, Tracer)):
+            gather = functools.partial(_gather, splits=splits, batch=d.batch_shape)
+            setattr(whole, field, jax.tree.map(gather, value))
     return whole
 
 
-def _gather(value: jax.Array, splits: tuple[Split, ...], batch: tuple[int, ...]) -> jax.Array:
-    missing = max(len(batch) - value.ndim, 0)
+def _gather(value: Any, splits: tuple[Split, ...], batch: tuple[int, ...]) -> Any:
+    """A parameter along the axes of the batch, which it has in front, or is broadcast to from the right."""
+    missing = max(len(batch) - jnp.ndim(value), 0)
     for axis, (split, size) in enumerate(zip(splits[missing:], batch[missing:], strict=True)):
         if split.axes and value.shape[axis] == size:
             value = jax.lax.all_gather(value, split.axes, axis=axis, tiled=True)
