@@ -81,8 +81,10 @@ def shown() -> tuple[dict[str, Node], list[str]]:
     assert pages, f"no reference in {SITE}: `mkdocs build` comes first"
     for page in pages:
         root = Tree(page.read_text()).root
-        if ">>>" in root.text("pre", "script"):
-            wrong.append(f"{page}: '>>>' stands outside of a block of code")
+        text = root.text("pre", "script")
+        for mark in (">>>", ":math:", ".. math::", "$$"):
+            if mark in text:
+                wrong.append(f"{page}: {mark!r} stands outside of a block of code")
         for node in root.nodes():
             source = (
                 node.attributes.get("src")
@@ -108,7 +110,9 @@ def public() -> Iterator[tuple[str, Any]]:
     assert HOOKS is not None, "mkdocs.yml names the hooks of algorithms under `filters`"
     hooks = set(f"{HOOKS[1]}|{HOOKS[2]}".split("|"))
     for module in MODULES:
-        for name, value in vars(importlib.import_module(f"weft.{module}")).items():
+        names = importlib.import_module(f"weft.{module}")
+        for name in dir(names):  # also what is loaded on first use
+            value = getattr(names, name)
             own = getattr(value, "__module__", "").split(".")[0] == "weft"
             if name.startswith("_") or inspect.ismodule(value) or not own:
                 continue

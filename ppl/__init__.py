@@ -23,7 +23,7 @@ from .stage.errors import GradientError as GradientError
 from .stage.errors import ModelError as ModelError
 from .stage.errors import ObservationError as ObservationError
 from .stage.errors import WeftError as WeftError
-from .stage.lazy import on_first_use
+from .stage.lazy import on_first_use as _on_first_use
 from .stage.structure import Axis as Axis
 from .stage.structure import SiteInfo as SiteInfo
 from .transforms.reparam import Affine as Affine
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .expectations.expectations import Expectation as Expectation
     from .expectations.expectations import expect as expect
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__ = _on_first_use(
     __name__,
     {
         "marginal": "weft.ppl.estimated",

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLED = "<!-- sampled -->\n"
 _BLOCK = re.compile(
@@ -34,7 +36,15 @@ class Block(NamedTuple):
 
 
 def run(page: str) -> list[Block]:
-    """Run the code of a page from top to bottom."""
+    """Run the code of a page from top to bottom. A page may choose the precision of its numbers."""
+    precision = jax.config.read("jax_enable_x64")
+    try:
+        return _run(page)
+    finally:
+        jax.config.update("jax_enable_x64", precision)
+
+
+def _run(page: str) -> list[Block]:
     text = (ROOT / page).read_text()
     names = {"__name__": "page"}
     blocks = []

@@ -15,7 +15,8 @@ import weft
 def public() -> Iterator[tuple[str, Any]]:
     """Every public name of Weft's own, and every public method and property of its classes."""
     for module in (weft, weft.ppl, weft.inference, weft.models):
-        for name, value in vars(module).items():
+        for name in dir(module):  # also what is loaded on first use
+            value = getattr(module, name)
             own = getattr(value, "__module__", "").split(".")[0] == "weft"
             if name.startswith("_") or inspect.ismodule(value) or not own:
                 continue

@@ -31,7 +31,7 @@ from weft.ppl import sample as sample
 from weft.ppl import scale as scale
 from weft.ppl import scope as scope
 from weft.ppl import with_gradients as with_gradients
-from weft.ppl.stage.lazy import on_first_use
+from weft.ppl.stage.lazy import on_first_use as _on_first_use
 
 if TYPE_CHECKING:
     from weft import inference as inference
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from weft.ppl import marginalize as marginalize
     from weft.ppl import normalize as normalize
 
-__getattr__, __dir__ = on_first_use(
+__getattr__, __dir__ = _on_first_use(
     __name__,
     {
         "expect": "weft.ppl",

@@ -54,7 +54,7 @@ class Several(Combinator):
 
 
 class block(Combinator):
-    r"""A kernel on some of the choices, all others given: it leaves :math:`\pi(x_B \mid x_{-B})` as it is.
+    r"""A kernel on some of the choices, all others given: it leaves $\pi(x_B \mid x_{-B})$ as it is.
 
     Attributes:
         kernel: the kernel.
@@ -113,7 +113,7 @@ class block(Combinator):
 
 
 class cycle(Several):
-    r"""Kernels one after the other, :math:`K_1 K_2 \cdots K_n`.
+    r"""Kernels one after the other, $K_1 K_2 \cdots K_n$.
 
     Its report pools theirs (any of booleans, the sum of counts, the mean of the rest), and has
     "acceptance_rate_0", "acceptance_rate_1", ... of each.
@@ -157,7 +157,7 @@ class cycle(Several):
 
 
 class mixture(Several):
-    r"""One of several kernels, drawn anew for each move, :math:`\sum_i w_i K_i`.
+    r"""One of several kernels, drawn anew for each move, $\sum_i w_i K_i$.
 
     Its report is that of the kernel drawn (what only others report is nothing, False or zero), and
     "kernel", the index of it. Chains side by side under `vmap` draw different ones, so that all are

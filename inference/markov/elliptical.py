@@ -28,9 +28,9 @@ class elliptical_slice(Kernel):
     r"""Points on an ellipse through the current one and a draw from the prior, by their likelihood.
 
     All latent choices must be `Normal` or `MultivariateNormal`; others are given by `block`. Each is
-    standardised, :math:`x = m + L z`, with mean and scale as the program has them, which may depend on
-    other choices, also on such as move. With :math:`z' = z \cos\theta + \nu \sin\theta`,
-    :math:`\nu \sim N(0, I)`, an angle is drawn, and again from an interval that shrinks towards zero, until
+    standardised, $x = m + L z$, with mean and scale as the program has them, which may depend on
+    other choices, also on such as move. With $z' = z \cos\theta + \nu \sin\theta$,
+    $\nu \sim N(0, I)$, an angle is drawn, and again from an interval that shrinks towards zero, until
     the likelihood at it is above a level. Nothing has to be tuned.
 
     Attributes:

@@ -24,7 +24,7 @@ from .kernel import Choices, Info, Kernel, chosen, entered, idling, log_density
 
 
 class gibbs(Kernel):
-    r"""A draw of some choices from :math:`\pi(x_B \mid x_{-B})`, jointly and exactly.
+    r"""A draw of some choices from $\pi(x_B \mid x_{-B})$, jointly and exactly.
 
     Finite choices are summed out and normal, beta, gamma, ... ones with conjugate data integrated out by
     what `marginalize` does, and drawn by what `recover` does: elements of a plate one by one where they do

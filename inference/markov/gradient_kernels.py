@@ -112,11 +112,11 @@ class nuts(Hamiltonian):
 class mala(GradientKernel):
     r"""Langevin dynamics with a Metropolis step: one step along the gradient, with noise.
 
-    :math:`x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi`, :math:`\xi \sim N(0, M^{-1})`.
+    $x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi$, $\xi \sim N(0, M^{-1})$.
 
     Attributes:
-        step_size: :math:`\epsilon`; None to have a warm-up search for the first one.
-        inverse_mass: :math:`M^{-1}`, `(n,)` variances or an `(n, n)` covariance over the flattened position;
+        step_size: $\epsilon$; None to have a warm-up search for the first one.
+        inverse_mass: $M^{-1}$, `(n,)` variances or an `(n, n)` covariance over the flattened position;
             None for the identity.
         target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. The best is
             0.574 in many dimensions.
@@ -150,12 +150,12 @@ class mala(GradientKernel):
 class barker(GradientKernel):
     r"""Barker's proposal: a normal step in each coordinate, turned towards the gradient with some probability.
 
-    With :math:`z \sim N(0, \epsilon^2)` a coordinate moves by :math:`z` with probability
-    :math:`1 / (1 + e^{-z \partial \log \pi(x)})`, else by :math:`-z`; then a Metropolis step. It forgives steps
+    With $z \sim N(0, \epsilon^2)$ a coordinate moves by $z$ with probability
+    $1 / (1 + e^{-z \partial \log \pi(x)})$, else by $-z$; then a Metropolis step. It forgives steps
     that are too long, where `mala` stands still.
 
     Attributes:
-        step_size: :math:`\epsilon`; None to have a warm-up search for the first one.
+        step_size: $\epsilon$; None to have a warm-up search for the first one.
         inverse_mass: as in `mala`, with `dense_mass` and `adapt`.
         target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. 0.4 is good for
             few dimensions; in the limit of many 0.574 is best.
@@ -164,7 +164,7 @@ class barker(GradientKernel):
         Livingstone and Zanella (2022), JRSS B 84; Vogrinc, Livingstone and Zanella (2023), Biometrika 110, for
         the limit.
 
-    Example:
+    Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, kernels, sample
         >>> @gen

@@ -81,7 +81,7 @@ class Kernel(Module):
         Args:
             draws: what a sampler with this kernel gave; its `warmup` holds what each chain found.
 
-        Example:
+        Examples:
             >>> import jax, numpyro.distributions as dist
             >>> from weft import gen, kernels, sample
             >>> from weft.inference import mcmc

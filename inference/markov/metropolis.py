@@ -41,8 +41,8 @@ class Metropolis(Kernel):
 class metropolis_hastings(Metropolis):
     r"""Choices proposed by a program that may look at the current ones.
 
-    :math:`x' \sim q(\cdot \mid x)` is accepted with probability
-    :math:`\min\{1, \pi(x') q(x \mid x') / (\pi(x) q(x' \mid x))\}`. The proposal draws any of the latent
+    $x' \sim q(\cdot \mid x)$ is accepted with probability
+    $\min\{1, \pi(x') q(x \mid x') / (\pi(x) q(x' \mid x))\}$. The proposal draws any of the latent
     choices, discrete or continuous; the others stay.
 
     Attributes:
@@ -97,10 +97,10 @@ class metropolis_hastings(Metropolis):
 class involutive(Metropolis):
     r"""Auxiliary choices and a bijection of both that is its own inverse.
 
-    With :math:`v \sim q(\cdot \mid x)` and :math:`(x', v') = f(x, v)`, accept with probability
+    With $v \sim q(\cdot \mid x)$ and $(x', v') = f(x, v)$, accept with probability
 
-    .. math:: \min\left\{1, \frac{\pi(x')\, q(v' \mid x')}{\pi(x)\, q(v \mid x)}
-              \left| \det \frac{\partial f}{\partial (x, v)} \right|\right\}.
+    $$\min\left\{1, \frac{\pi(x')\, q(v' \mid x')}{\pi(x)\, q(v \mid x)} \left| \det \frac{\partial f}{\partial (x, v)}
+    \right|\right\}.$$
 
     The determinant is that of the floating numbers, by automatic differentiation, one derivative each;
     discrete ones come through as they are, and may be moved, too. The report has "involution_error",

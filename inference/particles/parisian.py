@@ -1,11 +1,11 @@
 r"""Expectations of sums over a path: PaRIS, and its particle Gibbs sampler without its bias.
 
-For :math:`h = \sum_t h_t(x_{t-1}, x_t)` each particle carries an estimate of what its past has summed up to, averaged
+For $h = \sum_t h_t(x_{t-1}, x_t)$ each particle carries an estimate of what its past has summed up to, averaged
 over `M` draws of the particle that it may come from (Olsson and Westerborn 2017):
 
     b_t^i = 1/M sum_j [b_{t-1}^{J_ij} + h_t(x_{t-1}^{J_ij}, x_t^i)],   J_ij ~ W_{t-1}^l p(x_t^i, y_t | x_{t-1}^l).
 
-With N particles the estimate :math:`\sum_i W_T^i b_T^i` has a bias of order T/N. Run inside conditional SMC, it loses
+With N particles the estimate $\sum_i W_T^i b_T^i$ has a bias of order T/N. Run inside conditional SMC, it loses
 that bias geometrically in the number of iterations (Cardoso, Janati, Le Corff, Moulines and Olsson 2023).
 """
 
@@ -46,7 +46,7 @@ def paris(
     num_backward: int = 2,
     scan: str | None = None,
 ) -> Any:
-    r"""The smoothed expectation of a sum over the path, :math:`E[\sum_t h_t(x_{t-1}, x_t) \mid y]`.
+    r"""The smoothed expectation of a sum over the path, $E[\sum_t h_t(x_{t-1}, x_t) \mid y]$.
 
     It costs O(N^2 T): the particle that each may come from is drawn from all of them.
 

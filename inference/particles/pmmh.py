@@ -1,7 +1,7 @@
 r"""Particle marginal Metropolis-Hastings: a chain on parameters whose likelihood a filter estimates.
 
-The estimate :math:`\hat p(y \mid \theta)` is unbiased, so that a Metropolis-Hastings chain which keeps it with its
-point leaves :math:`p(\theta) p(y \mid \theta)` as it is, whatever the number of particles (Andrieu and Roberts 2009;
+The estimate $\hat p(y \mid \theta)$ is unbiased, so that a Metropolis-Hastings chain which keeps it with its
+point leaves $p(\theta) p(y \mid \theta)$ as it is, whatever the number of particles (Andrieu and Roberts 2009;
 Andrieu, Doucet and Holenstein 2010). A step proposes
 
     z' = z + s (2.38 / sqrt(d)) L e,   e ~ N(0, I),

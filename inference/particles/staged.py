@@ -2,8 +2,8 @@ r"""Sequential Monte Carlo as a part of a program: what `normalize(target, by=sm
 
 All that is random here are choices of anonymous runs (`draw`), so that an expectation is differentiated through them by
 their strategies. Particles are resampled independently at every step. A path `x` that is drawn has the density
-:math:`\gamma(x) / \hat Z` by the run that drew it; a path that is given, by a run around it, in which it is one of the
-particles (Andrieu, Doucet and Holenstein 2010). For these :math:`E[1/d \mid x] = 1/q(x)` and :math:`E[d'] = q(x)`.
+$\gamma(x) / \hat Z$ by the run that drew it; a path that is given, by a run around it, in which it is one of the
+particles (Andrieu, Doucet and Holenstein 2010). For these $E[1/d \mid x] = 1/q(x)$ and $E[d'] = q(x)$.
 """
 
 from __future__ import annotations

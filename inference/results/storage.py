@@ -82,7 +82,7 @@ def result_type(kind: str) -> Callable[[type[R]], type[R]]:
     Raises:
         StorageError: if another class has this name, or if the class lacks one of the two methods.
 
-    Example:
+    Examples:
         >>> import equinox as eqx, jax.numpy as jnp
         >>> from weft.inference.results.storage import result_type, write
         >>> @result_type("a mean")

@@ -22,16 +22,16 @@ NUM_ESTIMATES = 100
 
 
 class Run(eqx.Module):
-    """Where a fit stands. Of several restarts, each array leads with their axis.
+    """The state of one run of a fit. For several restarts, each array leads with their axis.
 
     Attributes:
         moving: the arrays of the parameters, on the unconstrained scale, and of the optimiser.
-        bounds: `(num_steps,)`, the bound estimated at each step so far.
-        num_skipped: steps whose bound or gradient was not finite; they changed nothing.
-        order: `(N,)`, the rows of the data in the order of this epoch; empty without minibatches.
-        seen: what the rule that stops early has seen; `None` without one.
-        stopped: whether it stopped the fit.
-        num_done: steps done.
+        bounds: of shape `(num_steps,)`, the bound that was estimated at each step so far.
+        num_skipped: the number of steps whose bound or gradient was not finite. They changed nothing.
+        order: of shape `(N,)`, the rows of the data in the order of this epoch; empty without minibatches.
+        seen: the state of the rule for an early stop; `None` without one.
+        stopped: whether the rule stopped the fit.
+        num_done: the number of steps done.
     """
 
     moving: list[Array]
@@ -44,23 +44,23 @@ class Run(eqx.Module):
 
 
 class AscentState(State):
-    """The runs of a fit, and the number of steps done, which is one for all: their epochs begin together."""
+    """The runs of a fit, and the number of steps done. All runs share this number, so their epochs begin together."""
 
     iteration: Int[Array, ""]
     run: Run
 
 
 class Ascent(Loop):
-    """The settings of the loop: all of it compares by structure.
+    """The settings of the loop. All of them compare by structure.
 
     Attributes:
         code: one step, `(*captured, key, *moving, *rest, *batch) -> (moving, bound, finite)`.
-        captured: what the objective closed over.
+        captured: the arrays that the objective closed over.
         keys: the key of the fit, or one for each restart.
         rest: the arrays among the parameters that are not optimised, each with an axis of restarts.
         batches: the data.
-        rule: when to stop early.
-        num_steps: how many steps, at most.
+        rule: the rule for an early stop.
+        num_steps: the most steps.
         minimize: whether the objective is a loss.
         several: whether there are several restarts.
     """
@@ -80,7 +80,7 @@ class Ascent(Loop):
 
         def filled(tree: Any) -> Any:
             lead = self.keys.shape
-            # The state is donated to compiled code, and must not be arrays that are held elsewhere.
+            # The state is donated to compiled code, so its arrays must not be held elsewhere.
             return jax.tree.map(lambda x: jnp.array(jnp.broadcast_to(x, (*lead, *x.shape))), tree)
 
         run = Run(
@@ -98,7 +98,7 @@ class Ascent(Loop):
         return self.num_steps
 
     def step(self, key: PRNGKeyArray, state: AscentState, target: Any = None) -> AscentState:
-        # Each restart has a key of its own, and goes as it would alone: the loop's key is not used.
+        # Each restart has a key of its own and runs as it would alone. The loop's key is not used.
         def one(key: PRNGKeyArray, rest: list[Array], run: Run) -> Run:
             return self._stepped(state.iteration, key, rest, run)
 
@@ -106,7 +106,7 @@ class Ascent(Loop):
         return AscentState(state.iteration + 1, step(self.keys, self.rest, state.run))
 
     def over_restarts(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of one run as one of all of them."""
+        """Turn a function of one run into a function of all runs."""
         return jax.vmap(f) if self.several else f
 
     def _stepped(self, i: Any, key: PRNGKeyArray, rest: list[Array], run: Run) -> Run:
@@ -151,7 +151,7 @@ class Ascent(Loop):
 
 @eqx.filter_jit
 def compare(ascent: Ascent, moving: list[Array], key: PRNGKeyArray) -> Restarts:
-    """The bound of every restart at its last parameters, by fresh keys (and batches) that they share."""
+    """The bound of every restart at its last parameters, by new keys (and batches) that all share."""
     batches = ascent.batches
 
     def estimate(i: Any) -> Array:

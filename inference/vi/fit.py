@@ -1,4 +1,4 @@
-"""Fitting: stochastic ascent of an objective over a pytree of parameters, compiled whole, run in chunks."""
+"""Fitting: stochastic gradient ascent of an objective over a pytree of parameters."""
 
 from __future__ import annotations
 
@@ -51,48 +51,46 @@ def fit(
 ) -> Fit:
     """Maximise the expectation of an objective by stochastic gradient ascent.
 
-    Each step estimates the objective and its gradient with a key, and a minibatch, of its own. A
-    step whose bound or gradient is not finite changes nothing and is counted. Ctrl-C returns the
-    fit so far, with a warning.
+    Each step estimates the objective and its gradient, with a key and a minibatch of its own. A step whose bound or
+    gradient is not finite changes nothing and is counted. Ctrl-C returns the fit so far, with a warning.
 
-    Several restarts run at once, under one `jax.vmap`, each as `fit` alone would with one of
-    `jax.random.split(key, num_restarts)`. The one whose bound is best at the end is returned, by
-    100 estimates at its last parameters with fresh keys, which are the same for all: the estimate of
-    the last step is one draw, and would mostly pick the luckiest. The bounds of all are in
-    `Fit.restarts`, and their spread in the report.
+    Several restarts run at once, under one `jax.vmap`. Each runs as `fit` alone would with one of
+    `jax.random.split(key, num_restarts)`. The restart with the best bound at the end is returned. Its bound is the mean
+    of 100 estimates at the last parameters, with new keys that all restarts share. (The estimate of the last step is
+    one draw, and would mostly pick the luckiest.) `Fit.restarts` has the bounds of all, and the report has their
+    spread.
 
     Args:
         key: a random key.
-        objective: an estimator `f(key, params, *batch)` of a bound to be maximised: `elbo(target,
-            guide)`, or any function that gives a scalar.
-        params: where to begin: a pytree, networks included. Floating arrays and Python floats are
-            optimised; `constrained(value, constraint)` keeps a leaf in a set, `fixed(value)` leaves
-            one as it is. Or a function `init(key)` of such a pytree, from which each restart draws
-            its own: `jittered(params)`, if nothing better is known.
-        optimizer: an Optax optimiser; clipping and schedules are Optax's,
+        objective: an estimator `f(key, params, *batch)` of a bound that is maximised: `elbo(target, guide)`, or any
+            function that gives a scalar.
+        params: where to begin: a pytree, networks included. Floating arrays and Python floats are optimised.
+            `constrained(value, constraint)` keeps a leaf in a set, and `fixed(value)` leaves a leaf as it is. Or a
+            function `init(key)` that gives such a pytree, from which each restart draws its own. Take
+            `jittered(params)` if nothing better is known.
+        optimizer: an Optax optimiser. Clipping and schedules are Optax's:
             `optax.chain(optax.clip_by_global_norm(10.0), optax.adam(schedule))`.
-        num_steps: how many steps, at most.
-        data: arrays (or pytrees of them) that share their leading axis, handed to the objective
-            after the parameters.
-        batch_size: rows of the data in a step, drawn without replacement in epochs of `N //
-            batch_size` steps; all rows if `None`. The target scales what it sees: `scale(model,
-            {"row": N / batch_size})`; one that does not, and has choices that all rows share, is
-            warned of.
+        num_steps: the most steps.
+        data: arrays (or pytrees of arrays) that share their leading axis. The objective takes them after the
+            parameters.
+        batch_size: the number of rows of data in a step; all rows if `None`. They are drawn without replacement, in
+            epochs of `N // batch_size` steps. The target must scale what it sees: `scale(model, {"row": N /
+            batch_size})`. If it does not, and has choices that all rows share, a warning says so.
         minimize: whether the objective is a loss.
-        num_restarts: how many fits are made; more than one need `params` to be a function of a key.
-        stop: a rule to stop early by, `plateau(window)`. Under `jit` or `vmap` the steps that are
-            not made are NaN at the end of `Fit.bounds`; elsewhere it is cut there.
-        state: the state of the optimiser to go on with, from an earlier fit: `fit(key, objective,
-            before.wrapped, optimizer, num_steps, state=before.state)`.
+        num_restarts: the number of fits. For more than one, `params` must be a function of a key.
+        stop: a rule for an early stop, `plateau(window)`. `Fit.bounds` is cut there. Under `jit` or `vmap` it is not
+            cut, and steps that were not made are NaN.
+        state: the state of the optimiser of an earlier fit, to continue it: `fit(key, objective, before.wrapped,
+            optimizer, num_steps, state=before.state)`.
         progress: whether to show a progress bar.
 
     Returns:
         The fit.
 
     Raises:
-        WeftError: if the objective, the parameters or the data make no sense together.
-        DensityError: if the first bound, or its gradient, is not finite (of every restart, if there
-            are several); the message names what makes it so.
+        WeftError: if the objective, the parameters or the data do not match.
+        DensityError: if the first bound, or its gradient, is not finite (for every restart, if there are several). The
+            message names what makes it so.
 
     Examples:
         >>> import jax, optax, numpyro.distributions as dist
@@ -174,7 +172,7 @@ def fit(
 
 
 def _stacked(runs: list[list[Array]]) -> list[Array]:
-    """The arrays of all runs as one, copies in any case: the state of a loop is donated."""
+    """The arrays of all runs, stacked. They are copies in any case, since the state of a loop is donated."""
     each = [list(x) for x in zip(*runs, strict=True)]
     several = len(runs) > 1
     return [jnp.stack(x) if several else jnp.array(x[0], x[0].dtype, copy=True) for x in each]
@@ -183,7 +181,7 @@ def _stacked(runs: list[list[Array]]) -> list[Array]:
 def _in_chunks(
     ascent: Ascent, begin: AscentState, objective: Objective, start: Start, progress: bool
 ) -> AscentState:
-    """The state after all steps, from the host. A first bound that is not finite ends the fit."""
+    """The state after all steps, in chunks that the host drives. A first bound that is not finite ends the fit."""
 
     def require_finite(state: AscentState) -> tuple[AscentState, None]:
         if int(state.iteration) and not np.isfinite(state.run.bounds[..., 0]).any():
