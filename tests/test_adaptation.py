@@ -310,6 +310,7 @@ def walk() -> Any:
     return jax.lax.scan(step, 0.0, length=3)[0]
 
 
+@pytest.mark.slow
 def test_particle_gibbs_warms_its_kernel_up_and_pmmh_thins() -> None:
     target = walk().given({"y": jnp.array([0.5, 1.0, 2.0])})
     kernel = kernels.block(kernels.random_walk(1e-4), "scale")
