@@ -1,5 +1,6 @@
 """Draws and particles: tables, verdicts, resampling, printing, files; and that they are pytrees like any other."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -641,3 +642,10 @@ def test_registrations_that_make_no_sense(
 
 def test_summary_is_exported_for_annotations() -> None:
     assert isinstance(of_schools().summary(), Summary)
+
+
+def test_arguments_come_in_this_order() -> None:
+    fields = ["choices", "derived", "active", "stats", "target", "warmup"]
+    assert list(inspect.signature(Draws).parameters) == fields
+    fields = ["choices", "derived", "active", "log_evidence", "target", "log_evidence_variance"]
+    assert list(inspect.signature(Particles).parameters) == [*fields, "exact", "log_weights"]

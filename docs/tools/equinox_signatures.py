@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import griffe
 
 BASES = ("equinox.Module", "typing.NamedTuple")
-NOT_FIELDS = ("ClassVar", "AbstractClassVar", "AbstractVar")  # an abstract one is a field where it is concrete
+NOT_FIELDS = ("ClassVar", "AbstractClassVar")
 
 
 class EquinoxSignatures(griffe.Extension):

@@ -39,7 +39,6 @@ class Result(Noun):
     choices: eqx.AbstractVar[dict[str, Any]]
     derived: eqx.AbstractVar[dict[str, Any]]
     active: eqx.AbstractVar[dict[str, Any]]
-    target: eqx.AbstractVar[Any]
 
     @abc.abstractmethod
     def summary(self) -> Summary:
@@ -78,8 +77,9 @@ class Result(Noun):
         Raises:
             StorageError: if it cannot be written there, or if the type is not registered with `load`.
         """
-        observed = {} if self.target is None else export.plain_observed(self.target)
-        meta = {**self._saved_settings(), "target": record.to_meta(self.target)}
+        own: Any = self  # each type has a field `target`, at its own place among the arguments
+        observed = {} if own.target is None else export.plain_observed(own.target)
+        meta = {**self._saved_settings(), "target": record.to_meta(own.target)}
         storage.write(
             path, storage.kind_of(type(self)), {**self._saved(), "observed": observed}, meta
         )
@@ -97,7 +97,8 @@ class Result(Noun):
             target = record.from_meta(meta, observed)
         else:
             record.check_fits(target, meta, repr(saved.path))
-        return cls(**tree, **settings, target=target)
+        make: Any = cls
+        return make(**tree, **settings, target=target)
 
     def __repr__(self) -> str:
         return self._printed(str)
