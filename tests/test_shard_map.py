@@ -26,6 +26,7 @@ from weft.ppl import (
     ModelError,
     condition,
     deterministic,
+    do,
     draw,
     expect,
     factor,
@@ -243,6 +244,11 @@ def transformed(how: Any) -> Any:
     return condition(model, {"mu": 0.3})(X)
 
 
+def intervened(how: Any) -> Any:
+    """A nested program that has lost its only choice."""
+    return do(gen(series(how).function), {"noise.e": jnp.ones((ROWS, 3))})(X)
+
+
 def lanes(how: Any) -> Any:
     """Programs over shards under `jax.vmap`."""
     return jax.vmap(gen(batches(how).function))(jnp.stack([X, X + 1.0]))
@@ -256,6 +262,7 @@ PROGRAMS = {  # with the choices that are given
     "plane": (plane, ["cell"]),
     "regression": (regression, ["y"]),
     "transformed": (transformed, ["y", "bits", "own"]),
+    "intervened": (intervened, ["y", "up"]),
     "lanes": (lanes, ["up", "bits"]),
 }
 

@@ -8,6 +8,7 @@ declines goes by the rules of control flow, which are written once, here:
 - a ``scan`` carries what it carried, records come out stacked, the terms of all steps are summed after it;
 - a ``cond`` runs the branch that was taken; the records of all branches come out, with flags that tell which count;
 - lanes are a ``jax.vmap`` of the walk;
+- a ``shard_map`` is one of the walk; a choice that all shards share counts once;
 - a nested program is walked with the keys, given choices and records under its name.
 """
 
@@ -142,6 +143,7 @@ class Context:
         axes: names of the loops and lanes around, outermost first.
         anonymous: how many anonymous runs came before.
         frame: how far the walk has come.
+        shared: in a ``shard_map``, the axes of the mesh along which all shards have the same choices here.
     """
 
     handler: Handler
@@ -170,7 +172,7 @@ class Context:
         )
 
     def split(self, axes: Iterable[str]) -> Context:
-        """The context of what is another choice on every shard along some axes of the mesh."""
+        """The context of choices that differ from shard to shard along some axes of the mesh."""
         shared = None if self.shared is None else self.shared - frozenset(axes)
         return dataclasses.replace(self, shared=shared)
 

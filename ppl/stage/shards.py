@@ -108,7 +108,17 @@ class _Found(NamedTuple):
 
 @dataclasses.dataclass
 class _Body:
-    """The body of one ``shard_map`` and what is found out of it."""
+    """The body of one ``shard_map``, and what is found out of it.
+
+    Attributes:
+        eqn: the equation.
+        ties: the axes of all arrays in the body.
+        found: its sites and lanes, in order.
+        loops: the loops that hold sites, each with the axis that it goes along.
+        named: an axis for each name and size that a ``jax.vmap`` gives.
+        lengths: the lengths, on one shard, of axes that are split.
+        same: results of collectives that are the same on all shards: axes of operand and result, and of the mesh.
+    """
 
     eqn: Any
     ties: Ties = dataclasses.field(default_factory=Ties)
@@ -384,6 +394,6 @@ def _outermost_first(lanes: Sequence[Any]) -> tuple[Split, ...]:
 def specs_of(tree: Any, layouts: Any, of: Callable[[Layout], Sequence[Split]]) -> Any:
     """The specs of arrays that lead with the axes ``of`` a site's layout, given as a nested dict by name."""
     if isinstance(layouts, dict):
-        return {name: specs_of(node, layouts[name], of) for name, node in tree.items()}
+        return {name: specs_of(node, layouts.get(name, {}), of) for name, node in tree.items()}
     names = [split.axes or None for split in of(layouts)]
     return jax.tree.map(lambda x: P(*names[: jnp.ndim(x)]), tree)
