@@ -103,8 +103,8 @@ def _check_idle(region: Region, eqn: Any, context: Context) -> None:
         latent = latent or address in getattr(region.kept, "latents", ())
         if latent and not all(path in found for found in names):
             raise ModelError(
-                f"{address!r} is a choice in some branches only of a cond that is "
-                "summed over: let it stand in every branch, or before the cond"
+                f"{address!r} is a choice in some branches only of a cond that is summed over: let it stand in every "
+                "branch, or before the cond"
             )
 
 

@@ -213,9 +213,9 @@ def _refuse_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     held = site_names(params["jaxpr"]) if "jaxpr" in params else []
     names = ", ".join(map(repr, held)) or repr(params.get("name"))
     raise GradientError(
-        f"jax.grad, jvp or linearize goes through a part of a model that holds the sites {names}, which "
-        f"have no value yet. "
-        "Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, ...)"
+        f"jax.grad, jvp or linearize goes through a part of a model that holds the sites {names}, which have no value "
+        "yet. Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, "
+        "...)"
     )
 
 

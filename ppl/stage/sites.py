@@ -69,9 +69,9 @@ mlir.register_lowering(site_p, lambda ctx, *_, **params: _outside(**params))
 
 def _refuse_jvp(primals: Any, tangents: Any, *, spec: SiteSpec, **__: Any) -> Any:
     raise GradientError(
-        f"jax.grad, jvp or linearize goes through site {spec.name!r} inside a model, where the choice has "
-        f"no value yet. "
-        "Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, ...)"
+        f"jax.grad, jvp or linearize goes through site {spec.name!r} inside a model, where the choice has no value "
+        "yet. Differentiate from outside instead: jax.grad of model(...).log_density(choices), or of expect(f)(key, "
+        "...)"
     )
 
 

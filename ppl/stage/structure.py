@@ -201,9 +201,8 @@ def _equation(eqn: Any, place: _Place) -> Scope:
     w = None if states_derivative(eqn) else wiring(eqn)
     if w is None:
         raise ModelError(
-            f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, "
-            f"scan, cond, switch, "
-            "jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
+            f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, scan, "
+            "cond, switch, jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
         )
     return _wired(eqn, w, place)
 
@@ -254,9 +253,8 @@ def _merge(into: Scope, scope: Scope) -> None:
             )
         elif _form(other) != _form(node):
             raise ModelError(
-                f"branches record {node.address!r} with different kinds, shapes or dtypes: "
-                f"{_form(other)} and {_form(node)}. "
-                "One address is one choice: make them agree, or use two names"
+                f"branches record {node.address!r} with different kinds, shapes or dtypes: {_form(other)} and "
+                f"{_form(node)}. One address is one choice: make them agree, or use two names"
             )
 
 
