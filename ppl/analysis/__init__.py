@@ -1,1 +1,1 @@
-"""What can be read off a jaxpr: dependence, constants, equality of code."""
+"""Analyses of jaxprs: dependence, constants, equality of code."""

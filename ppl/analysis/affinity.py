@@ -1,7 +1,7 @@
-"""Which functions of some operands equations compute: affine ones, polynomials, powers.
+"""Which functions of their operands equations compute: affine functions, polynomials, powers.
 
-What cannot be proved is unknown. An integer of a real number is none of these, and no equation is trusted whose
-derivative does not tell all (``floor``), or is not that of its value (custom derivatives).
+What cannot be proved counts as unknown. A cast of a real number to an integer is none of these. An equation is not
+trusted if its derivative does not tell everything (``floor``), or is not that of its value (custom derivatives).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEEPS = frozenset(["broadcast_in_dim", "reshape", "squeeze", "copy", "copy_p"])
 
 
 def _keeps(eqn: Any) -> bool:
-    """Whether an equation gives the numbers it reads, in another shape or precision."""
+    """Whether an equation gives the numbers that it reads, in another shape or precision."""
     name = eqn.primitive.name
     return name in _KEEPS or (name == "convert_element_type" and _is_real(eqn.outvars[0]))
 
@@ -32,7 +32,7 @@ def _is_real(v: Any) -> bool:
 
 
 def power_of(eqn: Any, powers: list[Any]) -> Any:
-    """The power of a choice that the result is a multiple of, and whether it is the choice itself."""
+    """The result as a multiple of a power of a choice: that power, and whether the result is the choice itself."""
     name = eqn.primitive.name
     if any(p is UNKNOWN for p in powers):
         return UNKNOWN
@@ -55,7 +55,7 @@ def power_of(eqn: Any, powers: list[Any]) -> Any:
 
 
 def multiple_of(eqn: Any, powers: list[Any]) -> Any:
-    """The same for a positive definite matrix, in the last two axes: a multiple of it by a number."""
+    """The same for a positive definite matrix in the last two axes: a multiple of the matrix by a number."""
     name, shapes = eqn.primitive.name, [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
     first, rest = powers[0], powers[1:]
     if _keeps(eqn) and first is not UNKNOWN:
@@ -75,7 +75,7 @@ def multiple_of(eqn: Any, powers: list[Any]) -> Any:
 
 
 def is_linear(eqn: Any, read: list[int]) -> bool:
-    """Whether an equation is affine in some operands together: whether its derivative does not read them."""
+    """Whether an equation is affine in some operands jointly: whether its derivative does not read them."""
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     if not all(map(_is_real, [*(eqn.invars[i] for i in read), *eqn.outvars])):
         return False
@@ -83,9 +83,9 @@ def is_linear(eqn: Any, read: list[int]) -> bool:
 
 
 def is_polynomial(f: Callable[..., Any], avals: list[Any], read: list[int], degree: int) -> bool:
-    """Whether ``f`` is a polynomial of at most this degree in the operands ``read`` together.
+    """Whether ``f`` is a polynomial of at most this degree in the operands ``read`` jointly.
 
-    That is so if it is made of smooth equations and its derivative of that order does not read them.
+    That holds if all its equations are smooth and its derivative of that order does not read these operands.
     """
 
     def along(g: Callable[..., Any], direction: Any) -> Callable[..., Any]:
@@ -123,10 +123,10 @@ SMOOTH = frozenset(_SMOOTH.split())
 
 
 def reads(jaxpr: Any, flags: Sequence[bool], names: set[str] | None = None) -> list[bool]:
-    """Which results of a jaxpr depend on the operands that are flagged.
+    """For each result of a jaxpr, whether it depends on the operands that are flagged.
 
-    The primitives through which they do are added to ``names``. Those that are seen through (calls, loops of known
-    length, branches chosen by what is not flagged) are not.
+    The names of the primitives on the way are added to ``names``. Calls, loops of known length, and branches chosen by
+    something that is not flagged do not count as such: the analysis looks into them.
     """
 
     def transfer(eqn: Any, ins: list[bool], place: Place) -> list[bool] | None:
@@ -144,7 +144,7 @@ def reads(jaxpr: Any, flags: Sequence[bool], names: set[str] | None = None) -> l
 
 
 def _name(eqn: Any) -> str:
-    """The name of an equation's primitive; of a cast to integers, one that says so."""
+    """The name of an equation's primitive. A cast to integers has a name that says so."""
     name = eqn.primitive.name
     cast = name == "convert_element_type" and not _is_real(eqn.outvars[0])
     return "cast to integers" if cast else name

@@ -1,6 +1,6 @@
 """Integers that are known while a program is traced: tables of indices, and reading arrays by them.
 
-Computed with NumPy: small XLA programs for them would take longer to compile than what they save.
+They are computed with NumPy. Compiling small XLA programs for them would take longer than they save.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
 def folded(
     eqn: Any, args: Sequence[Any], mapped: Callable[..., list[Any]] | None = None
 ) -> list[Any]:
-    """The results of an equation, or of what it was ``mapped`` to, computed now where it is about constant indices.
+    """The results of an equation (or of what it was ``mapped`` to), computed now if its indices are constants.
 
-    Reading an array at all of its indices in order only rearranges it: that is done without a gather, of which the
-    derivative is a scatter.
+    Reading an array at all of its indices in order only rearranges it. That is done without a gather, since the
+    derivative of a gather is a scatter.
     """
     f = functools.partial(_bind, eqn) if mapped is None else mapped
     name = eqn.primitive.name
@@ -68,7 +68,7 @@ def folded(
 
 
 def known_integers(eqns: Sequence[Any], known: dict[Any, Any]) -> dict[Any, Any]:
-    """What equations compute from known integers alone, as far as it is found."""
+    """The values that equations compute from known integers alone, where they can be found."""
 
     def equation(eqn: Any, ins: list[Any]) -> Sequence[Any]:
         outs = None if any(x is None for x in ins) else _computed(eqn, ins)
@@ -102,7 +102,7 @@ def _order(start: np.ndarray, places: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _by_numpy(closed: Any, args: Sequence[Any]) -> list[np.ndarray] | None:
-    """The results of a jaxpr of integers; None, if it holds what is not known here."""
+    """The results of a jaxpr of integers; None if a primitive is unsupported."""
     opened, consts = open_jaxpr(closed)
     values = dict(zip([*opened.constvars, *opened.invars], [*consts, *args], strict=True))
     found = known_integers(opened.eqns, values)
@@ -111,7 +111,7 @@ def _by_numpy(closed: Any, args: Sequence[Any]) -> list[np.ndarray] | None:
 
 
 def _computed(eqn: Any, ins: Sequence[Any]) -> list[np.ndarray] | None:
-    """The results of an equation of known integers; None, if it is about other numbers or has no rule here."""
+    """The results of an equation of known integers; None if it has other numbers or its primitive is unsupported."""
     if not all(map(_known, ins)):
         return None
     if is_call(eqn):
@@ -138,7 +138,7 @@ def _iota(eqn: Any) -> list[Any]:
 
 
 def _gather(eqn: Any, x: np.ndarray, indices: np.ndarray) -> list[Any] | None:
-    """As XLA's, where everything is within bounds: a window of the operand at each place."""
+    """XLA's gather with all indices within bounds: a window of the operand at each index."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     rank = len(eqn.outvars[0].aval.shape)
     batch = [a for a in range(rank) if a not in numbers.offset_dims]

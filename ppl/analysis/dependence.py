@@ -1,4 +1,4 @@
-"""Which sites read which others, as far as the staged program shows."""
+"""Which sites read which other sites, as far as the staged program shows."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ Names = frozenset[str]
 
 
 def site_inputs(jaxpr: Any) -> dict[str, Names]:
-    """For each site (choices and factors) the addresses of the choices that its parameters depend on.
+    """For each site (choice or factor), the addresses of the choices that its parameters depend on.
 
-    A site in a branch depends on what the predicate does; a deterministic record does not count.
+    A site in a branch depends on whatever the predicate depends on. Deterministic records are left out.
     """
     return _Follower(jaxpr).found
 
 
 def predicates(jaxpr: Any) -> Names:
-    """Addresses of the choices that a branch index of sited control flow depends on."""
+    """The addresses of the choices on which a branch index depends, in control flow with sites."""
     return _Follower(jaxpr).predicates
 
 
 def returned(jaxpr: Any) -> Names:
-    """Addresses of the choices that what a program returns is computed from."""
+    """The addresses of the choices from which the return value of a program is computed."""
     return _union(_Follower(jaxpr).results)
 
 
 def readers(jaxpr: Any, address: str) -> list[str]:
-    """Addresses of the sites whose density depends on a choice; the choice itself, if at a later step of a scan."""
+    """The addresses of the sites whose density depends on a choice.
+
+    The choice itself is among them if a later step of a scan reads it.
+    """
     return [a for a, read in site_inputs(jaxpr).items() if address in read]
 
 
@@ -45,7 +48,7 @@ class _Follower:
     """The choices of a program, followed through its equations.
 
     Attributes:
-        found: for each site the choices that it reads.
+        found: for each site, the choices that it reads.
         predicates: the choices that decide which branch with sites is taken.
         results: for each result, the choices that it depends on.
     """
@@ -71,5 +74,5 @@ class _Follower:
             self.found[name] = self.found.get(name, frozenset()) | _union(ins) | place.deciding
         if kind == "sample" and names:
             return [frozenset({name}) | place.deciding for name in names]
-        # Choices of a while loop and of an anonymous run are recorded nowhere.
+        # The choices of a while loop or an anonymous run are not recorded.
         return [_union(ins)] * len(eqn.outvars)

@@ -1,8 +1,7 @@
-"""Which equations keep copies apart: where their results carry the axis of a batch that their operands carry.
+"""Batch-axis propagation: which equations keep independent copies apart, and where their results have the batch axis.
 
-An equation is *aligned* with an axis of independent copies if index l of its results reads index l of its operands
-alone. That is proved from what is known of each primitive, the rules below. Of a primitive without a rule nothing is
-known, and it is refused.
+An equation is *aligned* with an axis of independent copies if index l of its results reads only index l of its
+operands. The rules below prove that from what is known of each primitive. A primitive without a rule is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from weft.ppl.stage.primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIO
 
 
 class Unaligned(Exception):
-    """An equation may mix the copies of a choice; says how."""
+    """An equation may mix the copies of a choice. The message says how."""
 
 
 Places = list["int | None"]
@@ -26,7 +25,9 @@ _RULES: dict[str, Rule] = {}
 
 
 def align(eqn: Any, places: Places) -> Places:
-    """Where the results of an equation carry the axis that some operands carry at ``places`` (None: not at all).
+    """For each result of an equation, the position of the batch axis that the operands carry at ``places``.
+
+    A position is None if there is no such axis.
 
     Raises:
         Unaligned: if the equation may mix indices of that axis.
@@ -36,7 +37,7 @@ def align(eqn: Any, places: Places) -> Places:
 
 
 def _align(eqn: Any, places: Places, where: Place | None = None) -> Places | None:
-    """The same of one equation; None, if it is made of others."""
+    """The same for one equation; None if it has equations inside."""
     if where is not None and where.deciding is not None:
         raise Unaligned("decides by all of them how long to go on")
     if all(p is None for p in places):
@@ -77,7 +78,7 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def _one(places: Places) -> int:
-    """The place that all operands agree on."""
+    """The position that all operands agree on."""
     found = {p for p in places if p is not None}
     if len(found) != 1:
         raise Unaligned(f"combines them along different axes {sorted(found)}")

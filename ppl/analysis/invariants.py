@@ -1,4 +1,4 @@
-"""``lax.scan`` with what is the same in every step computed once."""
+"""``lax.scan`` in which whatever is the same in every step is computed once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from .constants import folded, known_integers
 def scan_without_invariants(
     body: Any, carry: Any, xs: Any, length: int, steps: int, unroll: Any
 ) -> Any:
-    """``lax.scan`` with what is the same in every step computed once.
+    """``lax.scan`` in which whatever is the same in every step is computed once.
 
     Args:
-        body: as of ``lax.scan``.
+        body: as in ``lax.scan``.
         carry: the carry before the first step.
-        xs: inputs of the steps.
-        length: how many there are.
-        steps: how many were taken before: slots of the carry that are constant after so many are known to be.
-        unroll: as of ``lax.scan``.
+        xs: the inputs of the steps.
+        length: the number of steps.
+        steps: the number of steps taken before. Slots of the carry that become constant after that many steps are
+            known.
+        unroll: as in ``lax.scan``.
     """
     first = jax.tree.map(lambda a: a[0], xs)
     closed, shape = jax.make_jaxpr(body, return_shape=True)(carry, first)
@@ -62,8 +63,8 @@ def scan_without_invariants(
 def settled_slots(closed: Any, entry: Sequence[Any], steps: int) -> list[bool]:
     """Which slots of a carry are constant after so many steps, as far as the jaxpr of a step shows.
 
-    A slot computed from nothing but constants is after one step, or from the start if it begins with the same; from
-    such slots, after two; and so on.
+    A slot that is computed from constants alone is constant after one step. It is constant from the start if it begins
+    with that same value. A slot computed from such slots is constant after two steps, and so on.
     """
     opened, consts = open_jaxpr(closed)
     slots, ends = opened.invars[: len(entry)], opened.outvars[: len(entry)]
@@ -93,7 +94,7 @@ def settled_slots(closed: Any, entry: Sequence[Any], steps: int) -> list[bool]:
 
 
 def _begins(opened: Any, consts: Sequence[Any], v: Any, x: Any) -> bool:
-    """Whether a constant result of a jaxpr is known to equal an array: a table of indices."""
+    """Whether a constant result of a jaxpr, such as a table of indices, is known to equal an array."""
     if isinstance(x, Tracer):
         return False
     known = known_integers(opened.eqns, dict(zip(opened.constvars, consts, strict=True)))

@@ -1,4 +1,4 @@
-"""Whether a part of a program computes a function that is known: equation by equation."""
+"""Whether a part of a program computes a known function. The equations are compared one by one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from weft.ppl.stage.jaxprs import behind
 
 
 def computes(f: Callable[[Any], Any], eqns: Sequence[Any], result: Any, source: Any) -> bool:
-    """Whether ``result`` is computed from the variable ``source`` alone, by the equations that ``f`` makes.
+    """Whether the equations that ``f`` makes, and no others, compute ``result`` from the variable ``source``.
 
-    Leading axes may be batch axes that ``f`` was mapped over, or was called with.
+    Leading axes may be batch axes, over which ``f`` was mapped or with which it was called.
     """
     own = _between(source, result, eqns)
     shape, dtype, weak = source.aval.shape, source.aval.dtype, source.aval.weak_type
@@ -31,5 +31,5 @@ def computes(f: Callable[[Any], Any], eqns: Sequence[Any], result: Any, source: 
 
 
 def _between(source: Any, result: Any, eqns: Sequence[Any]) -> list[Any]:
-    """The equations that a result needs, as far as the source."""
+    """The equations between a source and a result that the result needs."""
     return behind([e for e in eqns if source not in e.outvars], [result])

@@ -1,1 +1,1 @@
-"""From a function to a jaxpr whose random choices are equations, and the interpreter that runs it."""
+"""Staging: a function becomes a jaxpr in which random choices are equations. An interpreter runs it."""

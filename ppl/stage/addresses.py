@@ -25,7 +25,7 @@ def dotted(address: Address) -> str:
 
 
 def flatten(tree: Mapping[Any, Any] | None) -> dict[str, Any]:
-    """Nested dict to ``{"a.b": leaf}``, in order. Keys may be dotted or tuples already.
+    """Turn a nested dict into ``{"a.b": leaf}``, in order. Keys may be dotted or tuples already.
 
     >>> flatten({"a": {"b": 1}, "c": 2})
     {'a.b': 1, 'c': 2}
@@ -41,7 +41,7 @@ def flatten(tree: Mapping[Any, Any] | None) -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[Any, Any]) -> dict[str, Any]:
-    """``{"a.b": leaf}`` to a nested dict.
+    """Turn ``{"a.b": leaf}`` into a nested dict.
 
     >>> unflatten({"a.b": 1, "c": 2})
     {'a': {'b': 1}, 'c': 2}
@@ -60,7 +60,7 @@ def get(tree: Mapping[Any, Any], address: Address) -> Any:
     """The entry of a nested dict at an address.
 
     Raises:
-        AddressError: if it is not there; the message names the nearest address.
+        AddressError: if there is no such entry. The message names the nearest address.
     """
     node: Any = tree
     for name in dotted(address).split("."):
@@ -94,7 +94,7 @@ def covers(pattern: Address, address: Address) -> bool:
 
 
 def select(tree: Mapping[Any, Any], patterns: Address | Iterable[Address]) -> dict[str, Any]:
-    """The part of a nested dict whose addresses match one of the patterns, a scope's name taking all of the scope.
+    """The part of a nested dict whose addresses match one of the patterns. The name of a scope selects the whole scope.
 
     Raises:
         AddressError: if a pattern matches nothing.
@@ -108,13 +108,13 @@ def select(tree: Mapping[Any, Any], patterns: Address | Iterable[Address]) -> di
 
 
 def nearest(address: str, known: Iterable[str]) -> str | None:
-    """The known address most like the given one, if any is."""
+    """The known address that is most like the given one; None if none is like it."""
     found = difflib.get_close_matches(address, list(known), n=1, cutoff=0.5)
     return found[0] if found else None
 
 
 def unknown(address: str, known: Iterable[str], where: str = "") -> str:
-    """The message for an address that is not there."""
+    """The error message for an address that does not exist."""
     known = list(known)
     close = nearest(address, known)
     hint = f"; did you mean {close!r}?" if close else ""

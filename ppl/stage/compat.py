@@ -30,14 +30,14 @@ def is_jaxpr(x: Any) -> bool:
 
 
 def open_jaxpr(x: Any) -> tuple[Any, Sequence[Any]]:
-    """The jaxpr with equations behind ``x``, and its constants."""
+    """The open jaxpr, which has the equations, and its constants."""
     if hasattr(x, "jaxpr") and hasattr(x.jaxpr, "eqns"):
         return x.jaxpr, x.consts
     return x, getattr(x, "consts", ())
 
 
 def consts_first(closed: Any) -> tuple[Any, list[Any]]:
-    """The jaxpr with its constants as leading arguments, and the constants."""
+    """The jaxpr with its constants as leading arguments, and the constants themselves."""
     opened, consts = open_jaxpr(closed)
     if not consts:
         return opened, []
@@ -50,7 +50,7 @@ def consts_first(closed: Any) -> tuple[Any, list[Any]]:
 
 
 def needed(jaxpr: Any) -> Any:
-    """A jaxpr without constants, less the equations that no result needs; its arguments stay."""
+    """A jaxpr without constants and without the equations that no result needs. Its arguments stay."""
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
@@ -76,7 +76,7 @@ def is_shard_map(eqn: Any) -> bool:
 
 
 def shard_map_specs(eqn: Any) -> tuple[list[list[tuple[str, ...]]], list[list[tuple[str, ...]]]]:
-    """For each axis of each operand, and of each result, the axes of the mesh that it is split over."""
+    """The mesh axes over which each axis of each operand is split, and the same for each result."""
 
     def names(spec: Any, v: Any) -> list[tuple[str, ...]]:
         entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
@@ -96,9 +96,9 @@ def manual_axes(eqn: Any) -> frozenset[str]:
 
 
 def rebind_shard_map(eqn: Any, f: Any, args: Any, in_specs: Any, out_specs: Any) -> Any:
-    """Call ``f`` in a ``shard_map`` like that of an equation; which values are the same on all shards is not checked.
+    """Call ``f`` in a ``shard_map`` like that of an equation. Whether values are the same on all shards is not checked.
 
-    Types that vary over the mesh are left out with that check: they were inferred before sites had values.
+    Types that vary over the mesh are dropped together with that check. They were inferred before sites had values.
     """
     mesh = eqn.params["mesh"]
     if any(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types):
@@ -117,9 +117,10 @@ def rebind_shard_map(eqn: Any, f: Any, args: Any, in_specs: Any, out_specs: Any)
 
 @contextlib.contextmanager
 def types_of_shards_ignored(shard_map_p: Any) -> Iterator[None]:
-    """Trace every ``shard_map`` as with ``check_vma=False``.
+    """Trace every ``shard_map`` as if with ``check_vma=False``.
 
-    With it JAX infers along which axes of the mesh a value varies, before a site has a value that might.
+    With ``check_vma`` JAX infers along which mesh axes a value varies. It does so before a site has a value that may
+    vary.
     """
     bind = type(shard_map_p).bind
     shard_map_p.bind = lambda *args, **params: bind(
@@ -132,7 +133,7 @@ def types_of_shards_ignored(shard_map_p: Any) -> Iterator[None]:
 
 
 def like(x: Any, shape: tuple[int, ...]) -> Any:
-    """The type of an array of another shape, that varies over a mesh as ``x`` does."""
+    """The type of an array with another shape that varies over a mesh as ``x`` does."""
     return jax.typeof(x).update(shape=shape, weak_type=False)
 
 
@@ -189,12 +190,12 @@ def as_key(key: Any) -> jax.Array:
 
 
 def name_hash(name: str) -> int:
-    """The integer folded into a scope's key for a name (stable across versions and processes)."""
+    """The integer that is folded into a scope's key for a name. It is the same in all versions and processes."""
     return zlib.crc32(name.encode())
 
 
 def where_in_source(eqn: Any) -> str:
-    """The user's line that an equation comes from, for messages."""
+    """The line of the user's code that an equation comes from, for messages."""
     try:
         line = jax.extend.source_info_util.summarize(eqn.source_info)
     except Exception:  # not worth an error of its own

@@ -1,11 +1,12 @@
 """Scopes, and control flow that holds sites under ``jax.vmap``.
 
-``scope_p`` is a nested program: its choices land under its name. ``lanes_p`` is a control-flow equation (cond, scan,
-while or scope) that holds sites and stands under vmap, kept with its *un-vmapped* body. Left to JAX, a ``cond`` with
-a mapped predicate becomes a select and the staged jaxpr no longer tells which branch was taken; a vmapped scan
-becomes one scan over a batched body, and its lanes are no longer separate series. So the batching rules of the three
-primitives are
-wrapped here: an equation without sites goes to JAX's own rule untouched.
+``scope_p`` is a nested program. Its choices are recorded under its name.
+
+``lanes_p`` is an equation of control flow (cond, scan, while or scope) that holds sites and stands under a vmap. It
+keeps the *un-vmapped* body. JAX's own rules would lose what is needed here. They turn a ``cond`` with a mapped
+predicate into a select, and the staged jaxpr no longer tells which branch was taken. They turn a vmapped scan into one
+scan over a batched body, and its lanes are no longer separate series. So this file wraps the batching rules of these
+primitives. An equation without sites goes to JAX's own rule unchanged.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _keep_unmapped(primitive: Primitive) -> Any:
         ]
         lane_avals = [like(a, shape) for a, shape in zip(args, shapes, strict=True)]
         jaxpr = jax.make_jaxpr(lambda *xs: primitive.bind(*xs, **params))(*lane_avals)
-        if not args:  # nothing to be batched by, were there another vmap around
+        if not args:  # without operands another vmap around could not batch it
             args, dims = [jnp.zeros(())], [None]
             jaxpr = jax.make_jaxpr(lambda _: primitive.bind(**params))(jnp.zeros(()))
         return _batch_lanes(axis_data, args, dims, jaxpr=jaxpr, lanes=())
@@ -238,12 +239,12 @@ def scopes(place: Place) -> tuple[str, ...]:
 
 
 def site_names(jaxpr: Any) -> list[str]:
-    """Names of all sites in a jaxpr, nested ones dotted."""
+    """The names of all sites in a jaxpr. Names of nested sites are dotted."""
     return _names(jaxpr)
 
 
 def eqn_site_names(eqn: Any) -> list[str]:
-    """The same of one equation."""
+    """The names of all sites in one equation."""
     return _names([eqn])
 
 
@@ -262,7 +263,7 @@ def is_record(eqn: Any) -> bool:
 
 
 def addresses_of(eqn: Any) -> list[tuple[str, ...]]:
-    """The addresses, from where it stands, of the choices, factors and records that an equation makes."""
+    """The addresses of the choices, factors and records that an equation makes, relative to the scope it stands in."""
     if eqn.primitive is site_p:
         return [(eqn.params["spec"].name,)]
     if eqn.primitive is estimated_p:
@@ -271,6 +272,6 @@ def addresses_of(eqn: Any) -> list[tuple[str, ...]]:
 
 
 def has_addresses(eqn: Any) -> bool:
-    """Whether an equation holds sites with addresses; in an anonymous run, or behind an estimate, they have none."""
+    """Whether an equation holds sites with addresses. Sites in an anonymous run or behind an estimate have none."""
     anonymous = eqn.primitive is scope_p and eqn.params["name"] is None
     return not anonymous and eqn.primitive is not estimated_p and eqn_holds_sites(eqn)

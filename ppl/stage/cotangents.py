@@ -1,8 +1,8 @@
-"""An identity that replaces cotangents that are not finite by zero.
+"""An identity function whose reverse pass replaces cotangents that are not finite by zero.
 
-What is masked out, dropped or idle may have parameters that are infinite or not a number there. ``where`` keeps their
-values out of a density, but the reverse pass multiplies their derivatives by a zero cotangent, and zero times infinity
-is not a number. This identity stands between such a term and everything before it.
+A choice that is masked out, dropped or idle may have infinite or NaN parameters. ``where`` keeps their values out of a
+density. But the reverse pass multiplies their derivatives by a zero cotangent, and zero times infinity is NaN. This
+identity stands between such a term and everything before it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ primitive_batchers[finite_p] = lambda args, dims: (finite_p.bind(*args), dims[0]
 
 
 def finite_cotangents(tree: Any) -> Any:
-    """The same values; cotangents that come back to them and are not finite are replaced by zero."""
+    """The same values. In the reverse pass, cotangents that are not finite become zero."""
 
     def cut(x: Any) -> Any:
         return finite_p.bind(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x

@@ -1,7 +1,7 @@
-"""When two pieces of staged code are the same: the same equations in the same order, whatever their variables' names.
+"""When two pieces of staged code are the same: they have the same equations in the same order. Names do not matter.
 
-Literals and parameters are compared bit by bit, so that 0.0 is not -0.0, and NaN is NaN. Rules of custom derivatives
-are wrapped in new objects at each trace: they are compared by the code of the functions inside and by what these
+Literals and parameters are compared bit by bit: 0.0 is not -0.0, and NaN equals NaN. At each trace JAX wraps the rules
+of custom derivatives in new objects. These are compared by the code of the functions inside, and by what the functions
 hold (defaults, closures, attributes of callable objects).
 """
 
@@ -21,7 +21,7 @@ from .compat import Literal, is_jaxpr, is_typed_key, open_jaxpr
 
 
 def outline(jaxpr: Any) -> tuple[Any, ...]:
-    """What equal code has in common, to be hashed."""
+    """A hash key: features that equal code always has in common."""
     opened, _ = open_jaxpr(jaxpr)
     return (
         tuple((str(v.aval.shape), str(v.aval.dtype)) for v in opened.invars),
@@ -53,9 +53,10 @@ def same_equations(
 
     Args:
         a: equations in order.
-        b: others.
-        names: which variable of the second corresponds to each of the first; the results' are added.
-        ignored: names of parameters that do not count.
+        b: the other equations.
+        names: for each variable of the first list, the corresponding variable of the second. The results are added to
+            it.
+        ignored: names of parameters that are not compared.
     """
     return len(a) == len(b) and all(
         e.primitive is f.primitive
@@ -115,9 +116,9 @@ def _bits(x: Any) -> tuple[Any, ...]:
 
 
 def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = True) -> bool:
-    """Whether two callables, or what they hold, do the same.
+    """Whether two callables do the same, judged by their code and by what they hold.
 
-    JAX's own wrappers (``internal``) hold traces, tags and caches, others each time, of which only the types are
+    JAX's own wrappers (``internal``) hold traces, tags and caches, which differ each time. Only the types of these are
     compared. What a user's function holds counts: numbers by value, arrays by identity, objects by their attributes.
     """
     if a is b or (id(a), id(b)) in seen:
@@ -172,13 +173,13 @@ _BOOKS = (dict, set, weakref.ref)
 
 
 def _held(f: types.FunctionType) -> list[Any]:
-    """What a function has besides its code: defaults and the contents of its closure."""
+    """What a function holds besides its code: its defaults and the contents of its closure."""
     cells = [c.cell_contents for c in f.__closure__ or () if is_filled(c)]
     return [f.__defaults__, f.__kwdefaults__, *cells]
 
 
 def is_filled(cell: Any) -> bool:
-    """Whether a variable of a closure is bound yet."""
+    """Whether a variable of a closure has a value yet."""
     try:
         return cell.cell_contents is not cell
     except ValueError:

@@ -8,20 +8,20 @@ class WeftError(ValueError):
 
 
 class ModelError(WeftError):
-    """The model itself is ill-formed: a name used twice, a site where none can stand."""
+    """The model itself is ill-formed: a name is used twice, say, or a site stands where none is possible."""
 
 
 class AddressError(WeftError):
-    """An address that the program does not have, or a choice that is missing."""
+    """The program has no such address, or a choice is missing."""
 
 
 class ObservationError(WeftError):
-    """Data that do not fit the site they are given to: shape, dtype, support, NaN."""
+    """Data do not fit the site they are given to, by shape, dtype, support or NaN."""
 
 
 class DensityError(WeftError):
-    """A density was asked of something that has none, or that is not normalised."""
+    """A density was asked for where there is none, or where it is not normalised."""
 
 
 class GradientError(WeftError):
-    """A gradient was asked through a random choice that does not carry one."""
+    """A gradient was asked for through a random choice that has none."""

@@ -1,4 +1,4 @@
-"""Primitives of another language inside a Weft model are refused, with the Weft spelling."""
+"""Primitives of NumPyro inside a Weft model are refused. The message gives the Weft spelling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import ModelError
 
 
 class refuse_numpyro(Messenger):
-    """While a model is staged, ``numpyro.sample`` and its like are errors: unhandled, they would vanish silently."""
+    """Make ``numpyro.sample`` and its like errors while a model is staged. Unhandled, they would vanish silently."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
         kind, name = msg.get("type"), msg.get("name")

@@ -1,10 +1,11 @@
-r"""Implicit reparametrisation: the path through a draw whose sampler has no derivative.
+r"""Implicit reparametrisation: the derivative of a draw whose sampler has none.
 
-A draw $x$ of a continuous law on the line with distribution function $F_\theta$ moves so that $F_\theta(x)$ stays,
+Let $x$ be a draw of a continuous law on the line with distribution function $F_\theta$. When $\theta$ changes, $x$
+moves so that $F_\theta(x)$ stays the same:
 
 $$\frac{dx}{d\theta} = -\frac{\partial F_\theta(x) / \partial\theta}{p_\theta(x)}$$
 
-(Figurnov, Mohamed and Mnih 2018, equation 5). That gives mixtures, whose $F$ is the mean of their components', and the
+(Figurnov, Mohamed and Mnih 2018, equation 5). This serves mixtures, whose $F$ is the mean of their components', and the
 von Mises law, whose $F$ is an integral. Draws of gamma, beta, Dirichlet and Student laws have such derivatives in JAX
 already.
 """
@@ -25,7 +26,7 @@ from .packing import is_number, pack
 
 
 def is_implicit(d: Any) -> bool:
-    """Whether draws can follow the parameters of a law through its distribution function."""
+    """Whether the distribution function of a law gives its draws a derivative by the parameters."""
     base = _elementwise(d)
     if isinstance(base, dist.VonMises):
         return True
@@ -51,14 +52,14 @@ def is_implicit(d: Any) -> bool:
 
 
 def follow(d: Any, x: jax.Array) -> jax.Array:
-    """A draw of a law, with derivatives with respect to its parameters."""
+    """A draw of a law, with derivatives by the law's parameters."""
     base = _elementwise(d)
     x = jax.lax.stop_gradient(x)
     return _around_circle(base, x) if isinstance(base, dist.VonMises) else _along_cdf(base, x)
 
 
 def _elementwise(d: Any) -> Any:
-    """The law of single elements; None, if they are not independent numbers on the line."""
+    """The law of single elements. None if the elements are not independent numbers on the line."""
     while isinstance(d, dist.Independent):
         d = d.base_dist
     plain = isinstance(d, dist.Distribution) and not isinstance(d, dist.MaskedDistribution)
@@ -84,12 +85,12 @@ def _along_cdf(d: Any, x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _quadrature() -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of Gauss and Legendre on (-1, 1)."""
+    """Nodes and weights of Gauss-Legendre quadrature on (-1, 1)."""
     return np.polynomial.legendre.leggauss(64)
 
 
 def _around_circle(d: Any, x: jax.Array) -> jax.Array:
-    r"""Of a von Mises draw $x = \mu + z$, with $dx/d\mu = 1$ and $dz/d\kappa$ by quadrature."""
+    r"""A von Mises draw $x = \mu + z$. Its derivatives are $dx/d\mu = 1$, and $dz/d\kappa$ by quadrature."""
     loc, concentration = d.loc, d.concentration
     turn = 2 * math.pi
     z = (x - jax.lax.stop_gradient(loc) + math.pi) % turn - math.pi
@@ -108,7 +109,7 @@ def _(primals: Any, tangents: Any) -> Any:
     r"""$dz/d\kappa = \int_z^\pi (\cos t - I_1/I_0(\kappa))\, e^{\kappa (\cos t - \cos z)}\, dt$ for $z > 0$."""
     z, kappa = _angle(*primals), primals[1]
     size = jnp.abs(z)
-    # Twelve standard deviations further the integrand is below exp(-72) of what it is at z.
+    # Twelve standard deviations from z the integrand is below exp(-72) times its value at z.
     width = jnp.minimum(math.pi - size, 12 / jnp.sqrt(kappa))
     nodes, weights = _quadrature()
     t = size[..., None] + width[..., None] * (jnp.asarray(nodes, z.dtype) + 1) / 2

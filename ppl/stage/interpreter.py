@@ -1,14 +1,13 @@
-"""The interpreter: walks a staged program and lets a handler decide what happens at each site.
+"""The interpreter: it walks a staged program, and a handler decides what happens at each site.
 
-One function serves simulate, score, condition and every transform. A handler says what a site gives: a value, what to
-record of it, and terms to be summed. It is asked first, at every equation, and may take an equation over. What it
-declines goes by the rules of control flow, which are written once, here:
+One function serves simulate, score, condition and every transform. A handler says what a site gives: a value, a record
+of it, and terms to be summed. The interpreter asks the handler first, at every equation, and the handler may take the
+equation over. If it declines, the rules of control flow apply. They are written once, here:
 
 - a call (jit, checkpoint) is walked in place, or as a checkpoint of the walk;
-- a ``scan`` carries what it carried, records come out stacked, the terms of all steps are summed after it;
-- a ``cond`` runs the branch that was taken; the records of all branches come out, with flags that tell which count;
+- a ``scan`` carries what it carried; records come out stacked, and the terms of all steps are summed after it;
+- a ``cond`` runs the branch that is taken; the records of all branches come out, with flags that tell which count;
 - lanes are a ``jax.vmap`` of the walk;
-- a ``shard_map`` is one of the walk; a choice that all shards share counts once;
 - a nested program is walked with the keys, given choices and records under its name.
 """
 
@@ -57,7 +56,7 @@ Result = tuple[list[Any], Records, dict[str, Any]]
 
 
 class Handler:
-    """What to do at a site. Subclasses override ``site``; the rest has defaults that suit an evaluation."""
+    """What to do at a site. Subclasses override ``site``. The defaults of the other methods suit an evaluation."""
 
     records = True
     """Whether sites leave records."""
@@ -66,40 +65,40 @@ class Handler:
     """Whether the idle branches of a ``cond`` are walked as well, by the handler that ``idle(skip)`` gives."""
 
     def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
-        """Take an equation over: its outputs, records and terms. None declines, and the rules below serve."""
+        """Take an equation over: give its outputs, records and terms. None declines, and the rules below apply."""
         return None
 
     def site(
         self, site: Site, key: Any, given: Any
     ) -> tuple[jax.Array, dict[str, Any] | None, dict[str, Any]]:
-        """``(value, record or None, terms)`` of one site; the terms, arrays, are summed over the program."""
+        """The value of one site, its record (or None), and its terms: arrays that are summed over the program."""
         raise NotImplementedError
 
     def terms(self) -> dict[str, jax.Array]:
-        """The terms that the handler sums, at zero."""
+        """The initial values (zeros) of the terms that the handler sums."""
         return {}
 
     def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
-        """The handler of idle branches; ``skip`` are the addresses that the branch taken has."""
+        """The handler for branches that are not taken. ``skip`` are the addresses that the branch taken has."""
         raise NotImplementedError
 
     def scope(self, eqn: Any, args: list[Any], context: Context) -> Result:
-        """A nested program."""
+        """Run a nested program."""
         return walk(eqn.params["jaxpr"], args, context.enter(eqn.params["name"]))
 
     def anonymous(self, eqn: Any, args: list[Any], key: Any) -> tuple[list[Any], dict[str, Any]]:
-        """An anonymous run of a program (``draw``): its outputs are its trace."""
+        """Run a program anonymously (``draw``). The outputs are its trace."""
         raise NotImplementedError
 
     def estimated(self, eqn: Any, args: list[Any], context: Context) -> Result:
-        """Choices whose density is estimated."""
+        """Run a program with an estimated density."""
         raise DensityError(
             f"the density of {eqn.params['name']!r} is an estimate, drawn anew at each evaluation, and here an exact "
             "one is needed: sum its choices out exactly (marginalize), or take an algorithm that weighs (importance)"
         )
 
     def loop(self, eqn: Any, args: list[Any], context: Context) -> Result:
-        """A ``while_loop`` that holds sites."""
+        """Run a ``while_loop`` that holds sites."""
         return walk_while(eqn, args, context)
 
 
@@ -109,9 +108,9 @@ class Frame:
 
     Attributes:
         jaxpr: the open jaxpr.
-        values: of its variables, as far as they are known.
-        at: the number of the equation that is evaluated.
-        outer: the frame of the equation that holds the jaxpr, where that is walked in place.
+        values: the values of its variables that are known so far.
+        at: the index of the equation that is being evaluated.
+        outer: the frame of the equation that holds the jaxpr, if the jaxpr is walked in place.
     """
 
     jaxpr: Any
@@ -120,11 +119,11 @@ class Frame:
     outer: Frame | None = None
 
     def before(self) -> list[Any]:
-        """The equations that were evaluated."""
+        """The equations that have been evaluated."""
         return self.jaxpr.eqns[: self.at]
 
     def later(self) -> list[Any]:
-        """The values that are read after this equation."""
+        """The variables that are read after this equation."""
         reads = [v for e in self.jaxpr.eqns[self.at + 1 :] for v in e.invars]
         reads = [v for v in (*reads, *self.jaxpr.outvars) if not isinstance(v, Literal)]
         values = [self.values[v] for v in dict.fromkeys(reads) if v in self.values]
@@ -133,17 +132,16 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the walk carries down.
+    """What the walk passes down.
 
     Attributes:
         handler: what to do at a site.
-        keys: the keys of the scope that the walk stands in, by name.
-        given: the given entries of that scope, by name.
-        prefix: the address of that scope.
-        axes: names of the loops and lanes around, outermost first.
-        anonymous: how many anonymous runs came before.
+        keys: the keys of the current scope, by name.
+        given: the given entries of the current scope, by name.
+        prefix: the address of the current scope.
+        axes: the names of the loops and lanes around, outermost first.
+        anonymous: the number of anonymous runs so far.
         frame: how far the walk has come.
-        shared: in a ``shard_map``, the axes of the mesh along which all shards have the same choices here.
     """
 
     handler: Handler
@@ -172,12 +170,12 @@ class Context:
         )
 
     def split(self, axes: Iterable[str]) -> Context:
-        """The context of choices that differ from shard to shard along some axes of the mesh."""
+        """The context for choices that differ from shard to shard along some mesh axes."""
         shared = None if self.shared is None else self.shared - frozenset(axes)
         return dataclasses.replace(self, shared=shared)
 
     def after(self, eqn: Any) -> Context:
-        """The context of what follows an equation."""
+        """The context after an equation."""
         return dataclasses.replace(self, anonymous=self.anonymous + eqn_anonymous(eqn))
 
     def names(self, *jaxprs: Any) -> list[str]:
@@ -201,9 +199,9 @@ def interpret(
         jaxpr: a closed jaxpr.
         args: its arguments, flat.
         handler: what to do at a site.
-        key: typed key, where the handler draws; or the keys that were derived from one, by name. Choices given
-            whole get none.
-        given: nested dict of entries handed to the handler by address; under a scan or lanes their arrays lead with
+        key: a typed key, if the handler draws; or the keys derived from one, by name. Choices that are given whole need
+            no key.
+        given: a nested dict of entries that the handler gets by address. Under a scan or lanes their arrays lead with
             those axes.
 
     Returns:
@@ -221,7 +219,7 @@ def interpret(
 
 
 def walk(jaxpr: Any, args: Any, context: Context) -> Result:
-    """Evaluate the equations of a jaxpr in order, each as the handler says, or by its rule, or as it is."""
+    """Evaluate the equations of a jaxpr in order. See ``step``."""
     opened, _ = open_jaxpr(jaxpr)
     frame = Frame(opened, inputs(jaxpr, args), outer=context.frame)
     context = dataclasses.replace(context, frame=frame)
@@ -239,7 +237,7 @@ def walk(jaxpr: Any, args: Any, context: Context) -> Result:
 
 
 def step(eqn: Any, ins: list[Any], context: Context) -> Result:
-    """One equation: as the handler says, else by its rule, or as it is where it holds no site."""
+    """Evaluate one equation: as the handler says, else by its rule; without sites, as JAX does."""
     taken = context.handler.equation(eqn, ins, context)
     if taken is not None:
         return taken
@@ -269,7 +267,7 @@ def _site(eqn: Any, ins: list[Any], context: Context) -> Result:
 
 
 def _once(terms: dict[str, Any], shared: frozenset[str]) -> dict[str, Any]:
-    """Terms that are the same on all shards along some axes of the mesh count on the first shard alone."""
+    """Count terms that are the same on all shards along some mesh axes on the first shard only."""
     if not shared:
         return terms
     first = jax.lax.axis_index(tuple(sorted(shared))) == 0
@@ -277,7 +275,7 @@ def _once(terms: dict[str, Any], shared: frozenset[str]) -> dict[str, Any]:
 
 
 def _shards(eqn: Any, ins: list[Any], context: Context) -> Result:
-    """The walk in a ``shard_map``: keys and given entries go in along the axes that are split, records come out."""
+    """Walk a ``shard_map``. Keys and given entries go in along the split axes, and records come out along them."""
     body, mesh_axes = eqn.params["jaxpr"], manual_axes(eqn)
     keys, given = context.only(context.names(body))
     inside = dataclasses.replace(context, shared=mesh_axes)
@@ -314,7 +312,9 @@ def _scope(eqn: Any, ins: list[Any], context: Context) -> Result:
 
 
 def _call(eqn: Any, ins: list[Any], context: Context) -> Result:
-    (inner,) = inside(eqn)  # a call: the table of sites has refused everything else by name
+    (inner,) = inside(
+        eqn
+    )  # a call: everything else has been refused by name when the sites were listed
     if not is_checkpoint(eqn):
         return walk(inner, ins, context)
     keys, given = context.only(context.names(inner))
@@ -367,7 +367,7 @@ def _lanes(eqn: Any, ins: list[Any], context: Context) -> Result:
 
 
 def walk_while(eqn: Any, ins: list[Any], context: Context) -> Result:
-    """Run a ``while_loop``; what its sites record and weigh is lost: nobody knows how many there are."""
+    """Run a ``while_loop``. The records and terms of its sites are dropped, since the number of rounds is unknown."""
     params = eqn.params
     n, m = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts, carry = ins[:n], ins[n : n + m], ins[n + m :]
@@ -445,7 +445,7 @@ def _cond(eqn: Any, ins: list[Any], context: Context) -> Result:
 def _idle(branch: Any, operands: Any, context: Context) -> tuple[Records, dict[str, Any]]:
     """Records and terms of a branch that is not taken.
 
-    Its parameters may be infinite or not a number there: their cotangents are cut off where they are.
+    The parameters may be infinite or NaN there. Cotangents that are not finite are cut off.
     """
     return walk(branch, finite_cotangents(operands), context)[1:]
 

@@ -43,17 +43,17 @@ the jaxpr does not tell: dependence may be read off the jaxpr, but an evaluation
 
 
 def is_call(eqn: Any) -> bool:
-    """Whether an equation may be replaced by those inside it: values and derivatives stay as they are."""
+    """Whether an equation may be replaced by the equations inside it, with the same values and derivatives."""
     return CALLS.get(eqn.primitive.name) in ("plain", "checkpoint")
 
 
 def is_checkpoint(eqn: Any) -> bool:
-    """Whether an equation is a call that saves memory in the reverse pass, which replacing it would lose."""
+    """Whether an equation is a call that saves memory in the reverse pass. Inlining it would lose that."""
     return CALLS.get(eqn.primitive.name) == "checkpoint"
 
 
 def states_derivative(eqn: Any) -> bool:
-    """Whether an equation has a derivative that is not that of the jaxpr inside it."""
+    """Whether an equation has a custom derivative, other than that of the jaxpr inside it."""
     return CALLS.get(eqn.primitive.name) == "derivative"
 
 
@@ -64,12 +64,14 @@ class Body(NamedTuple):
     """A jaxpr inside an equation.
 
     Attributes:
-        jaxpr: open or closed.
-        reads: for each of its inputs, the operand that gives its first value.
-        gives: for each of its outputs, the result of the equation that it becomes; None, if it decides instead.
-        back: for each of its outputs, the operand in whose place it is read in the next round; None, if in none.
-        sliced: for each of its inputs, how many leading axes of the operand it goes along.
-        stacked: for each of its outputs, how many leading axes the result has besides.
+        jaxpr: the jaxpr, open or closed.
+        reads: for each of its inputs, the index of the operand that gives its first value.
+        gives: for each of its outputs, the index of the result that it becomes; None for an output that decides (a
+            condition).
+        back: for each of its outputs, the index of the operand that it replaces in the next round; None if it replaces
+            none.
+        sliced: for each of its inputs, the number of leading axes of the operand that the loop runs over.
+        stacked: for each of its outputs, the number of leading axes that the loop adds in the result.
     """
 
     jaxpr: Any
@@ -81,14 +83,14 @@ class Body(NamedTuple):
 
 
 class Wiring(NamedTuple):
-    """What an equation does with the jaxprs inside it.
+    """How an equation is connected with the jaxprs inside it.
 
     Attributes:
         kind: ``"call"``; ``"loop"``, a known number of rounds; ``"unbounded"``, an unknown one; ``"branches"``, one of
             the bodies; or a name of its own, for a primitive of Weft.
-        bodies: in the order in which they are evaluated.
-        chooses: the operand that chooses among the bodies, if one does.
-        rounds: how often they are evaluated; None, if nobody knows.
+        bodies: the jaxprs, in the order of their evaluation.
+        chooses: the index of the operand that chooses among the bodies, if one does.
+        rounds: how often the bodies are evaluated; None if that is unknown.
     """
 
     kind: str
@@ -102,7 +104,7 @@ _RULES: dict[str, Rule] = {}
 
 
 def wired(*names: str) -> Callable[[Rule], Rule]:
-    """Register how primitives of these names are wired."""
+    """Register the wiring of the primitives with these names."""
 
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(names, rule))
@@ -112,13 +114,13 @@ def wired(*names: str) -> Callable[[Rule], Rule]:
 
 
 def wiring(eqn: Any) -> Wiring | None:
-    """How an equation is wired; None, if it is a plain operation."""
+    """The wiring of an equation; None for a plain operation."""
     rule = _RULES.get(eqn.primitive.name)
     return None if rule is None else rule(eqn)
 
 
 def kind(eqn: Any) -> str | None:
-    """What kind of control flow an equation is; None, if it is a plain operation."""
+    """The kind of control flow that an equation is; None for a plain operation."""
     w = wiring(eqn)
     return None if w is None else w.kind
 
@@ -132,7 +134,7 @@ _WORDS = {
 
 
 def described(eqn: Any) -> str:
-    """What an equation is called in messages."""
+    """The name of an equation in messages."""
     return _WORDS.get(kind(eqn) or "", repr(eqn.primitive.name))
 
 
@@ -142,7 +144,7 @@ def is_loop(eqn: Any) -> bool:
 
 
 def whole(jaxpr: Any, eqn: Any, first: int = 0) -> Body:
-    """A body that reads all operands from one on, and gives all results."""
+    """A body that reads all operands from index ``first`` on, and gives all results."""
     n, m = len(eqn.invars) - first, len(eqn.outvars)
     return Body(
         jaxpr, tuple(range(first, first + n)), tuple(range(m)), (None,) * m, (0,) * n, (0,) * m
@@ -185,7 +187,7 @@ def _cond(eqn: Any) -> Wiring:
 
 @wired("shard_map")
 def _shard_map(eqn: Any) -> Wiring:
-    """Inside, arrays have the shapes of one shard."""
+    """A ``shard_map`` is wired like a call. Inside, arrays have the shapes of one shard."""
     return Wiring("shards", (whole(eqn.params["jaxpr"], eqn),))
 
 
@@ -202,16 +204,17 @@ def read(v: Any, values: Values) -> Any:
 
 
 def steps(eqns: Sequence[Any], values: Values) -> Iterator[tuple[Any, list[Any]]]:
-    """Equations in order, each with its operands' values; who takes them adds the results to ``values``.
+    """Each equation in order, with the values of its operands. The caller adds the results to ``values``.
 
-    It is for loops that nest. JAX records the Python stack at every equation, and a callback would make it deeper.
+    This serves nested loops. JAX records the Python stack at every equation, and a callback would make the stack
+    deeper.
     """
     for eqn in eqns:
         yield eqn, [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
 
 
 def run(eqns: Sequence[Any], values: Values, equation: Equation | None = None) -> Values:
-    """Evaluate equations in order; their results are added to ``values``."""
+    """Evaluate equations in order, and add their results to ``values``."""
     for eqn, ins in steps(eqns, values):
         outs = None if equation is None else equation(eqn, ins)
         values.update(zip(eqn.outvars, bind(eqn, ins) if outs is None else outs, strict=True))
@@ -221,7 +224,7 @@ def run(eqns: Sequence[Any], values: Values, equation: Equation | None = None) -
 def results(
     eqns: Sequence[Any], values: Values, wanted: Sequence[Any], equation: Equation | None = None
 ) -> list[Any]:
-    """The values of some variables and literals after equations were evaluated."""
+    """The values of some variables and literals, after the equations were evaluated."""
     values = run(eqns, values, equation)
     return [read(v, values) for v in wanted]
 
@@ -235,7 +238,7 @@ def inputs(jaxpr: Any, args: Sequence[Any]) -> Values:
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any], equation: Equation | None = None) -> list[Any]:
-    """The results of a jaxpr; ``equation`` may take an equation over, or leave it as it is."""
+    """Evaluate a jaxpr. ``equation`` may take an equation over, or decline it by returning None."""
     opened, _ = open_jaxpr(jaxpr)
     return results(opened.eqns, inputs(jaxpr, args), opened.outvars, equation)
 
@@ -243,7 +246,7 @@ def evaluate(jaxpr: Any, args: Sequence[Any], equation: Equation | None = None) 
 def behind(
     eqns: Sequence[Any], wanted: Iterable[Any], meant: Callable[[Any], bool] | None = None
 ) -> list[Any]:
-    """The equations that some variables are computed by, and those that are ``meant`` with what these read."""
+    """The equations that compute some variables; and the ``meant`` equations, with the equations these need."""
     reached, kept = set(wanted), []
     for eqn in reversed(eqns):
         if (meant is not None and meant(eqn)) or not reached.isdisjoint(eqn.outvars):
@@ -255,7 +258,7 @@ def behind(
 def evaluate_inside(
     eqn: Any, ins: Sequence[Any], body: Callable[[int, Sequence[Any]], tuple[Sequence[Any], Any]]
 ) -> tuple[list[Any], Any]:
-    """Evaluate an equation with a function in place of each of its jaxprs, which gives more than their results.
+    """Evaluate an equation with a function in place of each jaxpr inside it, which may give extra arrays.
 
     Args:
         eqn: a call, a loop of known length, or branches. A derivative that a call states is lost.
@@ -299,9 +302,9 @@ class Place(NamedTuple):
     """Where an equation stands.
 
     Attributes:
-        around: the equations that hold it, outermost first, each with the number of the jaxpr in it.
-        numbers: its own number in its jaxpr, after those of the equations around and of their jaxprs.
-        deciding: in ``flow``, all that decides whether it is evaluated.
+        around: the equations that hold it, outermost first, each with the index of the jaxpr in it.
+        numbers: its index in its jaxpr, after the indices of the equations around it and of their jaxprs.
+        deciding: in ``flow``, the abstract value of everything that decides whether it is evaluated.
     """
 
     around: tuple[tuple[Any, int], ...] = ()
@@ -309,11 +312,11 @@ class Place(NamedTuple):
     deciding: Any = None
 
     def within(self, eqn: Any, number: int, deciding: Any = None) -> Place:
-        """The place of a jaxpr of an equation that stands here."""
+        """The place of a jaxpr inside an equation that stands here."""
         return Place((*self.around, (eqn, number)), (*self.numbers, number), deciding)
 
     def at(self, number: int) -> Place:
-        """The place of an equation of the jaxpr that this is the place of."""
+        """The place of an equation in the jaxpr that this place belongs to."""
         return Place(self.around, (*self.numbers, number), self.deciding)
 
     @property
@@ -323,7 +326,7 @@ class Place(NamedTuple):
 
     @property
     def rounds(self) -> tuple[int | None, ...]:
-        """How often each of the equations around evaluates what it holds; None, where nobody knows."""
+        """How often each of the equations around evaluates its jaxpr; None if that is unknown."""
         found = [wiring(eqn) for eqn, _ in self.around]
         return tuple(1 if w is None else w.rounds for w in found)
 
@@ -334,8 +337,8 @@ def equations(
     """Every equation of a jaxpr and of the jaxprs inside it, in order, with its place.
 
     Args:
-        jaxpr: open or closed, or a list of equations.
-        enter: whether to go on inside an equation; into all, by default.
+        jaxpr: an open or closed jaxpr, or a list of equations.
+        enter: whether to look inside an equation. By default all are looked into.
     """
 
     def visit(jaxpr: Any, place: Place) -> Iterator[tuple[Any, Place]]:
@@ -351,13 +354,13 @@ def equations(
 
 
 def inside(eqn: Any) -> Sequence[Any]:
-    """The jaxprs inside an equation, those of its wiring in order."""
+    """The jaxprs inside an equation. Those of its wiring come in order."""
     w = wiring(eqn)
     return inner_jaxprs(eqn) if w is None else [body.jaxpr for body in w.bodies]
 
 
 def remembered(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A function of an open jaxpr, computed once for each."""
+    """Cache a function of an open jaxpr, so that it is computed once for each jaxpr."""
     known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     @functools.wraps(f)
@@ -372,9 +375,9 @@ def remembered(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class Holds:
-    """Whether an equation of some kind stands anywhere in a jaxpr.
+    """Whether a jaxpr holds an equation of some kind, at any depth.
 
-    Called with a jaxpr. ``at`` asks the same of one equation, which counts itself.
+    Call it with a jaxpr. ``at`` asks the same of one equation, and counts the equation itself.
     """
 
     def __init__(self, meant: Callable[[Any], bool]) -> None:
@@ -392,7 +395,7 @@ class Holds:
 
 
 class Axes(NamedTuple):
-    """What becomes of an abstract value as loops go along leading axes: ``slice`` on the way in, ``stack`` out."""
+    """How loops over leading axes change an abstract value: by ``slice`` on the way in, by ``stack`` on the way out."""
 
     slice: Callable[[Any, int], Any]
     stack: Callable[[Any, int], Any]
@@ -405,18 +408,20 @@ Join = Callable[[Sequence[Any]], Any]
 def flow(
     jaxpr: Any, ins: Sequence[Any], transfer: Transfer, join: Join, axes: Axes | None = None
 ) -> list[Any]:
-    """A forward analysis: the abstract values of a jaxpr's outputs from those of its inputs.
+    """A forward analysis: from the abstract values of a jaxpr's inputs to those of its outputs.
 
-    Where ``transfer`` declines, a call, a loop or a branch is followed by its wiring; results depend on what decides
-    about them, too. Any other equation has the join of its operands for each of its results.
+    If ``transfer`` declines, a call, loop or branch is followed by its wiring. Its results also depend on what decides
+    about it. For any other equation, each result is the join of the operands.
 
     Args:
-        jaxpr: open or closed. Its constants and literals have the value ``join([])``.
+        jaxpr: an open or closed jaxpr. Its constants and literals have the value ``join([])``.
         ins: one value for each input.
-        transfer: ``transfer(eqn, ins, place)`` gives an equation's results; None, if it declines. It may raise for
-            what it does not know; ``wiring(eqn)`` tells what would be followed.
-        join: the least value that covers several. Loops are repeated until nothing grows, so chains must be finite.
-        axes: how loops over leading axes change a value; not at all, by default.
+        transfer: ``transfer(eqn, ins, place)`` gives the values of an equation's results, or None to decline. It may
+            raise an error for an equation that it does not know. ``wiring(eqn)`` tells whether the equation would be
+            followed.
+        join: the least value that covers several. Loops are repeated until nothing grows, so chains of values must be
+            finite.
+        axes: how loops over leading axes change a value. By default they do not.
     """
     return _flow(jaxpr, ins, transfer, join, axes, Place(deciding=join([])))
 
@@ -424,14 +429,17 @@ def flow(
 def through(
     eqn: Any, ins: list[Any], transfer: Transfer, join: Join, axes: Axes | None = None
 ) -> list[Any]:
-    """The same of one equation that is wired: the abstract values of its results."""
+    """The forward analysis of one wired equation: the abstract values of its results."""
     w = wiring(eqn)
     assert w is not None, f"{eqn.primitive.name} has no jaxpr to go through"
     return _through(eqn, w, ins, transfer, join, axes, Place(deciding=join([])))
 
 
 def spread(eqns: Sequence[Any], values: Values, transfer: Transfer, join: Join) -> Values:
-    """The same of equations: their variables' abstract values are added to ``values``; others are ``join([])``."""
+    """The forward analysis of a list of equations.
+
+    It adds the abstract values of their variables to ``values``. Any other variable has the value ``join([])``.
+    """
     return _spread(eqns, values, transfer, join, None, Place(deciding=join([])))
 
 
@@ -474,7 +482,7 @@ def _spread(
 def _through(
     eqn: Any, w: Wiring, ins: list[Any], transfer: Any, join: Any, axes: Axes | None, place: Place
 ) -> list[Any]:
-    """The results of an equation with bodies; what comes back in a loop is followed until it no longer grows."""
+    """The values of the results of an equation with bodies. Loops are repeated until their carry no longer grows."""
     state = list(ins)
     while True:
         decided = [] if w.chooses is None else [state[w.chooses]]
@@ -495,7 +503,7 @@ def _through(
                 given[result].append(axes.stack(x, n) if n and axes is not None else x)
                 if back is not None:
                     grown[back] = join([grown[back], x])
-                    if not w.rounds:  # there may be no round, and then it stays what it was
+                    if not w.rounds:  # there may be no round, and then the value stays as it was
                         given[result].append(state[back])
         if grown == state:
             return [join([*xs, *decided]) for xs in given]

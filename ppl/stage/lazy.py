@@ -13,20 +13,22 @@ import jax
 def on_first_use(
     package: str, names: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The functions ``__getattr__`` and ``__dir__`` of a package.
+    """The functions ``__getattr__`` and ``__dir__`` of a package whose names are imported on first use.
 
-    Type checkers do not run them: the package imports the same names under ``TYPE_CHECKING``.
+    Type checkers do not run them. So the package imports the same names under ``TYPE_CHECKING``.
 
     Args:
-        package: its full name.
-        names: where each name is: the full name of a module that has it, or whose own name it is.
+        package: the full name of the package.
+        names: for each name, the full name of the module that has it, or of the module that it is.
     """
 
     def getattr_(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         where = names[name]
-        with jax.ensure_compile_time_eval():  # a constant of the module is none of a trace around
+        with (
+            jax.ensure_compile_time_eval()
+        ):  # constants of the module must not become part of a trace around
             module = importlib.import_module(where)
         own = where.rpartition(".")[2] == name and not hasattr(module, name)
         found = module if own else getattr(module, name)

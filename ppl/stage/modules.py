@@ -1,10 +1,10 @@
 """Modules whose methods can be handed to JAX as functions.
 
-JAX keys what it traced and compiled by the function, which it hashes and compares. An Equinox module compares by its
-fields, so that a method of one that holds an array or a dict is no function to `jax.jit`, `jax.lax.scan` or
-`jax.checkpoint`. Modules are immutable, so the object itself is as good a key: a method of a `Module` hashes and
-compares by its function and by the identity of its owner. As with every function under `jax.jit`, what the first trace
-read from outside stays as it was then.
+JAX finds what it has traced and compiled by the function, which it hashes and compares. An Equinox module compares by
+its fields. So a method of a module that holds an array or a dict cannot be given to `jax.jit`, `jax.lax.scan` or
+`jax.checkpoint`. Modules are immutable, so the object itself is as good a key. A method of a `Module` here hashes and
+compares by its function and by the identity of its owner. As with every function under `jax.jit`, values that the first
+trace read from outside stay as they were then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import equinox as eqx
 
 
 class Method(eqx.Module):
-    """A method of a module: a pytree like the module, and one and the same function for one and the same module."""
+    """A method of a module. It is a pytree like its module, and equal to the same method of the same module."""
 
     __func__: Callable[..., Any] = eqx.field(static=True)
     __self__: Any
@@ -47,7 +47,7 @@ class Method(eqx.Module):
 
 
 class Module(eqx.Module):
-    """Base of what has methods: an Equinox module whose methods compare by the identity of their owner."""
+    """Base of classes with methods: an Equinox module whose methods compare by the identity of their owner."""
 
     if not TYPE_CHECKING:
 

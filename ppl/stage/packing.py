@@ -1,6 +1,6 @@
-"""Splitting a pytree into the arrays that are traced and a hashable rest.
+"""Splitting a pytree into arrays, which are traced, and a hashable rest.
 
-The rule is Equinox's, floats excepted: arrays and Python floats are traced; ints, bools, strings, functions and None
+The rule is Equinox's, except for floats: arrays and Python floats are traced. Ints, bools, strings, functions and None
 are part of the structure, hence of the compilation key. Inside a distribution every number is traced.
 """
 
@@ -17,7 +17,7 @@ from .compat import Tracer
 
 
 class _Slot:
-    """Stands in a skeleton where an array goes."""
+    """A placeholder in a skeleton: an array goes here."""
 
     def __repr__(self) -> str:
         return "*"
@@ -41,7 +41,7 @@ def is_number(x: Any) -> bool:
 
 
 class Skeleton:
-    """What is left of a pytree when its arrays are taken out. Compares and hashes by structure."""
+    """A pytree without its arrays. It compares and hashes by structure."""
 
     __slots__ = ("_hash", "static", "treedef")
 
@@ -51,7 +51,7 @@ class Skeleton:
         self._hash: int | None = None
 
     def unpack(self, arrays: Sequence[Any]) -> Any:
-        """The pytree with ``arrays`` in its slots."""
+        """The pytree, with ``arrays`` in the slots."""
         rest = iter(arrays)
         return jax.tree.unflatten(
             self.treedef, [next(rest) if s is SLOT else s for s in self.static]

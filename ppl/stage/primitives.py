@@ -1,6 +1,6 @@
-"""What is known of JAX's primitives by name: how the axes of their results go with those of their operands.
+"""Lists of JAX's primitives by name, by how the axes of their results correspond to those of their operands.
 
-A primitive that is in no list is not known.
+A primitive that is in no list is unknown.
 """
 
 from __future__ import annotations

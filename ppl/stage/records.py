@@ -1,4 +1,4 @@
-"""Records: what a walk leaves at each site, as nested dicts by name, and how those of several branches are joined."""
+"""Records: nested dicts, by name, of what a walk records at each site; and how the records of branches are joined."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Records = dict[str, Any]
 
 
 def recorded(jaxpr: Any) -> list[tuple[str, ...]]:
-    """The addresses, from a scope, at which a jaxpr of it may leave records."""
+    """The addresses, relative to a scope, at which a jaxpr may leave records."""
     return [
         (*scopes(place), *address)
         for eqn, place in equations(jaxpr, has_addresses)
@@ -36,7 +36,7 @@ def at_addresses(eqn: Any, items: Sequence[Any]) -> dict[str, Any]:
 
 
 def look_up(tree: dict[str, Any], address: Sequence[str]) -> Any:
-    """What stands at an address of a nested dict; None, if nothing does."""
+    """The entry of a nested dict at an address; None if there is none."""
     node: Any = tree
     for name in address:
         node = node.get(name) if isinstance(node, dict) else None
@@ -44,7 +44,7 @@ def look_up(tree: dict[str, Any], address: Sequence[str]) -> Any:
 
 
 def is_site_record(node: Any) -> bool:
-    """Whether a node of the records is a site's record (its key ``"value"`` is an array, or None in a listing)."""
+    """Whether a node of the records is a site's record: its ``"value"`` is an array, or None in a listing."""
     return "value" in node and not isinstance(node["value"], dict)
 
 
@@ -55,7 +55,7 @@ def cast(x: Any, aval: Any) -> Any:
 
 
 def merged(a: Records, b: Records) -> Records:
-    """``a`` and what ``b`` has besides."""
+    """``a``, with the entries of ``b`` that ``a`` lacks."""
     both = dict(a)
     for name, node in b.items():
         if name not in both:
@@ -68,7 +68,7 @@ def merged(a: Records, b: Records) -> Records:
 
 
 def completed(records: Records, shapes: Records) -> Records:
-    """The records with zeros (idle, unset) for what this branch has not."""
+    """The records, with zeros (idle, unset) for the entries that this branch lacks."""
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.tree.map(cast, merged(records, zeros), shapes)
 
@@ -76,7 +76,7 @@ def completed(records: Records, shapes: Records) -> Records:
 def flagged(
     records: Records, index: Any, here: list[set[tuple[str, ...]]], prefix: tuple[str, ...] = ()
 ) -> Records:
-    """Tell for every record whether the branch that has it was taken."""
+    """Mark in every record whether the branch that has it was taken."""
     told: Records = {}
     for name, node in records.items():
         address = (*prefix, name)

@@ -1,12 +1,12 @@
 """Sites inside ``jax.shard_map``: which of their axes are split over which axes of the mesh.
 
-The body of a ``shard_map`` is written for one shard. What a choice is for the whole program must be read off it. A
-``jax.vmap`` over the rows of a shard makes one choice for each row of all shards. Any other choice is one that all
-shards share. ``split_axes`` finds this out when a program is staged, and writes it on lanes and sites (``Split``). From
-then on the program has whole sizes outside of the ``shard_map``, and those of one shard inside.
+The body of a ``shard_map`` is written for one shard. What a choice is for the whole program must be inferred from it. A
+``jax.vmap`` over the rows of a shard makes one choice for each row of all shards. Any other choice is shared by all
+shards. ``split_axes`` infers this when a program is staged, and writes it on lanes and sites (``Split``). After that
+the program has whole sizes outside of the ``shard_map``, and the sizes of one shard inside.
 
-Equations tie axes of equal length to each other. An axis is split as the operand or the result of the ``shard_map`` is
-to which it is tied. Whatever cannot be told is an error that names the site.
+Equations tie axes of equal length to each other. If an axis is tied to an axis of an operand or a result of the
+``shard_map``, it is split in the same way. Whatever cannot be inferred is an error that names the site.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _holds_shards = Holds(is_shard_map)
 
 
 def split_axes(jaxpr: Any) -> Any:
-    """The jaxpr with splits written on every site and lane that stands in a ``shard_map``.
+    """The jaxpr, with its splits written on every site and lane inside a ``shard_map``.
 
     Raises:
-        ModelError: for a site that is neither one choice of all shards nor a row of choices along them.
+        ModelError: for a site that is neither one choice shared by all shards nor one choice for each row.
     """
 
     def change(eqn: Any) -> Any:
@@ -53,7 +53,7 @@ def split_axes(jaxpr: Any) -> Any:
 
 
 def types_vary(jaxpr: Any) -> Any:
-    """The primitive of a ``shard_map`` that holds sites and was traced with ``check_vma``; None, if there is none."""
+    """The primitive of a ``shard_map`` that holds sites and was traced with ``check_vma``; None if there is none."""
     if not _holds_shards(jaxpr):
         return None
     held = (e for e, _ in equations(jaxpr, enter=eqn_holds_sites) if eqn_holds_sites(e))
@@ -61,7 +61,7 @@ def types_vary(jaxpr: Any) -> Any:
 
 
 def _mapped(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
-    """The jaxpr with its equations that hold sites changed."""
+    """The jaxpr, with ``change`` applied to the equations that hold sites."""
     old = open_jaxpr(jaxpr)[0].eqns
     new = [change(e) if eqn_holds_sites(e) else e for e in old]
     same = all(e is f for e, f in zip(old, new, strict=True))
@@ -69,9 +69,9 @@ def _mapped(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _inside(eqn: Any, change: Callable[[Any], Any]) -> Any:
-    """The equation with those inside it changed.
+    """The equation, with ``change`` applied to the equations inside it.
 
-    Anonymous and estimated programs were staged on their own, and what has no rule is refused by name.
+    Anonymous and estimated programs were staged by themselves. What has no rule is refused by name.
     """
     if wiring(eqn) is None:
         return eqn
@@ -98,7 +98,7 @@ MIXED = "made of the rows of one shard"
 
 
 class _Found(NamedTuple):
-    """A site or lanes in a body, and the axes of it that may be split."""
+    """A site or lanes in a body, and those of its axes that may be split."""
 
     name: str
     eqn: Any
@@ -108,17 +108,7 @@ class _Found(NamedTuple):
 
 @dataclasses.dataclass
 class _Body:
-    """The body of one ``shard_map``, and what is found out of it.
-
-    Attributes:
-        eqn: the equation.
-        ties: the axes of all arrays in the body.
-        found: its sites and lanes, in order.
-        loops: the loops that hold sites, each with the axis that it goes along.
-        named: an axis for each name and size that a ``jax.vmap`` gives.
-        lengths: the lengths, on one shard, of axes that are split.
-        same: results of collectives that are the same on all shards: axes of operand and result, and of the mesh.
-    """
+    """The body of one ``shard_map``, and what is inferred from it."""
 
     eqn: Any
     ties: Ties = dataclasses.field(default_factory=Ties)
@@ -129,7 +119,7 @@ class _Body:
     same: list[tuple[int, int, frozenset[str]]] = dataclasses.field(default_factory=list)
 
     def split(self) -> Any:
-        """The equation with splits written on what stands in its body."""
+        """The equation, with its splits written on the sites and lanes in its body."""
         ins, outs = _specs(self.eqn)
         body = self.eqn.params["jaxpr"]
         args = [self.ties.axes(v.aval.shape) for v in open_jaxpr(body)[0].invars]
@@ -162,7 +152,7 @@ class _Body:
                     self.lengths.add(self.ties.sizes[axis])
 
     def settle(self) -> bool:
-        """Pass on what has become known; whether anything has."""
+        """Pass on new facts. Tells whether there were any."""
         waiting, self.same = self.same, []
         for a, b, over in waiting:
             known = self.ties.known(a)
@@ -181,7 +171,7 @@ class _Body:
     # --- the walk ---
 
     def visit(self, jaxpr: Any, args: Sequence[Axes], scope: tuple[str, ...]) -> list[Axes]:
-        """Tie the axes of a jaxpr's arrays, given those of its arguments; the axes of its results."""
+        """Tie the axes of a jaxpr's arrays, given those of its arguments. Returns the axes of its results."""
         opened, _ = open_jaxpr(jaxpr)
         env = {v: self.ties.axes(v.aval.shape) for v in opened.constvars}
         env.update(zip(opened.invars, args, strict=True))
@@ -210,7 +200,7 @@ class _Body:
             self.control(eqn, ins, outs, inside)
 
     def collective(self, eqn: Any, ins: list[Axes], outs: list[Axes]) -> None:
-        """A collective with the same result on all shards: its axes are those of the operand, or whole."""
+        """A collective with the same result on all shards. Its axes are tied to those of the operand, or are whole."""
         for a, b in zip(ins, outs, strict=True):
             new = eqn.params["all_gather_dimension"] if len(b) > len(a) else len(b)
             for axis in b[new : new + 1]:
@@ -219,7 +209,7 @@ class _Body:
             self.same += [(x, y, mesh_axes(eqn)) for x, y in zip(a, kept, strict=True)]
 
     def control(self, eqn: Any, ins: list[Axes], outs: list[Axes], scope: tuple[str, ...]) -> None:
-        """A call, a loop or a branch: what its bodies read and give, as it is wired."""
+        """A call, a loop or a branch: tie what its bodies read and give, by its wiring."""
         for body in wiring(eqn).bodies:  # type: ignore[union-attr]
             reads = list(zip(body.reads, body.sliced, strict=True))
             results = self.visit(body.jaxpr, [ins[i][n:] for i, n in reads], scope)
@@ -257,7 +247,7 @@ class _Body:
             self.ties.tie([*lead, *axes], out)
 
     def along_lanes(self, lanes: Sequence[Any], ins: Sequence[Axes], lead: Axes) -> list[Axes]:
-        """Tie the operands' leading axes to those of the lanes; the other axes of the operands."""
+        """Tie the leading axes of the operands to those of the lanes. Returns the other axes of the operands."""
         rest = []
         for i, axes in enumerate(ins):
             pairs = zip(reversed(lanes), lead, strict=False)
@@ -341,7 +331,7 @@ _ALONG_ROWS = (
 
 
 def _refuse(eqn: Any) -> None:
-    """Refuse by name what has no rule inside of a ``shard_map``."""
+    """Refuse by name whatever has no rule inside a ``shard_map``."""
     if _is_anonymous(eqn):
         raise ModelError(
             "draw(program) stands in a shard_map: its choices have no address. Move it out"
@@ -358,14 +348,14 @@ def _refuse(eqn: Any) -> None:
 
 
 class Layout(NamedTuple):
-    """How a site's arrays are split: the axes of the loops and lanes around it, then its own up to event axes."""
+    """How the arrays of a site are split: the axes of loops and lanes around it, then its own, up to event axes."""
 
     around: tuple[Split, ...]
     own: tuple[Split, ...]
 
 
 def layouts(body: Any) -> dict[str, Any]:
-    """The layouts of all sites in the body of a ``shard_map``, as a nested dict by address."""
+    """The layouts of all sites in the body of a ``shard_map``: a nested dict by address."""
     tree: dict[str, Any] = {}
     for eqn, place in equations(body):
         if eqn.primitive is not site_p:
@@ -392,7 +382,7 @@ def _outermost_first(lanes: Sequence[Any]) -> tuple[Split, ...]:
 
 
 def specs_of(tree: Any, layouts: Any, of: Callable[[Layout], Sequence[Split]]) -> Any:
-    """The specs of arrays that lead with the axes ``of`` a site's layout, given as a nested dict by name."""
+    """The specs of arrays whose leading axes are ``of`` the layout of a site. Both are nested dicts by name."""
     if isinstance(layouts, dict):
         return {name: specs_of(node, layouts.get(name, {}), of) for name, node in tree.items()}
     names = [split.axes or None for split in of(layouts)]

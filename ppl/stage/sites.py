@@ -1,9 +1,9 @@
-"""The site: one random choice, factor or record of a program, as one JAX primitive.
+"""The site: one random choice, factor or record of a program, as one JAX primitive, ``site_p``.
 
-``site_p`` keeps everything that stands at a site unflattened nowhere but in its rules: its operands are the arrays of
-the payload (distribution, gradient strategy, scale, mask, value), its parameters the rest. It is staged, never
-evaluated: the interpreter gives it its meaning. Its batching rule keeps the un-vmapped payload and stacks the lanes,
-so that a plain ``jax.vmap`` makes independent draws.
+The operands of ``site_p`` are the arrays of the payload: distribution, gradient strategy, scale, mask, value. Its
+parameters are the rest. Only its rules unflatten the payload. The primitive is staged and never evaluated: the
+interpreter gives it its meaning. Its batching rule keeps the un-vmapped payload and adds a lane, so that a plain
+``jax.vmap`` makes independent draws.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .splits import WHOLE, Split, gathered, own_part
 
 
 class Lane(NamedTuple):
-    """One ``jax.vmap`` that an equation stands under; ``mapped`` tells which operands carry its axis.
+    """One ``jax.vmap`` around an equation. ``mapped`` tells which operands carry its axis.
 
-    Where the axis is split over a mesh, ``size`` is that of one part of it.
+    If the axis is split over a mesh, ``size`` is the size of one part.
     """
 
     size: int
@@ -81,7 +81,7 @@ ad.primitive_jvps[site_p] = _refuse_jvp
 def stack_lane(
     axis_data: Any, args: Any, dims: Any, lanes: tuple[Lane, ...]
 ) -> tuple[list[Any], tuple[Lane, ...]]:
-    """Bring mapped operands' axes to the front and add the new outermost lane."""
+    """Move the mapped axes of the operands to the front, and add the new outermost lane."""
     args = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]
     name = axis_data.name if isinstance(axis_data.name, str) else None
     mapped = tuple(d is not None for d in dims)
@@ -100,7 +100,7 @@ fancy_primitive_batchers[site_p] = _batch
 
 
 def lane_shape(lanes: tuple[Lane, ...]) -> tuple[int, ...]:
-    """Sizes outermost first (lanes are stacked innermost first)."""
+    """The sizes of the lanes, outermost first. They are stacked innermost first."""
     return tuple(lane.size for lane in reversed(lanes))
 
 
@@ -110,7 +110,7 @@ def lane_shape(lanes: tuple[Lane, ...]) -> tuple[int, ...]:
 def bind_site(spec: SiteSpec, payload: dict[str, Any]) -> Any:
     """Stage a site whose payload is given as a dict with ``"d"``, ``"grad"``, ``"scale"``, ``"value"``, ``"where"``."""
     arrays, skeleton = pack(payload, is_number)
-    # A primitive without operands would never be batched, hence the zero.
+    # A primitive without operands is never batched, so this one has a zero.
     return site_p.bind(*arrays, jnp.zeros(()), spec=spec, skeleton=skeleton, lanes=())[0]
 
 
@@ -118,7 +118,7 @@ def bind_site(spec: SiteSpec, payload: dict[str, Any]) -> Any:
 
 
 class Site:
-    """A site equation with its operands: what a handler sees. All its functions work over the lanes."""
+    """A site equation with its operands, as a handler sees it. All its methods work over the lanes."""
 
     def __init__(
         self,
@@ -146,11 +146,11 @@ class Site:
 
     @functools.cached_property
     def parts(self) -> frozenset[str]:
-        """Which parts the payload has."""
+        """The names of the parts that the payload has."""
         return frozenset(self.skeleton.unpack([0.0] * self.skeleton.num_arrays))
 
     def guarded(self) -> Site:
-        """The same site; cotangents to its operands that are not finite are replaced by zero."""
+        """The same site, but cotangents to its operands that are not finite become zero."""
         return self.at(finite_cotangents(self.operands))
 
     def at(self, operands: list[Any]) -> Site:
@@ -162,7 +162,7 @@ class Site:
     def over_lanes(self, f: Any, *xs: Any) -> Any:
         """``f(payload, *xs)`` for every lane.
 
-        ``xs`` carry all lane axes in front, the payload those that are mapped.
+        ``xs`` have all lane axes in front. The payload has those that are mapped.
         """
 
         def one(operands: Any, *xs: Any) -> Any:
@@ -174,14 +174,14 @@ class Site:
         return one(self.operands, *xs)
 
     def part(self, name: str) -> Any:
-        """One part of the payload with all lane axes in front."""
+        """One part of the payload, with all lane axes in front."""
         return self.over_lanes(lambda payload: payload[name])
 
     def draw(self, key: jax.Array) -> jax.Array:
-        """One draw a lane.
+        """One draw for each lane.
 
-        Lanes over which no parameter is mapped are drawn in one call with one key where the distribution takes a sample
-        shape; every other lane has the key with its index folded in.
+        Some lanes map no parameter. They are drawn in one call with one key if the distribution takes a sample shape.
+        Every other lane has its own key, into which the lane's index is folded.
         """
         n = self.spec.num_distribution_arrays
         mapped = [not self.spec.takes_sample_shape or any(lane.mapped[:n]) for lane in self.lanes]
@@ -197,7 +197,7 @@ class Site:
         for lane, m in zip(self.lanes, mapped, strict=True):
             if m:
                 one = self._fold_lane(one, lane)
-        # Lanes that were drawn as a block: an operand mapped there is none of the distribution's, so any slice serves.
+        # Lanes drawn as a block map no operand of the distribution, so any slice of the other operands serves.
         operands = self._first_slice([not m for m in mapped])
         value = one(key, operands)
         outer = [i for i, m in reversed(list(enumerate(mapped))) if m]
@@ -239,12 +239,12 @@ class Site:
         return operands
 
     def log_prob(self, value: jax.Array) -> jax.Array:
-        """Log density of each element, shape ``lanes + batch_shape``, as the distribution states it."""
+        """The log density of each element, of shape ``lanes + batch_shape``, as the distribution states it."""
         with jax.named_scope(DENSITY):
             return self.over_lanes(lambda payload, v: jnp.asarray(payload["d"].log_prob(v)), value)
 
     def log_prob_anywhere(self, value: jax.Array) -> jax.Array:
-        """The same, and minus infinity outside the support, where some distributions state a number."""
+        """The same, but minus infinity outside the support. Some distributions state a number there."""
 
         def one(payload: Any, v: Any) -> Any:
             log_prob = jnp.asarray(payload["d"].log_prob(v))

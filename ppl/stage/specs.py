@@ -1,4 +1,4 @@
-"""What is known of a site before any value is: its shape, its support, whether it can be drawn."""
+"""What is known of a site before it has a value: its shape, its support, whether it can be drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .splits import WHOLE, Split
 
 
 class Constant:
-    """A value kept among the static parameters of an equation: compares by value, hashes by type."""
+    """A value among the static parameters of an equation. It compares by value and hashes by type."""
 
     __slots__ = ("value",)
 
@@ -45,12 +45,12 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class SiteSpec:
-    """The static part of a site: what is true of it before any value is known."""
+    """The static part of a site: what holds before any value is known."""
 
     name: str
     kind: str  # "sample", "factor" or "deterministic"
     label: str  # name of the distribution's class
-    shape: tuple[int, ...]  # of one lane's value
+    shape: tuple[int, ...]  # of the value of one lane
     dtype: Any
     batch_ndim: int
     dims: tuple[str | None, ...] = ()
@@ -58,7 +58,7 @@ class SiteSpec:
     values: Constant | None = None
     discrete: bool = False
     reparametrised: bool = False
-    implicit: bool = False  # through its distribution function
+    implicit: bool = False  # differentiated through its distribution function
     takes_sample_shape: bool = False
     num_distribution_arrays: int = 0
     hidden: bool = False
@@ -78,7 +78,7 @@ class SiteSpec:
 
 
 def sample_spec(name: str, d: Any) -> SiteSpec:
-    """Everything static about a sample site, from its distribution."""
+    """The static part of a sample site, from its distribution."""
     label = type(d).__name__
     if isinstance(d, type):
         raise ModelError(
@@ -115,7 +115,7 @@ def sample_spec(name: str, d: Any) -> SiteSpec:
 
 
 def _static_arrays(treedef: Any) -> Iterator[Any]:
-    """Arrays in the structure of a pytree: they would be part of a compilation key, which arrays cannot be."""
+    """Arrays in the structure of a pytree. They would be part of a compilation key, which cannot hold arrays."""
     stack = [treedef.node_data()]
     while stack:
         x = stack.pop()
@@ -230,7 +230,7 @@ def _built_by_vmap(skeleton: Skeleton, arrays: list[Any]) -> bool:
     found: list[bool] = []
     try:
         jax.eval_shape(check, arrays)
-    except Exception:  # what cannot be asked is not known
+    except Exception:  # the distribution cannot answer
         return False
     return any(found)
 
@@ -244,14 +244,14 @@ def is_discrete(d: Any) -> bool:
 
 
 def in_support(d: Any, value: Any) -> Any:
-    """Whether elements of a value are in the support of ``d``; None where that is sure, or cannot be said exactly.
+    """Whether elements of a value are in the support of ``d``. None if that is certain, or cannot be decided exactly.
 
-    Supports that tie several elements together (a simplex, a Cholesky factor) are checked by NumPyro up to a rounding
-    error, which draws in single precision may exceed: of those nothing is said.
+    NumPyro checks supports that tie several elements together (a simplex, a Cholesky factor) up to a rounding error.
+    Draws in single precision may exceed it. So such supports are not checked.
     """
     inner = d
     while inner is not None:
-        if isinstance(inner, dist.MaskedDistribution):  # what it masks out may be anything
+        if isinstance(inner, dist.MaskedDistribution):  # masked values may be anything
             return None
         inner = getattr(inner, "base_dist", None)
     try:
@@ -269,7 +269,7 @@ _INDEPENDENT = dist.constraints.independent(dist.constraints.real, 1)
 
 
 def _support(d: Any) -> Constant | None:
-    """The support, where no traced value enters it."""
+    """The support, if no traced value enters it."""
     try:
         support = d.support
         leaves = jax.tree.leaves(support)
@@ -281,7 +281,7 @@ def _support(d: Any) -> Constant | None:
 
 
 def _values(d: Any) -> Constant | None:
-    """The values of one element of a finite support, where they can be listed without a traced value."""
+    """The values of one element of a finite support, if they can be listed without a traced value."""
     if not getattr(d, "has_enumerate_support", False):
         return None
     try:

@@ -1,8 +1,8 @@
-"""Axes that are split over the axes of a mesh: inside of a ``shard_map`` an array has one part of them.
+"""Axes that are split over the axes of a mesh. Inside of a ``shard_map`` an array has one part of such an axis.
 
-A draw must not depend on how many devices there are. Where a choice has a key of its own for each index, the indices of
-this shard are all that is needed. Where one call draws a whole axis with one key, every shard makes the same call, and
-takes its own part of what comes out.
+A draw must not depend on the number of devices. If every index of a choice has a key of its own, a shard only needs its
+own indices. If one call draws a whole axis with one key, every shard makes the same call and takes its own part of the
+result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .errors import ModelError
 
 
 class Split(NamedTuple):
-    """How an axis is split: over these axes of a mesh, into this many shards."""
+    """How an axis is split: the mesh axes, and the number of shards."""
 
     axes: tuple[str, ...] = ()
     shards: int = 1
@@ -30,11 +30,11 @@ class Split(NamedTuple):
         return f"split over {', '.join(map(repr, self.axes))}" if self.axes else "whole"
 
     def start(self, size: int) -> jax.Array:
-        """The index in the whole axis of the first of the ``size`` elements that this shard has."""
+        """The first index, in the whole axis, of the ``size`` elements of this shard."""
         return jax.lax.axis_index(self.axes) * size
 
     def indices(self, size: int) -> jax.Array:
-        """Those of all of its elements."""
+        """The indices, in the whole axis, of all elements of this shard."""
         return jnp.arange(size) + self.start(size) if self.axes else jnp.arange(size)
 
 
@@ -43,7 +43,7 @@ WHOLE = Split()
 
 
 def own_part(value: jax.Array, splits: Sequence[Split]) -> jax.Array:
-    """The part of an array that belongs to this shard; ``splits`` are those of its leading axes."""
+    """This shard's part of an array. ``splits`` are the splits of its leading axes."""
     for axis, split in enumerate(splits):
         if split.axes:
             size = value.shape[axis] // split.shards
@@ -52,13 +52,13 @@ def own_part(value: jax.Array, splits: Sequence[Split]) -> jax.Array:
 
 
 def gathered(d: Any, spec: Any) -> Any:
-    """The distribution of the whole batch, from the part of it that a shard has.
+    """The distribution of the whole batch, from a shard's part of it.
 
-    Its parameters are gathered along the axes that are split; of NumPyro's distributions the batch shape is known to
-    be one attribute, so that a draw of all shards is the same call as without shards.
+    Its parameters are gathered along the axes that are split. This works for distributions of NumPyro whose batch shape
+    is known to be a single attribute. A draw on all shards is then the same call as without shards.
 
     Raises:
-        ModelError: if that cannot be done.
+        ModelError: if the distribution is not of this kind.
     """
     key, whole, shape = jax.eval_shape(lambda: jax.random.key(0)), None, None
     try:
@@ -68,7 +68,7 @@ def gathered(d: Any, spec: Any) -> Any:
         AttributeError,
         TypeError,
         ValueError,
-    ):  # arrays that do not go with each other any more
+    ):  # the arrays no longer fit each other
         pass
     if shape != spec.whole_batch + spec.event_shape:
         raise ModelError(
@@ -79,7 +79,7 @@ def gathered(d: Any, spec: Any) -> Any:
 
 
 def _gathered(d: Any, spec: Any) -> Any:
-    """The same, unchecked; None, if the batch shape is not known to be one attribute."""
+    """The distribution of the whole batch, unchecked. None if the batch shape is not known to be a single attribute."""
     if not isinstance(d, dist.Distribution):
         return None
     n, m = len(d.batch_shape), spec.batch_ndim
@@ -99,7 +99,7 @@ def _gathered(d: Any, spec: Any) -> Any:
 
 
 def _gather(value: Any, splits: tuple[Split, ...], batch: tuple[int, ...]) -> Any:
-    """A parameter along the axes of the batch, which it has in front, or is broadcast to from the right."""
+    """Gather a parameter along the batch axes. It has them in front, or broadcasts against them from the right."""
     missing = max(len(batch) - jnp.ndim(value), 0)
     for axis, (split, size) in enumerate(zip(splits[missing:], batch[missing:], strict=True)):
         if split.axes and value.shape[axis] == size:

@@ -1,8 +1,8 @@
 """Staging: from a function to a jaxpr that compares by structure, and the cache that notices a changed global.
 
-A model is staged once for each combination of static arguments and shapes. What it captured (closed-over arrays,
-globals) becomes operands, so that the staged program is a hashable structure plus arrays: two stagings of one model
-over new data of the same shape are equal, and compiled code is shared between them.
+A model is staged once for each combination of static arguments and shapes. What it captures (closed-over arrays,
+globals) becomes operands. So the staged program is a hashable structure plus arrays. Two stagings of one model over new
+data of the same shape are equal, and share compiled code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .shards import split_axes, types_vary
 
 
 class Code:
-    """A closed jaxpr without array constants, compared by structure, with the tree of its outputs."""
+    """A closed jaxpr without array constants, and the tree of its outputs. It compares by structure."""
 
     __slots__ = ("__weakref__", "_hash", "jaxpr", "out_tree")
     consts = ()
@@ -73,10 +73,10 @@ Snapshot = list[tuple[Any, Any, Any]]
 def stage(
     f: Callable[..., Any], args: list[Any], snapshot: Snapshot | None = None
 ) -> tuple[Code, list[Any]]:
-    """``(code, consts)`` with ``code(*consts, *args) == f(*args)``, sites and all.
+    """Stage a function: ``(code, consts)`` with ``code(*consts, *args) == f(*args)``, sites included.
 
-    ``f`` is traced anew at every call (``jax.make_jaxpr`` alone would remember a function, and serve a stale global).
-    ``snapshot`` is what it captured, where the caller knows that better than ``captured(f)``.
+    ``f`` is traced anew at every call. (``jax.make_jaxpr`` alone would remember the function, and use an outdated
+    global.) ``snapshot`` is what it captured, if the caller knows that better than ``captured(f)``.
     """
     number = _current_generation(captured(f) if snapshot is None else snapshot)
     with _watching():
@@ -107,10 +107,10 @@ _number = 0
 
 
 def _current_generation(snapshot: Snapshot) -> int:
-    """A number that grows when anything captured has changed since any function that captured it was last staged.
+    """A number that grows when something captured has changed since a function that captured it was last staged.
 
-    JAX remembers the jaxprs of scan bodies, branches and inner jits by the identity of the function, so that without it
-    a step function that reads a global would be staged with the old one.
+    JAX remembers the jaxprs of scan bodies, branches and inner jits by the identity of the function. Without this
+    number, a step function that reads a global would be staged with the old value.
     """
     global _number
     changed = len(_last_seen) > 10 * MAX_CAPTURED or len(snapshot) > MAX_CAPTURED
@@ -159,13 +159,13 @@ def staging() -> bool:
 
 
 def built(program: Any) -> None:
-    """Note a program that was made while another is staged."""
+    """Note that a program was made while another one is staged."""
     if _built:
         _built[-1][id(program)] = program
 
 
 def used(program: Any) -> None:
-    """Note that a program was sampled, asked or passed on."""
+    """Note that a program was sampled, asked for something, or passed on."""
     for frame in _built:
         frame.pop(id(program), None)
 
@@ -189,15 +189,15 @@ def _watching() -> Iterator[None]:
 
 
 def generation_of(root: Any) -> int:
-    """A number that grows when anything that the functions in `root` read from outside has changed."""
+    """A number that grows when anything has changed that the functions in `root` read from outside."""
     return _current_generation(captured(root))
 
 
 def captured(root: Any) -> Snapshot:
-    """Where a function reads from outside.
+    """What a function reads from outside.
 
     Returns:
-        ``(container, name, value)`` of closure cells and globals, those of callees included.
+        ``(container, name, value)`` for closure cells and globals, including those of the functions it calls.
     """
     found: Snapshot = []
     seen: set[int] = set()
@@ -210,7 +210,7 @@ def captured(root: Any) -> Snapshot:
             for cell in x.__closure__ or ():
                 if is_filled(cell):
                     note(cell, "cell_contents", cell.cell_contents)
-            # A library's wrapper takes the name of what it wraps: where it lives, its globals tell.
+            # A library's wrapper takes the name of what it wraps. Its globals tell where it really lives.
             if str(x.__globals__.get("__name__")).split(".")[0] in _LIBRARIES:
                 return
             for name in _global_names(x.__code__):
@@ -225,7 +225,7 @@ def captured(root: Any) -> Snapshot:
             for part in (x.func, *x.args, *x.keywords.values()):
                 visit(part)
         elif isinstance(x, dict):
-            for name, value in dict(x).items():  # what is captured may grow, or shrink, meanwhile
+            for name, value in dict(x).items():  # the dict may change meanwhile
                 note(x, name, value)
         elif isinstance(x, (list, tuple)):
             for i, value in enumerate(x):
@@ -275,7 +275,7 @@ def _global_names(code: types.CodeType) -> set[str]:
 
 
 def unchanged(snapshot: Snapshot) -> bool:
-    """Whether everything captured is still the same object."""
+    """Whether everything that was captured is still the same object."""
     return len(snapshot) <= MAX_CAPTURED and all(_read(c, n) is value for c, n, value in snapshot)
 
 

@@ -1,4 +1,4 @@
-"""What a staged program looks like before it runs: its table of sites, and the plan of its random keys."""
+"""What a staged program looks like before it runs: the table of its sites, and the plan of its random keys."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .specs import SiteSpec
 class Axis:
     """One axis of a recorded choice.
 
-    Its kind tells who made it: ``jax.vmap`` ("lanes"), ``lax.scan`` ("scan") or the distribution ("batch").
+    Its kind tells what made it: ``jax.vmap`` ("lanes"), ``lax.scan`` ("scan") or the distribution ("batch").
     """
 
     size: int
@@ -44,22 +44,22 @@ class SiteInfo:
     """What is known of a site before the program runs.
 
     Attributes:
-        address: dotted address.
+        address: the dotted address.
         kind: ``"sample"``, ``"factor"`` or ``"deterministic"``.
-        shape: shape of the recorded array; ``dtype`` its dtype.
-        axes: one for every leading axis of ``shape`` that is no event axis.
-        event_shape: the event axes; ``event_dims`` their names.
-        distribution: name of the distribution's class.
-        support: NumPyro constraint, where no traced value enters it.
-        is_discrete: whether the distribution is.
+        shape: the shape of the recorded array; ``dtype`` is its dtype.
+        axes: one entry for every leading axis of ``shape`` that is not an event axis.
+        event_shape: the sizes of the event axes; ``event_dims`` are their names.
+        distribution: the name of the distribution's class.
+        support: the NumPyro constraint, if no traced value enters it.
+        is_discrete: whether the distribution is discrete.
         reparametrised: whether an expectation is differentiated along the path through its draw.
-        values: the values of one element, where the support is finite and known; ``num_values`` their number.
-        conditional: it stands in a branch, so that it may be idle.
-        observed: its value is fixed inside the model.
-        hidden: it is not recorded (``block``, or inside a ``while_loop``).
+        values: the values of one element, if the support is finite and known; ``num_values`` is their number.
+        conditional: whether it stands in a branch, so that it may be idle.
+        observed: whether its value is fixed inside the model.
+        hidden: whether it is not recorded (``block``, or inside a ``while_loop``).
         why_hidden: the reason, for messages.
-        masked: a mask decides where it counts.
-        estimated: its density is an unbiased estimate, which takes a key (``marginal``, ``normalize``).
+        masked: whether a mask decides where it counts.
+        estimated: whether its density is an unbiased estimate, which takes a key (``marginal``, ``normalize``).
     """
 
     address: str
@@ -88,12 +88,12 @@ class SiteInfo:
 
     @property
     def num_values(self) -> int | None:
-        """How many values one element may take, where that is finite and known."""
+        """The number of values that one element may take, if it is finite and known."""
         return None if self.values is None else len(self.values)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Sizes of the axes that are no event axes."""
+        """The sizes of the axes that are not event axes."""
         return tuple(a.size for a in self.axes)
 
     @property
@@ -103,7 +103,7 @@ class SiteInfo:
 
     @property
     def size(self) -> int:
-        """Number of scalars."""
+        """The number of scalars."""
         return math.prod(self.shape)
 
 
@@ -115,13 +115,13 @@ Scope = dict[str, "SiteInfo | Scope"]
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where in a program the walk stands."""
+    """Where the walk stands in a program."""
 
     prefix: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
     conditional: bool = False
     in_while: bool = False
-    summed: bool = False  # whether the table has what is summed out, too
+    summed: bool = False  # whether the table also has the choices that are summed out
 
     def under(self, *axes: Axis) -> _Place:
         return dataclasses.replace(self, axes=self.axes + axes)
@@ -152,7 +152,7 @@ def _flat(scope: Scope) -> Iterator[tuple[str, SiteInfo]]:
 
 
 def _scope(jaxpr: Any, place: _Place) -> Scope:
-    """The sites of one scope; calls, loops and branches belong to the scope that they stand in."""
+    """The sites of one scope. Sites in calls, loops and branches belong to the scope around these."""
     found: Scope = {}
     for eqn in open_jaxpr(jaxpr)[0].eqns:
         if not eqn_holds_sites(eqn):
@@ -177,7 +177,7 @@ def _equation(eqn: Any, place: _Place) -> Scope:
         info = _info(params, place)
         return {info.address.rpartition(".")[2]: info}
     if primitive is scope_p:
-        if params["name"] is None:  # an anonymous run: its choices are nobody's
+        if params["name"] is None:  # the choices of an anonymous run have no address
             _scope(params["jaxpr"], _Place())
             return {}
         inner = dataclasses.replace(place, prefix=(*place.prefix, params["name"]))
@@ -226,7 +226,7 @@ def _wired(eqn: Any, w: Wiring, place: _Place) -> Scope:
 
 
 def _without(scope: Scope, address: tuple[str, ...]) -> Scope:
-    """The scope without the site at a path."""
+    """The scope without the site at an address."""
     name, *rest = address
     node = scope.get(name)
     if rest and isinstance(node, dict):
@@ -301,10 +301,10 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
 
 
 def is_pathwise(params: Mapping[str, Any]) -> bool:
-    """Whether the draw of a site, given its equation's parameters, is differentiated along its path.
+    """Whether the draw of a site is differentiated along its path, given the parameters of its equation.
 
-    That needs a sampler that can be, and no gradient strategy that does otherwise. A site whose
-    value is given is not drawn.
+    That needs a sampler with a derivative, and no gradient strategy that does otherwise. A site whose value is given is
+    not drawn.
     """
     skeleton = params["skeleton"]
     payload = skeleton.unpack([0.0] * skeleton.num_arrays)
@@ -315,7 +315,7 @@ def is_pathwise(params: Mapping[str, Any]) -> bool:
 
 
 def _moved(info: SiteInfo, place: _Place) -> SiteInfo:
-    """A site of a program that stands somewhere inside another one."""
+    """The site of a program that stands inside another one, as the outer program sees it."""
     axes = place.axes + info.axes
     return dataclasses.replace(
         info,
@@ -343,9 +343,9 @@ def _used_twice(name: str, place: _Place, node: SiteInfo | Scope) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class KeyNode:
-    """How the key of one name is made: fold the name, then an index for each of ``loops``, then go on inside.
+    """How the key of one name is made: fold in the name, then an index for each of ``loops``, then go on inside.
 
-    That of a site (``site``) is only there to draw its choice.
+    The key of a site (``site``) is needed only to draw its choice.
     """
 
     loops: tuple[int, ...]
@@ -382,7 +382,7 @@ def _plan_inside(
     eqn: Any, loops: tuple[int, ...], anonymous: int, plan: dict[str, KeyNode]
 ) -> None:
     w = wiring(eqn)
-    if w is not None and w.rounds is None:  # the body derives the keys of its rounds as it goes
+    if w is not None and w.rounds is None:  # the body derives a key in each of its rounds
         for body in w.bodies:
             plan.update(dict.fromkeys(scope_names(body.jaxpr, anonymous), KeyNode(loops)))
         return
@@ -409,7 +409,7 @@ def anonymous_name(index: int) -> str:
 
 
 def eqn_anonymous(eqn: Any) -> int:
-    """How many anonymous runs an equation holds, in the scope it stands in."""
+    """The number of anonymous runs in an equation, in the scope that it stands in."""
     if eqn.primitive is scope_p:
         return int(eqn.params["name"] is None)
     if eqn.primitive is estimated_p:
@@ -423,7 +423,7 @@ def count_anonymous(jaxpr: Any) -> int:
 
 
 def scope_plan(jaxpr: Any, anonymous: int = 0) -> dict[str, KeyNode]:
-    """The plan of a part of a scope, its anonymous runs numbered from ``anonymous``."""
+    """The key plan of a part of a scope. Its anonymous runs are numbered from ``anonymous``."""
     plan: dict[str, KeyNode] = {}
     _plan(jaxpr, (), anonymous, plan)
     return plan
@@ -435,7 +435,7 @@ def scope_names(jaxpr: Any, anonymous: int = 0) -> list[str]:
 
 
 def derive_keys(plan: dict[str, KeyNode], key: jax.Array) -> dict[str, Any]:
-    """All keys of a scope, in vectorised calls at its entry: no key is derived inside a loop."""
+    """All keys of a scope, made in vectorised calls at its entry. No key is derived inside a loop."""
     if not plan:
         return {}
     if len(plan) == 1:
@@ -447,7 +447,7 @@ def derive_keys(plan: dict[str, KeyNode], key: jax.Array) -> dict[str, Any]:
 
 
 def expand_key(node: KeyNode, key: jax.Array) -> Any:
-    """Fold the index of every loop into a name's key, outermost first, then derive what is nested."""
+    """Fold the index of every loop into a name's key, outermost first. Then derive the nested keys."""
     inner = None if node.inner is None else functools.partial(derive_keys, node.inner)
     for size in reversed(node.loops):
         inner = functools.partial(_over_indices, size, inner)

@@ -1,8 +1,8 @@
-"""Axes that have the same length whatever that is: which axes of arrays the equations of a jaxpr tie to each other.
+"""Axes that must have the same length: which axes of arrays the equations of a jaxpr tie to each other.
 
-Arrays that are combined element by element have equal lengths, a sum leaves the other axes as they are, and so on. What
-is known of one axis is then known of all that are tied to it, before it or after it. An equation that is not listed
-ties nothing.
+Arrays that are combined element by element have equal lengths, a sum leaves the other axes as they are, and so on. A
+fact about one axis then holds for all axes that are tied to it, earlier or later in the jaxpr. An equation that is not
+listed ties nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Axes = Sequence[int]
 
 
 class Ties:
-    """Axes that are tied to each other, and facts that are known of them."""
+    """Axes that are tied to each other, and the facts known of them."""
 
     def __init__(self) -> None:
         self.parents: list[int] = []
@@ -32,7 +32,7 @@ class Ties:
         """Of equations that tie nothing: the axes that are read, and the new axes that may be made of them."""
 
     def axes(self, shape: Sequence[int]) -> Axes:
-        """New axes, of these sizes."""
+        """New axes with these sizes."""
         start = len(self.parents)
         self.parents += range(start, start + len(shape))
         self.sizes += shape
@@ -45,14 +45,14 @@ class Ties:
         return axis
 
     def tie(self, a: Axes, b: Axes) -> None:
-        """Tie axes pair by pair; sizes that differ (one of them is repeated) are not tied."""
+        """Tie axes pair by pair. Axes of different size (one of them is repeated) are not tied."""
         for x, y in zip(map(self.root, a), map(self.root, b), strict=False):
             if x != y and self.sizes[x] == self.sizes[y]:
                 self.parents[y] = x
                 self.facts[x] |= self.facts[y]
 
     def state(self, axis: int, fact: Hashable) -> bool:
-        """Add a fact; whether it is new."""
+        """Add a fact, and tell whether it is new."""
         facts = self.facts[self.root(axis)]
         is_new = fact not in facts
         facts.add(fact)
@@ -62,7 +62,7 @@ class Ties:
         return self.facts[self.root(axis)]
 
     def results(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
-        """Tie the axes of an equation's results to those of its operands, or note that they are not."""
+        """Tie the axes of an equation's results to those of its operands, or note that they are not tied."""
         self.apply(eqn, ins, outs)
         before, after = ({self.root(a): a for axes in xs for a in axes} for xs in (ins, outs))
         lost = [a for root, a in before.items() if root not in after]
@@ -71,7 +71,7 @@ class Ties:
             self.made.append((lost, new))
 
     def apply(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
-        """Tie what the rules say."""
+        """Tie the axes that the rules name."""
         name = eqn.primitive.name
         if name in SHAPED:
             for a, b in itertools.product(ins, outs):
@@ -90,7 +90,7 @@ class Ties:
                 self.tie(_without(a, eqn.params["axes"]), b)
 
     def reshape(self, a: Axes, b: Axes) -> None:
-        """Tie the axes that a reshape leaves as they are: of one size, with as many elements before them."""
+        """Tie the axes that a reshape leaves as they are: they have the same size, and as many elements before them."""
         before = [
             list(itertools.accumulate((self.sizes[k] for k in x), int.__mul__, initial=1))
             for x in (a, b)

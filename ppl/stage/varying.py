@@ -19,7 +19,7 @@ SAME = {"psum": "axes", "pmax": "axes", "pmin": "axes", "all_gather": "axis_name
 
 
 def mesh_axes(eqn: Any) -> frozenset[str]:
-    """The axes along which all shards have the same result of a collective."""
+    """The mesh axes along which all shards have the same result of a collective."""
     if eqn.params.get("axis_index_groups") is not None:
         return frozenset()
     over = eqn.params[SAME[eqn.primitive.name]]
@@ -39,7 +39,7 @@ Mixed = frozenset[tuple[str, str]]
 def refuse_mixed(
     body: Any, ins: Sequence[Sequence[Split]], outs: Sequence[Sequence[Split]]
 ) -> None:
-    """Refuse choices that read a part of the rows as if it were all, and results that give such a part away."""
+    """Refuse choices that read a part of the rows as if it were all rows, and results that return such a part."""
 
     def join(values: Sequence[Mixed]) -> Mixed:
         return frozenset().union(*values)
@@ -95,7 +95,7 @@ def _refuse_parts(who: str, does: str, value: Mixed, allowed: Sequence[str]) -> 
 
 
 def _axes(eqn: Any) -> list[str]:
-    """The axes of the mesh that a site or lanes are split over."""
+    """The mesh axes over which a site or lanes are split."""
     splits = [lane.split for lane in eqn.params["lanes"]]
     splits += eqn.params["spec"].split if "spec" in eqn.params else ()
     return [a for split in splits for a in split.axes]
