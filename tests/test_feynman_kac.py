@@ -130,20 +130,46 @@ def test_a_field_may_not_stand_where_a_method_is_called() -> None:
         Model()
 
 
-def test_a_model_of_another_class_is_refused_with_the_cure() -> None:
-    class Model(eqx.Module):
+def test_an_equinox_module_with_the_methods_is_a_model() -> None:
+    class Model(eqx.Module):  # a walk of which four steps are counted, each with weight 2
+        scale: float = 1.0
+        num_steps: int = 4
+
+        def init(self, key: Any) -> Any:
+            return jnp.zeros(()), jnp.log(2.0)
+
+        def step(self, key: Any, t: Any, x: Any) -> Any:
+            if self.scale > 0:
+                x = x + self.scale * jax.random.normal(key)
+            return x, jnp.log(2.0)
+
+        def finished(self, particles: Any) -> Any:
+            return jnp.bool_(True)
+
+    class Misspelt(Model):
+        def lookahed(self, t: Any, particle: Any) -> Any:
+            return particle
+
+    found = run(Model())
+    np.testing.assert_allclose(found.log_evidence, np.log(2.0), rtol=1e-6)  # `finished` was called
+    target = level().given({"y": 1.0})
+    made = smc(lambda target: Model(), 10).run(KEY, target, progress=False)
+    np.testing.assert_allclose(made.log_evidence, np.log(2.0), rtol=1e-6)
+    with pytest.raises(ModelError, match="Misspelt.lookahed is no hook of FeynmanKac"):
+        smc(Misspelt())
+
+
+def test_what_is_no_model_is_refused_with_the_cure() -> None:
+    class Half(eqx.Module):
         num_steps: int = 3
 
         def init(self, key: Any) -> Any:
             return jnp.zeros(()), 0.0
 
-        def step(self, key: Any, t: Any, x: Any) -> Any:
-            return x, 0.0
-
-    with pytest.raises(TypeError, match=r"class Model\(FeynmanKac\), in place of equinox.Module"):
-        smc(Model())
-    made = smc(lambda target: Model())
-    with pytest.raises(TypeError, match="got Model"):
+    with pytest.raises(TypeError, match="or an equinox.Module that has them.*got Half"):
+        smc(Half())
+    made = smc(lambda target: Half())
+    with pytest.raises(TypeError, match="got Half"):
         made.run(KEY, level().given({"y": 1.0}), progress=False)
     with pytest.raises(TypeError, match="abstract"):
         FeynmanKac()  # type: ignore[abstract]

@@ -16,7 +16,6 @@ import numpyro.distributions as dist
 import pytest
 from weft.inference import (
     Draws,
-    FeynmanKac,
     Particles,
     enumeration,
     filtering,
@@ -108,7 +107,7 @@ DATA = jnp.array([1, 0, 1, 1])
 SERIES = series(4).given({"y": DATA})
 
 
-class Bootstrap(FeynmanKac):
+class Bootstrap(eqx.Module):
     """The bootstrap model of the series, written out."""
 
     num_steps: int = eqx.field(static=True, default=4)

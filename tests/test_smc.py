@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import FeynmanKac, load, multinomial, smc, ssp, stratified, systematic
+from weft.inference import load, multinomial, smc, ssp, stratified, systematic
 from weft.ppl import DensityError, ModelError, WeftError
 
 from programs import quick_compilation
@@ -34,7 +34,7 @@ def quick() -> Iterator[None]:
         yield
 
 
-class Linear(FeynmanKac):
+class Linear(eqx.Module):
     """The bootstrap model of a linear-Gaussian series."""
 
     y: jax.Array

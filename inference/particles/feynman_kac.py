@@ -13,6 +13,7 @@ and `step` does nothing until a model overrides it.
 # No postponed annotations here: Equinox must see that `num_steps` is abstract.
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -234,21 +235,37 @@ def has(model: FeynmanKac, hook: str) -> bool:
     return getattr(type(model), hook) is not getattr(FeynmanKac, hook)
 
 
+def as_model(x: Any) -> Any:
+    """A Feynman-Kac model as it is, and an Equinox module with `init` and `step` as one; all else as it is.
+
+    Such a module gets `FeynmanKac` as one more base. So what it has of hooks is called, and a misspelt one is refused.
+
+    Raises:
+        ModelError: if a hook of the module is misspelt, or takes other arguments.
+    """
+    taken = isinstance(x, eqx.Module) and all(hasattr(x, m) for m in ("num_steps", "init", "step"))
+    if isinstance(x, FeynmanKac) or not taken:
+        return x
+    model = object.__new__(_based(type(x)))
+    for field in dataclasses.fields(x):
+        object.__setattr__(model, field.name, getattr(x, field.name))
+    check_hooks(model, FeynmanKac, ATTRIBUTES)
+    return model
+
+
+@functools.cache
+def _based(cls: type) -> type:
+    """A class with `FeynmanKac` as one more base."""
+    return type(cls)(cls.__name__, (cls, FeynmanKac), {"__module__": cls.__module__})
+
+
 def require_model(x: Any, what: str) -> None:
     """Raise TypeError unless this is a Feynman-Kac model."""
-    if isinstance(x, FeynmanKac):
-        return
-    name = type(x).__name__
-    cure = ""
-    if all(hasattr(x, member) for member in ("init", "step")):
-        cure = (
-            f". {name} has init and step: make weft.inference.FeynmanKac its base, class {name}(FeynmanKac), "
-            "in place of equinox.Module"
+    if not isinstance(x, FeynmanKac):
+        raise TypeError(
+            f"{what}: expected a Feynman-Kac model (a weft.inference.FeynmanKac with num_steps, init(key), "
+            f"step(key, t, particle), or an equinox.Module that has them), got {type(x).__name__}"
         )
-    raise TypeError(
-        f"{what}: expected a Feynman-Kac model (a FeynmanKac with num_steps, init(key), step(key, t, particle)), "
-        f"got {name}{cure}"
-    )
 
 
 def check_particle(model: FeynmanKac) -> None:

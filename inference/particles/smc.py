@@ -40,7 +40,7 @@ from .engine import (
     with_pruned_tree,
     with_tree_for,
 )
-from .feynman_kac import FeynmanKac, has, require_model
+from .feynman_kac import FeynmanKac, as_model, has, require_model
 from .history import History, along_lineages
 from .results import SequentialParticles
 
@@ -49,7 +49,7 @@ class smc(Algorithm):
     """Sequential Monte Carlo for a Feynman-Kac model.
 
     Attributes:
-        model: a `FeynmanKac` model; or a function from a target to one.
+        model: a `FeynmanKac` model, or an Equinox module with its methods; or a function from a target to one.
         num_particles: `N`.
         resample: a resampling scheme: `systematic`, `stratified`, `multinomial`, `residual`, `ssp` or `killing`; a
             `Resampling` of your own, or a plain function, which is taken for one whose draws are not independent.
@@ -94,7 +94,7 @@ class smc(Algorithm):
         -2.8
     """
 
-    model: FeynmanKac | Callable[[Target], FeynmanKac]
+    model: FeynmanKac | Callable[[Target], FeynmanKac] = eqx.field(converter=as_model)
     num_particles: int = 1000
     resample: Resampling = eqx.field(converter=as_scheme, default=systematic)
     threshold: float = 0.5
@@ -177,7 +177,7 @@ class smc(Algorithm):
         """The model, made from the target if it has to be."""
         if isinstance(self.model, FeynmanKac):
             return self.model
-        model = self.model(target)
+        model = as_model(self.model(target))
         require_model(model, f"smc: the model that {_name(self.model)} makes of a target")
         return model
 
