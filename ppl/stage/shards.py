@@ -108,7 +108,18 @@ class _Found(NamedTuple):
 
 @dataclasses.dataclass
 class _Body:
-    """The body of one ``shard_map``, and what is inferred from it."""
+    """The body of one ``shard_map``, and what is inferred from it.
+
+    Attributes:
+        eqn: the equation.
+        ties: the axes of all arrays in the body.
+        found: its sites and lanes, in order.
+        loops: the loops that hold sites, each with the axis that it goes along.
+        named: an axis for each name and size that a ``jax.vmap`` gives.
+        lengths: the lengths, on one shard, of axes that are split.
+        same: of collectives with one result for all shards: an axis of the operand, its axis of the result, and the
+            axes of the mesh.
+    """
 
     eqn: Any
     ties: Ties = dataclasses.field(default_factory=Ties)
@@ -120,6 +131,11 @@ class _Body:
 
     def split(self) -> Any:
         """The equation, with its splits written on the sites and lanes in its body."""
+        if self.eqn.params.get("check_vma"):  # traced elsewhere, and kept by JAX
+            raise ModelError(
+                f"{listed(self.eqn)} in a shard_map of which JAX has inferred what is the same on all shards: call it "
+                "with check_vma=False"
+            )
         ins, outs = _specs(self.eqn)
         body = self.eqn.params["jaxpr"]
         args = [self.ties.axes(v.aval.shape) for v in open_jaxpr(body)[0].invars]
