@@ -1,8 +1,8 @@
-"""Markov kernels: moves of the choices of a target, which leave its law as it is.
+"""Markov kernels: moves of the choices of a target that leave its law invariant.
 
-Every kernel has `move(key, choices, target) -> (choices, info)`. The choices are nested dicts of all latent
-choices. `info` is a flat dict of scalars, with "acceptance_rate" at least. A move is pure: it works under `jit`,
-`vmap` and `scan`, also with a target of traced arrays. `mcmc` runs any kernel.
+Every kernel has `move(key, choices, target) -> (choices, info)`. The choices are nested dicts of all latent choices.
+`info` is a flat dict of scalars, with at least "acceptance_rate". A move is pure: it works under `jit`, `vmap` and
+`scan`, also with a target of traced arrays. `mcmc` runs any kernel.
 
 | kernel | moves | needs | a warm-up tunes |
 | --- | --- | --- | --- |

@@ -1,9 +1,9 @@
 """Resampling: from weights to ancestors, so that each particle has `n W_i` offspring on average.
 
-A scheme is a `Resampling`: a function `(key, log_weights, num_samples) -> ancestors`, which gives indices in ascending
-order, and what the rest of Weft must know of it. A particle of weight zero never has offspring, also where sums
-of weights are rounded. All schemes cost O(N), `multinomial`, `residual` and `killing` O(N log N). They differ in the
-variance of the offspring counts `O_i` and in what is known of them:
+A scheme is a `Resampling`: a function `(key, log_weights, num_samples) -> ancestors`, and the facts that the rest of
+Weft must know of it. The function gives indices in ascending order. A particle of weight zero never has offspring, even
+if sums of weights are rounded. All schemes cost O(N), but `multinomial`, `residual` and `killing` cost O(N log N). They
+differ in the variance of the offspring counts `O_i`, and in what has been proved of them:
 
 | scheme | offspring counts | take it |
 | --- | --- | --- |
@@ -37,13 +37,13 @@ Draw = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " m"]]
 class Resampling(eqx.Module):
     """A resampling scheme: how ancestors are drawn, and what is known of the draws.
 
-    `smc` takes a plain function `(key, log_weights, num_samples) -> ancestors` too, and wraps it as
+    `smc` also takes a plain function `(key, log_weights, num_samples) -> ancestors`, and wraps it as
     `Resampling(function)`. If its draws are independent, wrap it yourself and say so.
 
     Attributes:
         draw: the function.
         independent: whether the ancestors are independent draws by the weights, as those of `multinomial` are. Two
-            lineages then meet by chance in every generation, which `log_evidence_variance` allows for.
+            lineages then meet by chance in every generation, and `log_evidence_variance` allows for that.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -77,12 +77,12 @@ class Resampling(eqx.Module):
 
 
 def as_scheme(scheme: Resampling | Draw) -> Resampling:
-    """A plain function as a scheme of which nothing is known."""
+    """A plain function as a scheme. Its draws are not assumed to be independent."""
     return scheme if isinstance(scheme, Resampling) else Resampling(scheme)
 
 
 def _scheme(draw: Draw, independent: bool = False) -> Resampling:
-    """A decorator: the function's scheme, with its name and docstring."""
+    """A decorator: make a scheme of a function, with the function's name and docstring."""
     scheme: Any = eqx.module_update_wrapper(Resampling(draw, independent))
     return scheme
 
@@ -91,7 +91,7 @@ def _scheme(draw: Draw, independent: bool = False) -> Resampling:
 def systematic(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
-    r"""Positions `(k + U) / m` with one `U` for all: `O_i = ceil(m C_i - U) - ceil(m C_{i-1} - U)`.
+    """Positions `(k + U) / m` with a single `U`: `O_i = ceil(m C_i - U) - ceil(m C_{i-1} - U)`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -110,7 +110,7 @@ def systematic(
 def stratified(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
-    """Positions `(k + U_k) / m`, a uniform number in each stratum."""
+    """Positions `(k + U_k) / m`, with a uniform number in each stratum."""
     weights = jax.nn.softmax(log_weights)
     ends = _cumulated(weights, num_samples)
     stratum = jnp.clip(jnp.floor(ends).astype(int), 0, num_samples - 1)
@@ -122,7 +122,7 @@ def stratified(
 def multinomial(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
-    """Independent draws, in ascending order: the order statistics of uniform numbers come from exponential spacings."""
+    """Independent draws, in ascending order. Exponential spacings give the order statistics of uniform numbers."""
     weights = jax.nn.softmax(log_weights)
     counts = _below(key, _cumulated(weights), num_samples, num_samples)
     return ancestors(counts, weights, num_samples)
@@ -132,7 +132,7 @@ def multinomial(
 def residual(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
-    """The whole part of `m W_i` each; the rest by independent draws in proportion to the fractions."""
+    """Each particle has the whole part of `m W_i` as offspring. The rest are independent draws by the fractions."""
     whole, fraction = _whole_and_fraction(log_weights, num_samples)
     left = num_samples - jnp.sum(whole)
     drawn = _below(key, _cumulated(fraction), left, num_samples)
@@ -143,10 +143,10 @@ def residual(
 def killing(
     key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int
 ) -> Int[Array, " m"]:
-    """Particle `i` survives with probability `W_i / max W`; the place of a dead one goes to a draw by weight.
+    """Particle `i` survives with probability `W_i / max W`. A draw by weight takes the place of a dead one.
 
     Raises:
-        ValueError: if the number of particles changes: each has its own place.
+        ValueError: if the number of particles changes, since each has its own place.
     """
     if num_samples != log_weights.shape[0]:
         raise ValueError(
@@ -155,7 +155,7 @@ def killing(
     live_key, draw_key = jax.random.split(key)
     relative = jnp.exp(log_weights - jnp.max(log_weights))
     dead = jax.random.uniform(live_key, relative.shape) >= relative
-    # The draws come in order, and which of them are used must not depend on it: shuffle.
+    # The draws are sorted. Which of them are used must not depend on their order, so they are shuffled.
     drawn = jax.random.permutation(
         draw_key, multinomial(jax.random.fold_in(draw_key, 1), log_weights, num_samples)
     )
@@ -164,12 +164,12 @@ def killing(
 
 @_scheme
 def ssp(key: PRNGKeyArray, log_weights: Float[Array, " n"], num_samples: int) -> Int[Array, " m"]:
-    """The Srinivasan sampling process: fractions of two particles meet until one of them is a whole number."""
+    """The Srinivasan sampling process: the fractions of two particles meet until one becomes a whole number."""
     whole, fraction = _whole_and_fraction(log_weights, num_samples)
     uniforms = jax.random.uniform(key, fraction.shape, fraction.dtype)
 
     def meet(carry, item):
-        i, x = carry  # the particle that is left over so far, and its fraction
+        i, x = carry  # the particle left over so far, and its fraction
         j, y, u = item
         up, down = jnp.minimum(y, 1 - x), jnp.minimum(x, 1 - y)
         total = up + down
@@ -192,18 +192,18 @@ def ancestors(
 ) -> Int[Array, " m"]:
     """Indices from the cumulated numbers of offspring, without a search.
 
-    A particle is noted where its offspring begin, and a running maximum does the rest. Those of weight zero are not
-    noted: what rounding gives to one of them goes to the particle before it.
+    A particle's index is written where its offspring begin, and a running maximum does the rest. Particles of weight
+    zero are not written. If rounding gives one of them offspring, these go to the particle before it.
     """
     starts = jnp.clip(jnp.roll(ends, 1).astype(int), 0, num_samples).at[0].set(0)
-    # One without offspring begins where the next one does, and has the lower index.
+    # A particle without offspring begins where the next one does, and has the lower index.
     index = jnp.where(weights > 0, jnp.arange(weights.shape[0]), 0)
     noted = jnp.zeros(num_samples, int).at[starts].max(index, mode="drop")
     return jax.lax.cummax(noted)
 
 
 def _cumulated(weights: Float[Array, " n"], whole: int = 1) -> Float[Array, " n"]:
-    """Sums of the weights up to each, as shares of `whole`; zeros, if all are zero."""
+    """The cumulated sums of the weights, as shares of `whole`. Zeros if all weights are zero."""
     total = jnp.cumsum(weights)
     return whole * total / jnp.where(total[-1] > 0, total[-1], 1.0)
 
@@ -211,10 +211,10 @@ def _cumulated(weights: Float[Array, " n"], whole: int = 1) -> Float[Array, " n"
 def _whole_and_fraction(
     log_weights: Float[Array, " n"], num_samples: int
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    """The parts of the expected numbers of offspring, `n W_i`.
+    """The whole and the fractional part of the expected numbers of offspring, `n W_i`.
 
-    Weights that call for a whole number give one a little below it, by the rounding of their logarithms, exponentials
-    and sum. So what is below by some tens of units in the last place is the whole number.
+    Weights that call for a whole number give one a little below it, since their logarithms, exponentials and sum are
+    rounded. So a value that is below a whole number by some tens of units in the last place counts as that number.
     """
     relative = jnp.exp(log_weights - jnp.max(log_weights))
     expected = num_samples * relative / _pairwise_sum(relative)
@@ -225,7 +225,7 @@ def _whole_and_fraction(
 
 
 def _pairwise_sum(x: Float[Array, " n"]) -> Float[Array, ""]:
-    """The sum by halves, whose rounding grows with the logarithm of the number of terms."""
+    """The sum by halves. Its rounding error grows with the logarithm of the number of terms."""
     while (n := x.shape[0]) > 1:
         half = (n + 1) // 2
         x = x[:half] + jnp.pad(x[half:], (0, 2 * half - n))
@@ -235,7 +235,7 @@ def _pairwise_sum(x: Float[Array, " n"]) -> Float[Array, ""]:
 def _below(
     key: PRNGKeyArray, ends: Float[Array, " n"], count: Int[Array, ""] | int, most: int
 ) -> Int[Array, " n"]:
-    """How many of `count` uniform numbers are below each of some ascending numbers in [0, 1]."""
+    """For each of some ascending numbers in [0, 1], how many of `count` uniform numbers are below it."""
     spacings = jnp.cumsum(jax.random.exponential(key, (most + 1,), ends.dtype))
     uniform = jnp.where(jnp.arange(most) < count, spacings[:-1] / spacings[count], 2.0)
     return jnp.searchsorted(uniform, ends)

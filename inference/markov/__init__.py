@@ -1,1 +1,1 @@
-"""Markov kernels, and the samplers that run chains of them."""
+"""Markov kernels, and the samplers that run them as chains."""

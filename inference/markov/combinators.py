@@ -1,6 +1,6 @@
-"""Kernels of kernels: on some of the choices, one after the other, at random, several times.
+"""Kernels made of kernels: on some of the choices, one after another, one at random, several times.
 
-Each is written once, as a move of warm-up; a move by itself is one with nothing to learn.
+Each is written once, as a move of a warm-up. A plain move is one with nothing to learn.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .kernel import Choices, Info, Kernel, chosen, entered, idling, pooled, unch
 
 
 class Combinator(Kernel):
-    """Base of the kernels of kernels. A warm-up tunes what their parts have to tune."""
+    """Base of the kernels made of kernels. A warm-up tunes the settings of their parts."""
 
     @abc.abstractmethod
     def warm(
         self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
     ) -> tuple[Choices, Info, Any]:
-        """A move with what `tuning` has for the parts; where it is None, with the parts as they are."""
+        """A move with the values in `tuning` for the parts. A part without values is used as it is."""
 
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
         return self.warm(key, choices, target, None, None)[:2]
 
 
 class Several(Combinator):
-    """Base of `cycle` and `mixture`, which have a field `kernels`: what is tuned of the i-th has the name "i"."""
+    """Base of `cycle` and `mixture`, which have a field `kernels`. The tuning of the i-th kernel has the name "i"."""
 
     def tuning(self: Any, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
         keys = jax.random.split(key, len(self.kernels))
@@ -54,16 +54,15 @@ class Several(Combinator):
 
 
 class block(Combinator):
-    r"""A kernel on some of the choices, all others given: it leaves $\pi(x_B \mid x_{-B})$ as it is.
+    r"""A kernel on some of the choices, given all others. It leaves :math:`\pi(x_B \mid x_{-B})` invariant.
 
     Attributes:
         kernel: the kernel.
-        addresses: what it moves; `"*"` and `"**"` are wildcards.
+        addresses: the addresses of the choices that it moves. `"*"` and `"**"` are wildcards.
 
     Raises:
-        AddressError: for an address that is no latent choice.
-        DensityError: where another choice may be idle and depends on these, so that it has to move with
-            them.
+        AddressError: for an address that is not a latent choice.
+        DensityError: if another choice may be idle and depends on these. It then has to move with them.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -113,10 +112,10 @@ class block(Combinator):
 
 
 class cycle(Several):
-    r"""Kernels one after the other, $K_1 K_2 \cdots K_n$.
+    r"""Kernels one after another, :math:`K_1 K_2 \cdots K_n`.
 
-    Its report pools theirs (any of booleans, the sum of counts, the mean of the rest), and has
-    "acceptance_rate_0", "acceptance_rate_1", ... of each.
+    The report combines those of the kernels: booleans by any, counts by their sum, the rest by their mean. It also has
+    "acceptance_rate_0", "acceptance_rate_1" and so on, one for each kernel.
 
     Attributes:
         kernels: the kernels.
@@ -157,16 +156,15 @@ class cycle(Several):
 
 
 class mixture(Several):
-    r"""One of several kernels, drawn anew for each move, $\sum_i w_i K_i$.
+    r"""One of several kernels, drawn anew for each move, :math:`\sum_i w_i K_i`.
 
-    Its report is that of the kernel drawn (what only others report is nothing, False or zero), and
-    "kernel", the index of it. Chains side by side under `vmap` draw different ones, so that all are
-    computed.
+    The report is that of the kernel drawn, and "kernel", its index. An entry that only other kernels report is NaN,
+    False or zero. Chains side by side under `vmap` draw different kernels, so all kernels are computed.
 
     Attributes:
         kernels: the kernels.
-        weights: positive numbers in proportion to their probabilities; all the same by default. They
-            must not depend on the choices.
+        weights: positive numbers, proportional to the probabilities of the kernels; equal by default. They must not
+            depend on the choices.
     """
 
     kernels: tuple[Kernel, ...]
@@ -215,13 +213,13 @@ class mixture(Several):
 
 
 class repeat(Combinator):
-    """A kernel several times in a row.
+    """A kernel, several times in a row.
 
-    Its report pools those of the moves: any of booleans, the sum of counts, the mean of the rest.
+    The report combines those of the moves: booleans by any, counts by their sum, the rest by their mean.
 
     Attributes:
         kernel: the kernel.
-        n: how often, at least once; may be traced.
+        n: the number of moves, at least one. It may be traced.
     """
 
     kernel: Kernel
@@ -266,7 +264,7 @@ class repeat(Combinator):
 def _move(
     kernel: Kernel, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Any
 ) -> tuple[Choices, Info, Any]:
-    """A move, one of warm-up where there is something to tune."""
+    """A move; a move of a warm-up if there is something to tune."""
     if tuning is None:
         return *kernel.move(key, choices, target), None
     return kernel.warm(key, choices, target, tuning, now)
@@ -275,7 +273,7 @@ def _move(
 def _move_part(
     i: int, kernel: Kernel, key: Any, choices: Choices, target: Target, tuning: Any, now: Any
 ) -> tuple[Choices, Info, Any]:
-    """A move of the i-th of several kernels; the tuning is that of all of them."""
+    """A move of the i-th of several kernels. `tuning` is that of all of them."""
     own = None if tuning is None else tuning.get(str(i))
     after, info, own = _move(kernel, key, choices, target, own, now)
     return after, info, tuning if own is None else {**(tuning or {}), str(i): own}
@@ -295,7 +293,10 @@ def _require_kernels(who: str, kernels: Sequence[Any]) -> None:
 
 
 def _require_apart(target: Target, moved: tuple[str, ...]) -> None:
-    """Given, an idle choice has no density; where that depends on what moves, the law would be another."""
+    """Refuse to fix choices that may be idle and depend on those that move.
+
+    An idle choice that is given has no density. So the kernel would leave another law invariant.
+    """
     others = [a for a in idling(target) if a not in moved]
     if not others:
         return

@@ -1,4 +1,4 @@
-"""What kernels share that follow a density on R^n: how they move a target, and what of them adapts."""
+"""What kernels that follow a density on R^n share: how they move a target, and which of their settings adapt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LogDensity = Callable[[Any], Float[Array, ""]]
 
 
 class DensityKernel(Kernel):
-    """Base of the kernels that follow a density on R^n: settings, and the two functions of a density."""
+    """Base of the kernels that follow a density on R^n: settings, and two functions of a density, `init` and `step`."""
 
     @abc.abstractmethod
     def init(self, position: Any, log_density: LogDensity) -> Any:
@@ -28,14 +28,14 @@ class DensityKernel(Kernel):
 
     @abc.abstractmethod
     def step(self, key: PRNGKeyArray, state: Any, log_density: LogDensity) -> tuple[Any, Any]:
-        """One transition: the next state, and what happened."""
+        """One transition: the next state, and information on what happened."""
 
     @abc.abstractmethod
     def report(self, info: Any) -> Info:
-        """What happened, under the names that statistics have."""
+        """The information on a transition as statistics, under the names that all kernels use."""
 
     def on(self, log_density: LogDensity) -> BoundKernel:
-        """This kernel for one density."""
+        """This kernel, bound to one density."""
         return BoundKernel(self, log_density)
 
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
@@ -44,7 +44,7 @@ class DensityKernel(Kernel):
         return space.to_choices(state.position), self.report(info)
 
     def _at(self, choices: Choices, target: Target) -> tuple[Any, Any]:
-        """The unconstrained space of the target, and the state at the choices there."""
+        """The unconstrained space of the target, and the kernel's state there at the given choices."""
         choices = entered(choices, target)
         discrete = [a for a in target.latents if target.sites[a].is_discrete]
         if discrete:
@@ -58,7 +58,7 @@ class DensityKernel(Kernel):
 
 
 class BoundKernel(Noun):
-    """A kernel and the density that it leaves invariant."""
+    """A kernel, and the density that it leaves invariant."""
 
     kernel: DensityKernel
     log_density: LogDensity
@@ -68,11 +68,11 @@ class BoundKernel(Noun):
         return self.kernel.init(position, self.log_density)
 
     def step(self, key: PRNGKeyArray, state: Any) -> tuple[Any, Any]:
-        """One transition: the next state, and what happened."""
+        """One transition: the next state, and information on what happened."""
         return self.kernel.step(key, state, self.log_density)
 
 
-# Of dual averaging. Stan's values (0.05 and 10) are for acceptance averaged along a trajectory. That of one
+# Settings of dual averaging. Stan's (0.05 and 10) are for acceptance averaged along a trajectory. That of one
 # proposal is noisier: with them step sizes swing so widely that their average misses the target.
 GAMMA, AHEAD = 0.2, 1.0
 
@@ -82,7 +82,7 @@ class AdaptiveKernel(DensityKernel):
 
     Attributes:
         target_acceptance: the mean acceptance probability that the step size is tuned to.
-        dense_mass: whether the inverse mass that is estimated is a full covariance; else variances.
+        dense_mass: whether a warm-up estimates a full covariance as the inverse mass. Otherwise it estimates variances.
         adapt: what a warm-up tunes: step size and inverse mass (True), `"step_size"` alone, or nothing (False).
     """
 
@@ -99,21 +99,21 @@ class AdaptiveKernel(DensityKernel):
 
     @abc.abstractmethod
     def scales(self) -> tuple[Any, Any]:
-        """The step size and the inverse mass that are given; None for either that is not."""
+        """The step size and the inverse mass that were given. Either is None if it was not given."""
 
     @abc.abstractmethod
     def with_scales(self, step_size: Any, inverse_mass: Any) -> Self:
-        """This kernel with others; None stands for the identity."""
+        """This kernel with another step size and inverse mass. None for the inverse mass stands for the identity."""
 
     def trial(self, step_size: Any, inverse_mass: Any) -> DensityKernel:
-        """The kernel by whose acceptance a first step size is searched for."""
+        """The kernel whose acceptance decides the search for a first step size."""
         return self.with_scales(step_size, inverse_mass)
 
     def known_step(self) -> Any:
         """The step size.
 
         Raises:
-            WeftError: if there is none.
+            WeftError: if the kernel has none.
         """
         step_size = self.scales()[0]
         if step_size is None:
@@ -160,7 +160,7 @@ class AdaptiveKernel(DensityKernel):
         )
 
     def _adaptation(self, size: int) -> Adaptation:
-        """How this kernel adapts on R^size. Of a metric, and of what is not to adapt, there is no part."""
+        """How this kernel adapts on R^size. A metric does not adapt, and what is not to adapt has no part in it."""
         inverse_mass = self.scales()[1]
         given = inverse_mass is not None
         if self.adapt == "step_size" or (given and not _is_array(inverse_mass)):
@@ -174,5 +174,5 @@ def _is_array(x: Any) -> bool:
 
 
 def rate(info: Any) -> Info:
-    """The report of a kernel that accepts or rejects one point; a rate that is no number is a rejection."""
+    """The report of a kernel that accepts or rejects one point. A rate that is NaN counts as a rejection."""
     return {"acceptance_rate": jnp.nan_to_num(info.acceptance_rate)}

@@ -1,9 +1,8 @@
 """The driver of Markov chains: warm-up, thinning and storing, for every sampler that gives `Draws`.
 
-A sampler says where its chains begin, what one transition of one chain does, and what a draw stores. All
-else is here. The chains advance side by side under one vmap, each with its own warm-up. Draws are written
-into buffers of their final size as the chains go, so that neither a warm-up nor a site that is not kept
-ever takes memory.
+A sampler says where its chains begin, what one transition of one chain does, and what a draw stores. Everything else is
+here. The chains run side by side under one vmap, each with its own warm-up. Draws are written into buffers of their
+final size while the chains run. So neither a warm-up nor a site that is not kept ever takes memory.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ Record = dict[str, dict[str, Any]]
 
 
 class ChainsState(State):
-    """The state of a set of chains; every field but `iteration` leads with the chain.
+    """The state of a set of chains. The first axis of every field but `iteration` is that of the chains.
 
     Attributes:
-        iteration: iterations done, warm-up included.
+        iteration: the number of iterations done, including warm-up.
         chains: where the chains are.
-        tuning: what warm-up tunes; None if there is nothing to tune.
-        diverged: whether a transition since the last draw stored was divergent.
-        divergences: number of divergent transitions, `(chain, 2)`: in warm-up, after it.
+        tuning: what the warm-up tunes; None if there is nothing to tune.
+        diverged: whether a transition since the last stored draw was divergent.
+        divergences: the number of divergent transitions in warm-up and after it, `(chain, 2)`.
         draws: buffers `(chain, draw, ...)` of choices, derived values and activity.
-        stats: buffers `(chain, draw)` of the statistics of the draws stored.
+        stats: buffers `(chain, draw)` of the statistics of the stored draws.
     """
 
     iteration: Int[Array, ""]
@@ -56,11 +55,11 @@ class ChainSampler(Algorithm):
     """Base of the samplers by Markov chains. Each has these fields, in an order of its own.
 
     Attributes:
-        num_samples: iterations after warm-up, for each chain.
-        num_chains: chains.
+        num_samples: iterations of each chain after warm-up.
+        num_chains: the number of chains.
         num_warmup: iterations of warm-up.
         thin: store every `thin`-th draw.
-        keep: addresses of choices and derived values to store; all, if None.
+        keep: the addresses of the choices and derived values to store; None for all.
     """
 
     if TYPE_CHECKING:
@@ -71,20 +70,20 @@ class ChainSampler(Algorithm):
 
     @abc.abstractmethod
     def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Any, Any]:
-        """Where the chains begin, and what warm-up tunes at first. Both lead with the chain."""
+        """Where the chains begin, and the first state of what warm-up tunes. The first axis of both is the chain."""
 
     @abc.abstractmethod
     def transition(
         self, key: PRNGKeyArray, chain: Any, target: Target, tuning: Any, now: Phase
     ) -> tuple[Any, Stats, Any]:
-        """One transition of one chain: where it is then, its statistics, and what warm-up has learnt."""
+        """One transition of one chain. Returns where the chain is then, its statistics, and the updated tuning."""
 
     @abc.abstractmethod
     def record(self, chain: Any, target: Target) -> tuple[Record, Stats]:
         """What a draw of one chain stores, and the statistics that are computed for stored draws only."""
 
     def warmup(self, state: ChainsState) -> dict[str, Any]:
-        """What the warm-up found; arrays that lead with the chain."""
+        """The values that the warm-up found. The first axis of the arrays is the chain."""
         return adaptation.values(state.tuning) or {}
 
     # --- settings -------------------------------------------------------------------------------------
@@ -108,7 +107,7 @@ class ChainSampler(Algorithm):
 
     @property
     def num_draws(self) -> int:
-        """Draws stored for each chain."""
+        """The number of draws stored for each chain."""
         return self.num_samples // self.thin
 
     def num_iterations(self, target: Target) -> int:
@@ -118,7 +117,7 @@ class ChainSampler(Algorithm):
         return iteration >= self.num_warmup + self.thin
 
     def require_kept(self, addresses: Any) -> None:
-        """Raise AddressError if a pattern of `keep` names none of the addresses there are."""
+        """Raise AddressError if a pattern in `keep` matches none of the addresses."""
         for pattern in self.keep or ():
             if not any(covers(pattern, a) for a in addresses):
                 raise AddressError(f"{type(self).__name__}: keep: {unknown(pattern, addresses)}")
@@ -198,7 +197,7 @@ class ChainSampler(Algorithm):
         return *moved, now
 
     def _record(self, chains: Any, target: Target) -> tuple[Record, Stats]:
-        """What a draw of every chain stores, of what is kept."""
+        """What a draw of every chain stores, restricted to what is kept."""
 
         def kept(flat: dict[str, Any]) -> dict[str, Any]:
             if self.keep is None:

@@ -25,19 +25,20 @@ from .kernel import Choices, Info, Kernel, entered
 
 
 class elliptical_slice(Kernel):
-    r"""Points on an ellipse through the current one and a draw from the prior, by their likelihood.
+    r"""Elliptical slice sampling: a point on an ellipse through the current point and a draw from the prior.
 
-    All latent choices must be `Normal` or `MultivariateNormal`; others are given by `block`. Each is
-    standardised, $x = m + L z$, with mean and scale as the program has them, which may depend on
-    other choices, also on such as move. With $z' = z \cos\theta + \nu \sin\theta$,
-    $\nu \sim N(0, I)$, an angle is drawn, and again from an interval that shrinks towards zero, until
-    the likelihood at it is above a level. Nothing has to be tuned.
+    The point is chosen by its likelihood. All latent choices must be `Normal` or `MultivariateNormal`. With `block`,
+    the others are given. Each choice is standardised, :math:`x = m + L z`. Its mean and scale are those of the program.
+    They may depend on other choices, including choices that move.
+
+    With :math:`z' = z \cos\theta + \nu \sin\theta` and :math:`\nu \sim N(0, I)`, an angle is drawn. It is drawn again,
+    from an interval that shrinks towards zero, until the likelihood at it is above a level. There is nothing to tune.
 
     Attributes:
-        max_shrinkage: the choices stay where they are after so many angles.
+        max_shrinkage: the most angles that are tried. After that many, the choices stay where they are.
 
     Raises:
-        DensityError: for choices that are not normal, or observed in part.
+        DensityError: for choices that are not normal, or are observed in part.
 
     References:
         Murray, Adams and MacKay (2010), figure 2.
@@ -86,7 +87,7 @@ class elliptical_slice(Kernel):
 
 
 class _Standardised:
-    """A target of normal choices, as a likelihood of numbers that are N(0, 1)."""
+    """A target with normal choices, as a likelihood of numbers that are N(0, 1)."""
 
     def __init__(self, target: Target) -> None:
         target.program.require_density()
@@ -99,16 +100,16 @@ class _Standardised:
         self.latents = frozenset(target.latents)
 
     def enter(self, choices: Choices) -> dict[str, Array]:
-        """The standard normal numbers of choices."""
+        """From choices to standard normal numbers."""
         entries = self.target.complete(choices)
         return self._run(_Standardise(self.latents), entries)[0]
 
     def leave(self, z: dict[str, Array]) -> Choices:
-        """The choices of numbers."""
+        """From standard normal numbers to choices."""
         return unflatten(self._run(_Colour(self.latents, record=True), self._free(z))[0])
 
     def log_likelihood(self, z: dict[str, Array]) -> Array:
-        """What the density has besides the normal terms; minus infinity where it is no number."""
+        """The log density without the normal terms. Minus infinity where it is NaN."""
         found = self._run(_Colour(self.latents), self._free(z))[1]
         return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
@@ -150,7 +151,7 @@ class _Standardise(Handler):
 
 @dataclasses.dataclass(frozen=True)
 class _Colour(Handler):
-    """Latent choices come as standard normal numbers; the density is what all others have, and scales and masks."""
+    """Latent choices come as standard normal numbers. The density is that of all other sites, and scales and masks."""
 
     latents: frozenset[str]
     record: bool = False
@@ -190,7 +191,7 @@ class _Colour(Handler):
 
 
 def _normal(d: Any, site: Site) -> tuple[Any, Any, bool]:
-    """Mean and scale of a normal prior, and whether the scale is a lower triangle."""
+    """The mean and scale of a normal prior, and whether the scale is a lower triangle."""
     base = base_of(d)
     if isinstance(base, dist.Normal):
         return base.loc, base.scale, False

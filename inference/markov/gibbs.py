@@ -1,4 +1,4 @@
-"""Exact draws of some choices given all others."""
+"""Gibbs sampling: exact draws of some choices given all others."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .kernel import Choices, Info, Kernel, chosen, entered, idling, log_density
 
 
 class gibbs(Kernel):
-    r"""A draw of some choices from $\pi(x_B \mid x_{-B})$, jointly and exactly.
+    r"""A joint, exact draw of some choices from :math:`\pi(x_B \mid x_{-B})`.
 
-    Finite choices are summed out and normal, beta, gamma, ... ones with conjugate data integrated out by
-    what `marginalize` does, and drawn by what `recover` does: elements of a plate one by one where they do
-    not meet, chains in a `scan` by forward filtering and backward sampling. Where that is not possible
-    and all are finite, their joint values are listed.
+    It sums out finite choices and integrates out normal, beta, gamma, ... choices with conjugate data, as `marginalize`
+    does. Then it draws them as `recover` does. Elements of a plate that do not interact are drawn one by one, and
+    chains in a `scan` by forward filtering and backward sampling. If none of this is possible and all choices are
+    finite, their joint values are listed.
 
     Attributes:
-        addresses: what is drawn; `"*"` and `"**"` are wildcards.
-        max_terms: the most joint values that are listed.
+        addresses: the addresses of the choices that are drawn. `"*"` and `"**"` are wildcards.
+        max_terms: the most joint values that may be listed.
 
     Raises:
-        AddressError: for an address that is no latent choice.
-        DensityError: where there is no exact draw; the message has the reason.
+        AddressError: for an address that is not a latent choice.
+        DensityError: if there is no exact draw. The message gives the reason.
 
     References:
         Geman and Geman (1984).
@@ -77,7 +77,7 @@ class gibbs(Kernel):
         return unflatten({**flatten(choices), **found}), {"acceptance_rate": jnp.ones(())}
 
     def _require_few(self, target: Target, moved: tuple[str, ...], reason: Exception) -> None:
-        """Refuse to list joint values that are infinite, or too many."""
+        """Refuse to list joint values that are infinitely many, or too many."""
         names = ", ".join(map(repr, moved))
         if target.program.estimated or any(target.sites[a].values is None for a in moved):
             raise DensityError(f"gibbs: there is no exact draw of {names}: {reason}") from reason
@@ -97,17 +97,17 @@ class gibbs(Kernel):
 def _recovered(
     key: PRNGKeyArray, choices: Choices, target: Target, moved: tuple[str, ...]
 ) -> dict[str, Array]:
-    """A draw from the program with the choices summed out, by address."""
+    """Draw, by address, from the program with the choices summed out."""
     _require_plain(target, moved)
     entries = target.complete(choices)
     given = {a: g for a, g in entries.items() if a not in moved}
-    # What the model itself has summed out is found, too.
+    # This also finds choices that the model itself has summed out.
     found = posterior(_without(target, moved).staged(), key, given, "sample")
     return {a: found[a] for a in moved}
 
 
 def _without(target: Target, moved: tuple[str, ...]) -> Program:
-    """The target's program with choices summed out, returning nothing, since that may depend on them."""
+    """The target's program with choices summed out. It returns nothing, since its return value may depend on them."""
     code, args = target.program.code()
 
     def silent(*args: Any) -> None:
@@ -120,7 +120,7 @@ def _without(target: Target, moved: tuple[str, ...]) -> Program:
 
 
 def _require_plain(target: Target, moved: tuple[str, ...]) -> None:
-    """Refuse to sum out what another sum would come of than the one that a kernel needs."""
+    """Refuse to sum out choices if the result would be another sum than the one a kernel needs."""
     program = target.program
     if program.estimated:
         raise DensityError(f"the density of {program.name!r} is estimated")
@@ -134,7 +134,7 @@ def _require_plain(target: Target, moved: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Fold(Rewrite):
-    """Makes the scale of a site part of its density: to sum out, and then scale, would be another law."""
+    """Make the scale of a site part of its density. Summing out first and scaling then would give another law."""
 
     def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
         scale = payload.pop("scale", None)
@@ -158,7 +158,7 @@ class Scaled(eqx.Module):
 
     @property
     def support(self) -> Any:
-        """That of the distribution."""
+        """The support of the distribution."""
         return self.base.support
 
     def sample(self, key: PRNGKeyArray) -> Any:
@@ -187,13 +187,13 @@ def _listed(
     log_weights = jax.lax.map(weigh, table, batch_size=min(terms, 1024))
     index = jax.random.categorical(key, log_weights)
     found = {a: values[index] for a, values in table.items()}
-    # Of a site observed in part every value stands there once for each of those that it cannot have.
+    # For a site observed in part, every value is listed once for each value of the observed elements.
     whole = target.complete(unflatten({**flat, **found}))
     return {a: jnp.asarray(whole[a].value, found[a].dtype) for a in moved}
 
 
 def _joint_values(target: Target, moved: tuple[str, ...]) -> dict[str, Array]:
-    """All joint values of some finite choices, `(terms, *shape)` each."""
+    """All joint values of some finite choices, each of shape `(terms, *shape)`."""
     sites = [target.sites[a] for a in moved]
     radices = [len(s.values) for s in sites for _ in range(s.size)]  # pyright: ignore
     terms = math.prod(radices)

@@ -17,16 +17,16 @@ from .kernel import Info
 
 
 class random_walk(AdaptiveKernel):
-    """A normal step in all directions, accepted by the ratio of the densities.
+    """Random-walk Metropolis: a normal step in all directions, accepted by the ratio of the densities.
 
     Attributes:
-        scale: standard deviation of the step; one, `(n,)` of them, or an `(n, n)` covariance, over the
-            flattened position; None to have a warm-up search for the first one. A warm-up begins at what is
-            given and ends with `(n,)` standard deviations, or with a covariance.
-        target_acceptance: the mean acceptance probability that a warm-up tunes the scale to. The best is 0.234
-            in many dimensions, 0.44 in one.
+        scale: the standard deviation of the step over the flattened position: one number, `(n,)` numbers, or an `(n,
+            n)` covariance. With None a warm-up searches for the first one. A warm-up begins at the given scale and ends
+            with `(n,)` standard deviations, or with a covariance.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the scale to. The best value is 0.234 in
+            many dimensions, 0.44 in one.
         dense_mass: whether a warm-up estimates a full covariance.
-        adapt: what a warm-up tunes: True, the size of the step alone (`"step_size"`), or False.
+        adapt: what a warm-up tunes: everything (True), the size of the step alone (`"step_size"`), or nothing (False).
 
     References:
         Metropolis et al. (1953); Roberts, Gelman and Gilks (1997), for the rate.
@@ -77,15 +77,16 @@ class random_walk(AdaptiveKernel):
 
 
 class slice_sampler(DensityKernel):
-    """Every number in turn, in random order, drawn from the part of its line where the density is above a level.
+    """Slice sampling of one coordinate after another, in random order.
 
-    An interval about the current point steps out until both its ends are below the level, and shrinks
-    to points drawn from it until one is above. It finds its widths by itself: a warm-up tunes nothing.
+    Each number is drawn from the part of its line where the density is above a level. An interval about the current
+    point steps out until the density at both its ends is below the level. Then points are drawn from it, and it shrinks
+    to them, until one is above the level. It finds its widths by itself: a warm-up tunes nothing.
 
     Attributes:
-        width: of the first interval; one number or `(n,)`, over the flattened position.
-        max_expansions: the interval has at most so many widths.
-        max_shrinkage: a number stays where it is after so many points below the level.
+        width: the width of the first interval, one number or `(n,)`, over the flattened position.
+        max_expansions: the interval has at most this many widths.
+        max_shrinkage: after this many points below the level a number stays where it is.
 
     References:
         Neal (2003), Slice sampling, figures 3 and 5.

@@ -1,4 +1,4 @@
-"""Kernels that follow the gradient of a density on R^n: BlackJAX's transitions as moves of a target."""
+"""Kernels that follow the gradient of a density on R^n. The transitions are BlackJAX's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class GradientKernel(AdaptiveKernel):
-    """Base of the kernels here, which all have the fields `step_size` and `inverse_mass`."""
+    """Base of the kernels in this file. All have the fields `step_size` and `inverse_mass`."""
 
     def scales(self: Any) -> tuple[Any, Any]:
         return self.step_size, self.inverse_mass
@@ -32,7 +32,7 @@ class GradientKernel(AdaptiveKernel):
 
 
 class Hamiltonian(GradientKernel):
-    """Base of `hmc` and `nuts`. Whether a step size is reasonable, one leapfrog step tells."""
+    """Base of `hmc` and `nuts`. One leapfrog step tells whether a first step size is reasonable."""
 
     def trial(self, step_size: Any, inverse_mass: Any) -> hmc:
         return hmc(step_size, 1, inverse_mass)
@@ -52,14 +52,14 @@ class hmc(Hamiltonian):
     """Hamiltonian Monte Carlo with a fixed number of leapfrog steps.
 
     Attributes:
-        step_size: of the leapfrog integrator; None to have a warm-up search for the first one.
-        num_steps: leapfrog steps of a proposal; may be traced.
-        inverse_mass: `(n,)` variances or an `(n, n)` covariance over the flattened position, or a
-            BlackJAX metric, which does not adapt; None for the identity.
-        divergence_threshold: the energy error beyond which a trajectory counts as divergent.
+        step_size: the step size of the leapfrog integrator. With None a warm-up searches for the first one.
+        num_steps: the number of leapfrog steps of a proposal. It may be traced.
+        inverse_mass: `(n,)` variances or an `(n, n)` covariance over the flattened position; None for the identity. It
+            may be a BlackJAX metric, which does not adapt.
+        divergence_threshold: the energy error above which a trajectory counts as divergent.
         target_acceptance: the mean acceptance probability that a warm-up tunes the step size to.
         dense_mass: whether a warm-up estimates a full covariance.
-        adapt: what a warm-up tunes: True, `"step_size"` alone, or False.
+        adapt: what a warm-up tunes: everything (True), `"step_size"` alone, or nothing (False).
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics.
@@ -80,19 +80,17 @@ class hmc(Hamiltonian):
 
 
 class nuts(Hamiltonian):
-    """The No-U-Turn sampler: a trajectory doubles until it turns back, the next state is drawn
-    along it.
+    """The No-U-Turn sampler: a trajectory doubles until it turns back, and the next state is drawn along it.
 
     Attributes:
-        step_size: of the leapfrog integrator; None to have a warm-up search for the first one.
+        step_size: the step size of the leapfrog integrator. With None a warm-up searches for the first one.
         inverse_mass: as in `hmc`.
-        max_tree_depth: the trajectory has at most `2 ** max_tree_depth` steps.
-        divergence_threshold: the energy error beyond which a trajectory counts as divergent.
-        target_acceptance: as in `hmc`, with `dense_mass` and `adapt`.
+        max_tree_depth: a trajectory has at most `2 ** max_tree_depth` steps.
+        divergence_threshold: the energy error above which a trajectory counts as divergent.
+        target_acceptance: as in `hmc`; so are `dense_mass` and `adapt`.
 
     References:
-        Hoffman and Gelman (2014); Betancourt (2017), appendix A, for the multinomial choice along
-        the trajectory.
+        Hoffman and Gelman (2014); Betancourt (2017), appendix A, for the multinomial choice along the trajectory.
     """
 
     step_size: Any = None
@@ -110,18 +108,18 @@ class nuts(Hamiltonian):
 
 
 class mala(GradientKernel):
-    r"""Langevin dynamics with a Metropolis step: one step along the gradient, with noise.
+    r"""The Metropolis-adjusted Langevin algorithm: one step along the gradient with noise, accepted or rejected.
 
-    $x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi$, $\xi \sim N(0, M^{-1})$.
+    :math:`x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi`, :math:`\xi \sim N(0, M^{-1})`.
 
     Attributes:
-        step_size: $\epsilon$; None to have a warm-up search for the first one.
-        inverse_mass: $M^{-1}$, `(n,)` variances or an `(n, n)` covariance over the flattened position;
-            None for the identity.
-        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. The best is
-            0.574 in many dimensions.
+        step_size: :math:`\epsilon`. With None a warm-up searches for the first one.
+        inverse_mass: :math:`M^{-1}`, `(n,)` variances or an `(n, n)` covariance over the flattened position; None for
+            the identity.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. The best value in many
+            dimensions is 0.574.
         dense_mass: whether a warm-up estimates a full covariance.
-        adapt: what a warm-up tunes: True, `"step_size"` alone, or False.
+        adapt: what a warm-up tunes: everything (True), `"step_size"` alone, or nothing (False).
 
     References:
         Roberts and Tweedie (1996), Bernoulli 2; Roberts and Rosenthal (1998), JRSS B 60, for the rate.
@@ -148,17 +146,17 @@ class mala(GradientKernel):
 
 
 class barker(GradientKernel):
-    r"""Barker's proposal: a normal step in each coordinate, turned towards the gradient with some probability.
+    r"""Barker's proposal: a normal step in each coordinate, whose sign is drawn with the help of the gradient.
 
-    With $z \sim N(0, \epsilon^2)$ a coordinate moves by $z$ with probability
-    $1 / (1 + e^{-z \partial \log \pi(x)})$, else by $-z$; then a Metropolis step. It forgives steps
-    that are too long, where `mala` stands still.
+    With :math:`z \sim N(0, \epsilon^2)` a coordinate moves by :math:`z` with probability :math:`1 / (1 + e^{-z \partial
+    \log \pi(x)})`, else by :math:`-z`. A Metropolis step follows. The kernel tolerates step sizes that are too large,
+    with which `mala` does not move at all.
 
     Attributes:
-        step_size: $\epsilon$; None to have a warm-up search for the first one.
-        inverse_mass: as in `mala`, with `dense_mass` and `adapt`.
-        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. 0.4 is good for
-            few dimensions; in the limit of many 0.574 is best.
+        step_size: :math:`\epsilon`. With None a warm-up searches for the first one.
+        inverse_mass: as in `mala`; so are `dense_mass` and `adapt`.
+        target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. 0.4 is good in few
+            dimensions. In the limit of many dimensions 0.574 is best.
 
     References:
         Livingstone and Zanella (2022), JRSS B 84; Vogrinc, Livingstone and Zanella (2023), Biometrika 110, for
@@ -206,7 +204,7 @@ def _barker_step(
     move = jnp.where(forward, z, -z)
     proposal = libraries.barker.init(unravel(x + move), log_density)
     slope_there = ravel_pytree(proposal.logdensity_grad)[0]
-    # The normal law of z is symmetric; what is left of the proposal's density are the two probabilities of a sign.
+    # The normal law of z is symmetric and cancels. The two probabilities of a sign remain of the proposal's density.
     signs = jax.nn.softplus(-move * slope) - jax.nn.softplus(move * slope_there)
     log_ratio: Any = proposal.logdensity - state.logdensity + jnp.sum(signs)
     after, (accepted, probability, _) = libraries.proposal.static_binomial_sampling(
@@ -228,7 +226,7 @@ def _scaled(
 ) -> tuple[Any, Any]:
     """A transition made on `u`, where `x = position + L u` and `L L^T` is the inverse mass.
 
-    A rejected proposal leaves the state bit for bit as it was.
+    A rejected proposal leaves the state unchanged, bit for bit.
     """
     if inverse_mass is None:
         return move(state, log_density)

@@ -1,7 +1,7 @@
 """Hamiltonian samplers: `nuts` and `hmc`, with adapted step size and mass matrix.
 
-The chains live on the unconstrained scale and carry log density and gradient along, so that a transition
-evaluates nothing twice; what is stored are the choices themselves.
+The chains live on the unconstrained scale. They carry log density and gradient along, so that a transition evaluates
+nothing twice. The draws that are stored are the choices themselves.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class HamiltonianSampler(ChainSampler):
-    """Base of `nuts` and `hmc`, which give the kernel. See `nuts` for the settings."""
+    """Base of `nuts` and `hmc`, which provide the kernel. See `nuts` for the settings."""
 
     num_warmup: int = 1000
     num_samples: int = 1000
@@ -55,7 +55,7 @@ class HamiltonianSampler(ChainSampler):
 
     @abc.abstractmethod
     def stats(self, before: HMCState, info: Any, metric: Metric) -> Stats:
-        """What the kernel has to say of one transition beyond what all kernels do: "energy" at least."""
+        """The kernel's own statistics of one transition, besides those of all kernels. "energy" is among them."""
 
     def check(self, target: Target, init: Any = None) -> None:
         if not target.latents:
@@ -167,7 +167,7 @@ class HamiltonianSampler(ChainSampler):
         return MassLayout.make(space.size, blocks or False)
 
     def _warn_of_jumps(self, target: Target) -> None:
-        """Warn where a branch turns on a continuous latent choice: the density jumps there."""
+        """Warn if a branch depends on a continuous latent choice: the density jumps there."""
         code, _ = target.program.code()
         turning = sorted(predicates(code.jaxpr) & set(target.latents))
         if turning:
@@ -195,30 +195,27 @@ class nuts(HamiltonianSampler):
 
     Attributes:
         num_warmup: iterations of warm-up.
-        num_samples: iterations after it, for each chain.
-        num_chains: chains, run side by side under one vmap.
-        dense_mass: `False` for variances only; `True` for a full covariance; or addresses whose
-            coordinates share one dense block (a list of tuples for several), the others having
+        num_samples: iterations of each chain after warm-up.
+        num_chains: the number of chains, which run side by side under one vmap.
+        dense_mass: `False` for variances only, and `True` for a full covariance. A list of addresses makes their
+            coordinates share one dense block; a list of tuples makes several blocks. All other coordinates have
             variances.
-        target_acceptance: the mean acceptance probability wanted; nearer to 1 means smaller steps
-            and fewer divergences.
-        step_size: the first step size; by default one is searched for.
+        target_acceptance: the mean acceptance probability to aim at. A value nearer to 1 means smaller steps and fewer
+            divergences.
+        step_size: the first step size. By default it is searched for.
         adapt_mass: whether to estimate the mass matrix.
-        keep: addresses of choices and derived values to store (`"*"` and `"**"` are wildcards); all
-            by default.
-        thin: store every `thin`-th draw. A draw counts as divergent if a transition since the last
-            one stored was.
+        keep: the addresses of the choices and derived values to store (`"*"` and `"**"` are wildcards); all by default.
+        thin: store every `thin`-th draw. A draw counts as divergent if any transition since the last stored draw was.
         init_strategy: how chains find their first point.
         max_tree_depth: a trajectory has at most `2 ** max_tree_depth` steps.
 
     Raises:
         WeftError: if there is nothing to sample, or a setting makes no sense.
-        DensityError: if a latent choice is discrete, or no point of finite density and gradient is
-            found to begin at.
+        DensityError: if a latent choice is discrete, or no first point with finite density and gradient is found.
 
     References:
-        Hoffman and Gelman (2014), The No-U-Turn Sampler, JMLR 15; Betancourt (2017), A conceptual
-        introduction to Hamiltonian Monte Carlo, appendix A. The kernel is BlackJAX's.
+        Hoffman and Gelman (2014), The No-U-Turn Sampler, JMLR 15; Betancourt (2017), A conceptual introduction to
+        Hamiltonian Monte Carlo, appendix A. The kernel is BlackJAX's.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
@@ -261,25 +258,23 @@ class nuts(HamiltonianSampler):
 
 
 class hmc(HamiltonianSampler):
-    """Hamiltonian Monte Carlo with trajectories of given length, adapted as `nuts` is.
+    """Hamiltonian Monte Carlo with trajectories of a given length, adapted as `nuts` is.
 
-    The length varies from one transition to the next, uniformly within `jitter` of its mean, so
-    that no trajectory can close on itself for good. Chains that take the same number of steps cost
-    nothing to run side by side, which is where this beats `nuts` on accelerators.
+    The length varies from one transition to the next, uniformly within `jitter` of its mean. So no trajectory can keep
+    returning to where it began. Chains that take the same number of steps cost nothing extra when they run side by
+    side. On accelerators this is the advantage over `nuts`.
 
     Attributes:
-        trajectory_length: mean integration time; with an adapted mass matrix scales are about 1,
-            and a quarter of the period of a standard normal, pi / 2, gives nearly independent draws
-            of one.
+        trajectory_length: the mean integration time. With an adapted mass matrix scales are about 1. A quarter of the
+            period of a standard normal, pi / 2, then gives nearly independent draws.
         num_steps: take this number of leapfrog steps instead, whatever the step size.
-        jitter: relative half-width of the variation of the length.
-        max_steps: no trajectory has more steps.
+        jitter: the relative half-width of the variation of the length.
+        max_steps: no trajectory has more steps than this.
 
     The other settings are those of `nuts`.
 
     References:
-        Neal (2011), MCMC using Hamiltonian dynamics, section 3.2 for the jitter. The kernel is
-        BlackJAX's.
+        Neal (2011), MCMC using Hamiltonian dynamics, section 3.2 for the jitter. The kernel is BlackJAX's.
     """
 
     trajectory_length: float = np.pi / 2

@@ -1,9 +1,8 @@
-"""Where a chain begins: a point of finite density and finite gradient.
+"""Where a chain begins: a point with finite density and finite gradient.
 
-Points of a small box around zero on the unconstrained scale are tried first, from a box that
-shrinks; where the data leave no such point there, draws from the prior. The box comes first since
-vague priors, which are common, make absurd points, and since compiling the samplers of priors takes
-longer than all the rest.
+First, points are tried in a small box around zero on the unconstrained scale. The box shrinks from try to try. If the
+data leave no such point there, draws from the prior are tried. The box comes first for two reasons. Vague priors, which
+are common, give absurd points. And compiling the samplers of priors takes longer than everything else.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ class Start(eqx.Module):
 
     Attributes:
         position: `(n,)`, on the unconstrained scale.
-        log_density: there; not finite where no try was any good.
-        gradient: `(n,)`; likewise.
+        log_density: the log density there. It is not finite if no try succeeded.
+        gradient: `(n,)`, the gradient there. It is not finite if no try succeeded.
     """
 
     position: Float[Array, "*chains n"]
@@ -45,7 +44,7 @@ class InitStrategy(Module):
     """How chains find their first point.
 
     Attributes:
-        num_tries: points of the box tried for each chain, and then as many draws from the prior.
+        num_tries: the number of points of the box that are tried for each chain, and then of draws from the prior.
         radius: half the width of the box.
         prior: whether to try the prior at all.
     """
@@ -62,12 +61,12 @@ class InitStrategy(Module):
         Args:
             key: a random key.
             target: the target.
-            num_chains: how many points to find.
-            init: choices that every point takes over, all latents or some, with or without a
-                leading axis of chains.
+            num_chains: the number of points to find.
+            init: choices that every point takes over: all latent choices or some, with or without a leading axis of
+                chains.
 
         Returns:
-            The points: the last tried, where none was any good.
+            The points. A chain for which no try succeeded has the point of the last try.
         """
         space = target.unconstrain().flat
         given, axes = _align(init, target, num_chains)
@@ -103,14 +102,14 @@ class InitStrategy(Module):
 
 
 def _overlay(z: Array, given: dict[str, Array], target: Target, space: Any) -> Array:
-    """The position with some choices given; not a number where these have no position."""
+    """The position with some choices replaced by given ones. NaN if these have no position."""
     choices = {**flatten(space.to_choices(z)), **given}
     moved = space.from_choices(unflatten(choices)).astype(z.dtype)
     back, held = flatten(space.to_choices(moved)), jnp.bool_(True)
     for address, value in given.items():
         if (
             address not in target.data
-        ):  # of a site observed in part, the observed elements are not taken
+        ):  # of a site observed in part, only the latent elements are taken over
             held &= jnp.allclose(back[address], value, rtol=1e-2, atol=1e-4)
     return jnp.where(held, moved, jnp.nan)
 
@@ -138,22 +137,24 @@ def _align(
 
 
 def check_init(init: Any, target: Target, num_chains: int) -> None:
-    """Refuse choices to begin at that do not fit the target: address, shape, dtype, support.
+    """Refuse first choices that do not fit the target: address, shape, dtype, support.
 
     Raises:
-        AddressError: for an address that is no latent choice.
-        WeftError: for another shape than that of the choice, with or without an axis of chains.
+        AddressError: for an address that is not a latent choice.
+        WeftError: for a shape other than that of the choice, with or without an axis of chains.
         ObservationError: for values that the site cannot take.
     """
     given, axes = _align(init, target, num_chains)
     for chain in range(num_chains if 0 in axes.values() else 1):
         point = {a: v if axes[a] is None else v[chain] for a, v in given.items()}
-        whole = {a: v for a, v in point.items() if a not in target.data}  # the rest is data in part
+        whole = {
+            a: v for a, v in point.items() if a not in target.data
+        }  # the others are partly data
         entries(target.sites, whole, target.program.name, data=True)
 
 
 def explain(target: Target, position: Float[Array, " n"]) -> DensityError:
-    """The error for a chain that found no point to begin at: the sites at fault, the values tried.
+    """The error for a chain that found no first point. It names the sites at fault, and the values tried.
 
     Args:
         target: the target.

@@ -1,16 +1,16 @@
-"""What a Markov kernel is: one move of the choices of a target, which leaves its law as it is.
+"""What a Markov kernel is: one move of the choices of a target, which leaves the target's law invariant.
 
     move(key, choices, target) -> (choices, info)       with   ∫ π(dx) K(x, A) = π(A)
 
-`choices` are all latent choices of the target, π its law. Nothing else is asked of a kernel, and nothing
-is remembered between moves. So kernels combine: on parts of the choices, one after the other, at random.
+`choices` are all latent choices of the target, and π is its law. Nothing else is asked of a kernel, and it remembers
+nothing between moves. So kernels combine: on parts of the choices, one after another, at random.
 
-A kernel with settings that a warm-up can tune says so by three more methods: `tuning` gives what is known
-at first, `warm` moves and learns, `tuned` makes the kernel with the values that were found.
+A kernel with settings that a warm-up can tune has three more methods. `tuning` gives the state of the warm-up before
+the first move, `warm` moves and learns, and `tuned` makes the kernel with the values found.
 
-A choice in a branch that is not taken, or under a mask, counts for nothing in the density of a target.
-So that π is proper all the same, an idle choice keeps its own prior here, as it does on the
-unconstrained scale; the law of what counts is unchanged.
+A choice in a branch that is not taken, or under a mask, does not count in the density of a target. So that π is proper
+all the same, an idle choice keeps its own prior here, as it does on the unconstrained scale. The law of the choices
+that count is unchanged.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ Info = dict[str, Array]
 
 
 class Kernel(Module):
-    """Base of the kernels: settings, one move, and what of the settings a warm-up tunes (nothing by default)."""
+    """Base of the kernels: settings, one move, and the settings that a warm-up tunes (none by default)."""
 
     @abc.abstractmethod
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
-        """One transition, pure: works under `jit`, `vmap` and `scan`, with a target of traced arrays.
+        """One transition. It is pure and works under `jit`, `vmap` and `scan`, with a target of traced arrays.
 
         Args:
             key: a random key.
-            choices: nested dict of all latent choices of the target.
-            target: the target, whose law the transition leaves as it is.
+            choices: a nested dict of all latent choices of the target.
+            target: the target. The transition leaves its law invariant.
 
         Returns:
-            The next choices, of the same structure, and a flat dict of scalars that tell what happened,
-            "acceptance_rate" among them.
+            The next choices, of the same structure, and a flat dict of scalars on what happened. "acceptance_rate" is
+            one of them.
         """
 
     def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
-        """What a warm-up knows before its first move, by an `AdaptationState` for each part that adapts.
+        """The state of a warm-up before the first move: an `AdaptationState` for each part that adapts.
 
         Returns:
-            One state, or a nested dict of them by the index of the part; None if there is nothing to tune.
+            One state, or a nested dict of states by the index of the part; None if there is nothing to tune.
         """
         return None
 
@@ -70,16 +70,16 @@ class Kernel(Module):
         return *self.move(key, choices, target), tuning
 
     def tuned(self, values: Any) -> Kernel:
-        """This kernel with the values of a warm-up: "step_size", "inverse_mass", in dicts nested as `tuning` is."""
+        """This kernel with the values of a warm-up, "step_size" and "inverse_mass", in dicts nested as `tuning` is."""
         return self
 
     def adapted(self, draws: Draws) -> Kernel:
-        """This kernel as a warm-up left it, one for all chains.
+        """This kernel as a warm-up left it: one kernel for all chains.
 
-        The step size is the geometric median of those of the chains, the inverse mass the mean of theirs.
+        Its step size is the geometric median of the chains' step sizes, and its inverse mass is the mean of theirs.
 
         Args:
-            draws: what a sampler with this kernel gave; its `warmup` holds what each chain found.
+            draws: the draws of a sampler with this kernel. Their `warmup` holds what each chain found.
 
         Examples:
             >>> import jax, numpyro.distributions as dist
@@ -106,7 +106,7 @@ class Kernel(Module):
 
 
 def log_density(target: Target, choices: Choices) -> Float[Array, ""]:
-    """Log density of all latent choices of a target, up to a constant; an idle one keeps its own prior.
+    """The log density of all latent choices of a target, up to a constant. An idle choice keeps its own prior.
 
     Raises:
         DensityError: if the density of the target is estimated.
@@ -128,14 +128,14 @@ def log_density(target: Target, choices: Choices) -> Float[Array, ""]:
 
 
 def idling(target: Target) -> tuple[str, ...]:
-    """Latent choices that may be idle: in a branch, or under a mask."""
+    """The latent choices that may be idle: in a branch, or under a mask."""
     sites = target.sites
     return tuple(a for a in target.latents if sites[a].conditional or sites[a].masked)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Latent:
-    """A latent choice by its value; where `where` is true it is given."""
+    """The value of a latent choice. Where `where` is true it is given."""
 
     given: Given
     where: Any
@@ -146,7 +146,7 @@ jax.tree_util.register_dataclass(_Latent, ["given", "where"], [])
 
 @dataclasses.dataclass(frozen=True)
 class _Proper(Handler):
-    """The density of choices that are all known, in which idle latent ones keep their own terms."""
+    """The density of choices that are all known. Idle latent choices keep their own terms."""
 
     idle_branch: bool = False
     skip: frozenset[tuple[str, ...]] = frozenset()
@@ -172,7 +172,7 @@ class _Proper(Handler):
 
     @staticmethod
     def _stand_in(site: Site, value: Array, where: Any) -> Array:
-        """The own density of an idle choice; where that is not finite, the one `unconstrain` has, or a uniform one."""
+        """The own density of an idle choice. If it is not finite, that of `unconstrain` is used, or a uniform one."""
         own = site.log_prob_anywhere(value)
         if not site.spec.discrete:
             name = ".".join(site.address)
@@ -191,10 +191,10 @@ class _Proper(Handler):
 
 
 def entered(choices: Choices, target: Target) -> Choices:
-    """Choices as arrays of the dtypes that their sites have.
+    """Choices as arrays with the dtypes of their sites.
 
     Raises:
-        AddressError: if they are not all latent choices of the target, or others.
+        AddressError: unless they are exactly the latent choices of the target.
     """
     flat = flatten(choices)
     for address in flat:
@@ -208,10 +208,10 @@ def entered(choices: Choices, target: Target) -> Choices:
 
 
 def chosen(addresses: Iterable[Address], target: Target, who: str) -> tuple[str, ...]:
-    """The latent choices that addresses name; `"*"` and `"**"` are wildcards.
+    """The latent choices that some addresses name. `"*"` and `"**"` are wildcards.
 
     Raises:
-        AddressError: if one names none; the message has those there are.
+        AddressError: if an address names none. The message lists those that exist.
     """
     addresses = [dotted(a) for a in addresses]
     for pattern in addresses:
@@ -221,10 +221,10 @@ def chosen(addresses: Iterable[Address], target: Target, who: str) -> tuple[str,
 
 
 def unchanged(before: Any, after: Any, who: str) -> Any:
-    """What a kernel, or a user's function, gave, if it has the structure, shapes and dtypes that it began with.
+    """The result of a kernel, or of a user's function, after a check: structure, shapes and dtypes are as before.
 
     Raises:
-        ModelError: if it has not.
+        ModelError: if they are not.
     """
     told, asked = (
         {a: (jnp.shape(x), jnp.result_type(x)) for a, x in flatten(t).items()}
@@ -240,7 +240,7 @@ def unchanged(before: Any, after: Any, who: str) -> Any:
 
 
 def pooled(infos: list[Info]) -> Info:
-    """What several moves report, as one report: any of booleans, the sum of counts, the mean of the rest."""
+    """Combine the reports of several moves: booleans by any, counts by their sum, the rest by their mean."""
     names = dict.fromkeys(name for info in infos for name in info)
     return {name: _pool([info[name] for info in infos if name in info]) for name in names}
 

@@ -1,4 +1,4 @@
-"""Markov chains of any kernel."""
+"""Markov chain Monte Carlo with any kernel."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from .kernel import Choices, Info, Kernel, entered, log_density, unchanged
 
 
 class Place(NamedTuple):
-    """Where a chain is: its choices, and whether it found a point of positive density to begin at."""
+    """Where a chain is: its choices, and whether it found a first point with positive density."""
 
     choices: Choices
     valid: Bool[Array, ""]
 
 
 class mcmc(ChainSampler):
-    r"""Markov chains of a kernel, side by side under one vmap, for choices of any kind.
+    """Markov chains of a kernel, side by side under one vmap, for choices of any kind.
 
-    In the first `num_warmup` transitions, which are discarded, kernels with a step size adapt it and their
-    inverse mass, each chain on its own and by the schedule of `nuts`, also inside `block`, `cycle`,
-    `mixture` and `repeat`. Afterwards they are frozen. Without a warm-up a kernel is used as it is given.
-    What was found is in `draws.warmup`: "step_size" and "inverse_mass", `(chain, ...)`, for the parts of a
-    cycle or a mixture in dicts by their index. `kernel.adapted(draws)` is the kernel with it, to run on.
+    The first `num_warmup` transitions are discarded. In them, kernels with a step size adapt it and their inverse mass,
+    each chain on its own and by the schedule of `nuts`. This works inside `block`, `cycle`, `mixture` and `repeat`,
+    too. After the warm-up the values are frozen. Without a warm-up a kernel is used as it is given.
 
-    Chains begin at `init`, where `run` has one; else where `nuts` would, if all choices are continuous,
-    or at draws of the prior (at most 100 for each chain, until one has a positive density).
+    The values found are in `draws.warmup`: "step_size" and "inverse_mass", of shape `(chain, ...)`. For the parts of a
+    cycle or a mixture they are in dicts by the index of the part. `kernel.adapted(draws)` is the kernel with these
+    values, for further runs.
+
+    Chains begin at `init` if `run` is given one. Otherwise, if all choices are continuous, they begin where `nuts`
+    would. If not, they begin at draws from the prior: at most 100 for each chain, until one has a positive density.
+
+    The statistics of a draw are the kernel's report of the transition that led to it, with "acceptance_rate", and "lp",
+    the log density of choices and data.
 
     Attributes:
-        kernel: what moves the choices, see `weft.kernels`.
-        num_samples: transitions after warm-up, for each chain.
-        num_chains: chains.
-        num_warmup: transitions that are discarded, in which the kernel adapts.
-        thin: store every `thin`-th.
-        keep: addresses of choices and derived values to store (`"*"` and `"**"` are wildcards); all by
-            default.
-
-    The statistics are what the kernel reports of the transition that led to the draw,
-    "acceptance_rate" among it, and "lp", the log density of choices and data.
+        kernel: the kernel that moves the choices; see `weft.kernels`.
+        num_samples: transitions of each chain after warm-up.
+        num_chains: the number of chains.
+        num_warmup: transitions in which the kernel adapts. They are discarded.
+        thin: store every `thin`-th draw.
+        keep: the addresses of the choices and derived values to store (`"*"` and `"**"` are wildcards); all by default.
 
     Raises:
         WeftError: if there is nothing to sample, or a setting makes no sense.
         ModelError: if the kernel changes addresses, shapes or dtypes of the choices.
-        DensityError: if the kernel cannot move the choices of this target, or a chain finds no point to
-            begin at.
+        DensityError: if the kernel cannot move the choices of this target, or a chain finds no first point.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
@@ -155,7 +155,7 @@ class mcmc(ChainSampler):
         return record(target, trace), {"lp": lp}
 
     def _start(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Choices, Array]:
-        """Choices of every chain, and whether their density is positive."""
+        """The first choices of every chain, and whether their density is positive."""
         given = flatten(init)
         shapes = flatten(target.latent_shapes())
         axes = {a: 0 if jnp.ndim(x) > len(shapes[a].shape) else None for a, x in given.items()}

@@ -1,4 +1,4 @@
-"""Kernels that propose and accept: Metropolis-Hastings with a program, and its form with an involution."""
+"""Kernels that propose and accept: Metropolis-Hastings with a program as proposal, and its form with an involution."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .kernel import Choices, Info, Kernel, entered, log_density, unchanged
 
 
 class Metropolis(Kernel):
-    """Base of kernels that propose, and accept with probability `min(1, exp(log_ratio))`."""
+    """Base of the kernels that propose, and accept with probability `min(1, exp(log_ratio))`."""
 
     @abc.abstractmethod
     def propose(
         self, key: PRNGKeyArray, choices: Choices, target: Target
     ) -> tuple[Choices, Float[Array, ""], Info]:
-        """Proposed choices, the log ratio of their acceptance, and what there is to report."""
+        """The proposed choices, the log ratio of their acceptance, and the report."""
 
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
         propose_key, accept_key = jax.random.split(key)
         before = entered(choices, target)
         after, log_ratio, info = self.propose(propose_key, before, target)
-        # No number, as of a density that is zero at both ends, is a rejection.
+        # NaN, as from a density that is zero at both ends, is a rejection.
         rate = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
         accepted = jax.random.uniform(accept_key, (), rate.dtype) < rate
         after = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), after, before)
@@ -39,19 +39,18 @@ class Metropolis(Kernel):
 
 
 class metropolis_hastings(Metropolis):
-    r"""Choices proposed by a program that may look at the current ones.
+    r"""Metropolis-Hastings. A program that may read the current choices proposes new ones.
 
-    $x' \sim q(\cdot \mid x)$ is accepted with probability
-    $\min\{1, \pi(x') q(x \mid x') / (\pi(x) q(x' \mid x))\}$. The proposal draws any of the latent
-    choices, discrete or continuous; the others stay.
+    :math:`x' \sim q(\cdot \mid x)` is accepted with probability :math:`\min\{1, \pi(x') q(x \mid x') / (\pi(x) q(x'
+    \mid x))\}`. The proposal draws any of the latent choices, discrete or continuous. The others stay as they are.
 
     Attributes:
-        proposal: a function from all choices (nested dict) to a program, such as a model.
+        proposal: a function from all choices (a nested dict) to a program, such as a model.
 
     Raises:
-        AddressError: if the proposal draws what is no latent choice, or nothing.
+        AddressError: if the proposal draws a choice that is not latent, or draws nothing.
         DensityError: if the proposal is not normalised, is estimated, or draws in a branch or under a mask.
-        WeftError: for another shape, or a discrete draw of a continuous choice or the other way round.
+        WeftError: if a shape differs, or a discrete draw meets a continuous choice or the other way round.
 
     References:
         Hastings (1970), Biometrika 57.
@@ -95,21 +94,21 @@ class metropolis_hastings(Metropolis):
 
 
 class involutive(Metropolis):
-    r"""Auxiliary choices and a bijection of both that is its own inverse.
+    r"""Involutive MCMC: auxiliary choices, and a bijection of choices and auxiliary choices that is its own inverse.
 
-    With $v \sim q(\cdot \mid x)$ and $(x', v') = f(x, v)$, accept with probability
+    With :math:`v \sim q(\cdot \mid x)` and :math:`(x', v') = f(x, v)`, accept with probability
 
-    $$\min\left\{1, \frac{\pi(x')\, q(v' \mid x')}{\pi(x)\, q(v \mid x)} \left| \det \frac{\partial f}{\partial (x, v)}
-    \right|\right\}.$$
+    .. math:: \min\left\{1, \frac{\pi(x')\, q(v' \mid x')}{\pi(x)\, q(v \mid x)}
+              \left| \det \frac{\partial f}{\partial (x, v)} \right|\right\}.
 
-    The determinant is that of the floating numbers, by automatic differentiation, one derivative each;
-    discrete ones come through as they are, and may be moved, too. The report has "involution_error",
-    the largest difference of `f(f(x, v))` from `(x, v)`; where it is beyond rounding (the square root of
-    the dtype's), the move is rejected.
+    The determinant is that of the floating numbers, by automatic differentiation, with one derivative for each number.
+    Discrete numbers enter as they are, and may move, too. The report has "involution_error", the largest difference
+    between `f(f(x, v))` and `(x, v)`. The move is rejected if it is larger than rounding explains (the square root of
+    the dtype's precision).
 
     Attributes:
         auxiliary: a function from all choices to the program of `v`.
-        transform: a function from `(choices, v)` to the same of the proposal, both nested dicts.
+        transform: a function from `(choices, v)` to the proposed `(choices, v)`. All are nested dicts.
 
     Raises:
         ModelError: if the transform changes addresses, shapes or dtypes.
@@ -169,7 +168,7 @@ class involutive(Metropolis):
 
 
 def _cast(before: Choices, after: Choices) -> Choices:
-    """The dtypes from before, where arithmetic has promoted integers to integers, or floats to floats."""
+    """Restore the dtypes from before, if arithmetic promoted integers to integers or floats to floats."""
     asked = flatten(before)
 
     def one(address: str, x: Any) -> Array:
@@ -201,7 +200,7 @@ def _change(f: Any, start: Any) -> tuple[Any, Float[Array, ""]]:
 
 
 def _gap(start: Any, back: Any) -> tuple[Float[Array, ""], Array]:
-    """The largest difference of two points, and whether it is rounding."""
+    """The largest difference between two points, and whether rounding explains it."""
     gap, same = jnp.zeros(()), jnp.bool_(True)
     for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(back), strict=True):
         if not _floats(a):
@@ -215,7 +214,7 @@ def _gap(start: Any, back: Any) -> tuple[Float[Array, ""], Array]:
 
 
 def _program(f: Callable[[Choices], Program], choices: Choices, who: str) -> Program:
-    """A user's function of the choices, whose density must be known."""
+    """The program that a user's function makes of the choices. Its density must be known."""
     program = f(choices)
     if not isinstance(program, Program):
         raise TypeError(
@@ -236,7 +235,7 @@ def _program(f: Callable[[Choices], Program], choices: Choices, who: str) -> Pro
 
 
 def _require_part(program: Program, target: Target) -> None:
-    """Refuse a proposal that does not draw latent choices of the target, whole and always."""
+    """Refuse a proposal unless it draws latent choices of the target, each whole and in every run."""
     who = f"metropolis_hastings: the proposal {program.name!r}"
     sites = {a: program.sites[a] for a in program.latents}
     if not sites:

@@ -1,1 +1,1 @@
-"""How an algorithm runs: compiled chunks, progress, interruption, adaptation."""
+"""How algorithms run: compiled chunks, progress, interruption, adaptation."""

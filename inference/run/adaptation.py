@@ -1,19 +1,18 @@
 """Warm-up of Markov kernels: a step size by dual averaging, an inverse mass matrix from Stan's windows.
 
-A warm-up has three parts. In the first and the last only the step size adapts. Between them the inverse
-mass matrix is estimated too, in windows that double in length; each forgets what was before it. Where a
-window ends, its estimate is taken over and the search for the step size begins anew.
+A warm-up has three parts. In the first and the last only the step size adapts. Between them the inverse mass matrix is
+estimated too, in windows that double in length. Each window forgets the draws before it. At the end of a window its
+estimate replaces the old one, and the search for the step size begins anew.
 
-The building blocks are BlackJAX's: dual averaging, the running covariance with its shrinkage, the
-schedule. This file puts them together one iteration at a time, so that a warm-up can be interrupted and
-resumed. It also lets some coordinates share a dense block while the others have variances only.
+The building blocks are BlackJAX's: dual averaging, the running covariance with its shrinkage, the schedule. This file
+puts them together one iteration at a time, so that a warm-up can be interrupted and resumed. It also lets some
+coordinates share a dense block while the others have variances only.
 
-Nothing here knows a kernel. A kernel reports how often it accepts and where it is; what it gets back is a
-step size and an inverse mass matrix.
+This file knows nothing of kernels. A kernel reports how often it accepts and where it is. It gets back a step size and
+an inverse mass matrix.
 
 References:
-    Stan reference manual, "HMC algorithm parameters"; Hoffman and Gelman (2014), The No-U-Turn
-    Sampler, section 3.2.
+    Stan reference manual, "HMC algorithm parameters"; Hoffman and Gelman (2014), The No-U-Turn Sampler, section 3.2.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ class MassLayout:
     """Which coordinates of a vector share a dense block of the inverse mass matrix.
 
     Attributes:
-        parts: disjoint index arrays that cover all coordinates; `None` stands for all of them in
-            order.
+        parts: disjoint index arrays that cover all coordinates. `None` stands for all coordinates in order.
         dense: for each part, whether it has a full covariance or variances only.
     """
 
@@ -54,7 +52,7 @@ class MassLayout:
 
     @staticmethod
     def make(size: int, blocks: list[np.ndarray] | bool) -> MassLayout:
-        """A layout of `size` coordinates: all dense, none dense, or dense blocks amid a diagonal."""
+        """A layout of `size` coordinates: all dense, none dense, or some dense blocks and variances for the rest."""
         if isinstance(blocks, bool):
             return MassLayout((None,), (blocks,))
         rest = np.setdiff1d(np.arange(size), np.concatenate(blocks))
@@ -64,21 +62,21 @@ class MassLayout:
         return MassLayout(tuple(parts), tuple(dense))
 
     def split(self, z: Float[Array, " n"]) -> tuple[Array, ...]:
-        """The parts of a vector."""
+        """Split a vector into its parts."""
         return tuple(z if part is None else z[part] for part in self.parts)
 
     def join(self, parts: tuple[Array, ...]) -> Float[Array, " n"]:
-        """The vector of its parts."""
+        """Join the parts to a vector."""
         if self.parts[0] is None:
             return parts[0]
         order = np.argsort(np.concatenate([part for part in self.parts if part is not None]))
         return jnp.concatenate(parts)[order]
 
     def metric(self, inverse_mass: InverseMass) -> Metric:
-        """The Euclidean metric, as BlackJAX's kernels take it.
+        """The Euclidean metric, in the form that BlackJAX's kernels take.
 
-        The momentum is `N(0, M)`, the kinetic energy `p' M^-1 p / 2`, and a trajectory turns where
-        the velocity at one of its ends points against the sum of its momenta.
+        The momentum is `N(0, M)`, and the kinetic energy is `p' M^-1 p / 2`. A trajectory turns where the velocity at
+        one of its ends points against the sum of its momenta.
         """
         if self.parts[0] is None:
             return libraries.metrics.gaussian_euclidean(inverse_mass[0])
@@ -118,10 +116,10 @@ class Phase(NamedTuple):
     """Where an iteration stands in its run.
 
     Attributes:
-        iteration: its number.
+        iteration: the number of the iteration.
         warming: whether it belongs to the warm-up.
         slow: whether it lies in a window of the mass matrix.
-        ends: whether it ends such a window.
+        ends: whether it is the last of such a window.
     """
 
     iteration: Int[Array, ""]
@@ -131,7 +129,7 @@ class Phase(NamedTuple):
 
 
 def phase(iteration: Int[Array, ""], num_warmup: int) -> Phase:
-    """The phase of an iteration, by Stan's schedule for a warm-up of so many."""
+    """The phase of an iteration, by Stan's schedule for a warm-up of this length."""
     warming = iteration < num_warmup
     if num_warmup == 0:
         return Phase(iteration, warming, jnp.bool_(False), jnp.bool_(False))
@@ -146,7 +144,7 @@ class AdaptationState(eqx.Module):
 
     Attributes:
         step: the state of dual averaging.
-        mass: running covariance and current inverse mass, for each part of the layout.
+        mass: the running covariance and the current inverse mass, for each part of the layout.
         adapt_mass: whether the inverse mass is estimated.
         ahead: as in `Adaptation`.
     """
@@ -161,16 +159,16 @@ class AdaptationState(eqx.Module):
         return tuple(m.inverse_mass_matrix for m in self.mass)
 
     def step_size(self, warming: Bool[Array, ""] | bool) -> Float[Array, ""]:
-        """The current step size in warm-up, the averaged one after it."""
+        """The current step size during warm-up, and the averaged one after it."""
         return jnp.exp(jnp.where(warming, self.step.log_step_size, self.step.log_step_size_avg))
 
     def values(self, warming: Bool[Array, ""] | bool = False) -> dict[str, Array]:
-        """What was found: "step_size", and "inverse_mass" where it is one array."""
+        """The values found: "step_size", and "inverse_mass" if that is a single array."""
         mass = {"inverse_mass": self.inverse_mass[0]} if len(self.mass) == 1 else {}
         return {"step_size": self.step_size(warming), **mass}
 
     def close(self) -> AdaptationState:
-        """The state after a window: its covariance is taken over, the search for a step size begins anew."""
+        """The state after a window: its covariance is taken over, and the search for a step size begins anew."""
         if not self.adapt_mass:
             return self
         final = jnp.exp(self.step.log_step_size_avg)
@@ -184,7 +182,7 @@ class AdaptationState(eqx.Module):
 
 
 def values(tuning: Any) -> Any:
-    """What a warm-up found, in the place of each of its states."""
+    """The values that a warm-up found, each in the place of its state."""
     return jax.tree.map(AdaptationState.values, tuning, is_leaf=_is_state)
 
 
@@ -202,9 +200,9 @@ class Adaptation:
         layout: the blocks of the inverse mass matrix.
         target_acceptance: the mean acceptance probability that the step size is tuned to.
         adapt_mass: whether to estimate the inverse mass matrix.
-        gamma: how slowly dual averaging reacts: after t transitions one whose acceptance is off by d changes the
-            log step size by d / (gamma sqrt(t)), about.
-        ahead: step sizes are drawn towards so many times that at which the search began.
+        gamma: how slowly dual averaging reacts. After t transitions, one whose acceptance is off by d changes the log
+            step size by about d / (gamma sqrt(t)).
+        ahead: step sizes are drawn towards this multiple of the step size at which the search began.
     """
 
     layout: MassLayout
@@ -225,11 +223,11 @@ class Adaptation:
 
         Args:
             key: a random key.
-            state: where the chain begins; `state.position` is a vector.
-            one_step: `one_step(key, state, step_size, inverse_mass)` is a transition. Its report has
-                `acceptance_rate`, which is what a first step size is searched by.
-            step_size: the first step size; searched for, if there is none.
-            inverse_mass: the first inverse mass; the identity, if there is none.
+            state: the state in which the chain begins. `state.position` is a vector.
+            one_step: `one_step(key, state, step_size, inverse_mass)` makes a transition. Its report has
+                `acceptance_rate`, by which the search for a first step size goes.
+            step_size: the first step size. None to search for one.
+            inverse_mass: the first inverse mass. None for the identity.
         """
         position: Any = state.position
         parts = self.layout.split(position)
@@ -262,7 +260,7 @@ class Adaptation:
         acceptance: Float[Array, ""],
         now: Phase,
     ) -> AdaptationState:
-        """Learn from one transition, if it is one of warm-up."""
+        """Learn from one transition, if it belongs to the warm-up."""
         _, update, _ = libraries.step_size.dual_averaging_adaptation(
             self.target_acceptance, gamma=self.gamma
         )
@@ -288,10 +286,10 @@ class Adaptation:
 
 
 def _first(step_size: Array, ahead: float) -> DualAveragingAdaptationState:
-    """Dual averaging before its first update, with the first step size for its average."""
+    """Dual averaging before its first update. Its average is the first step size."""
     init, _, _ = libraries.step_size.dual_averaging_adaptation(
         0.0
-    )  # what is aimed at matters to updates alone
+    )  # the target acceptance matters to updates only
     state = init(step_size)
     mu = jnp.log(ahead * step_size)
     return state._replace(log_step_size_avg=state.log_step_size, mu=mu)
@@ -302,14 +300,14 @@ def _is_state(x: Any) -> bool:
 
 
 def _times(matrix: Array, vector: Array) -> Array:
-    """A covariance, or variances, times a vector, in full precision on every device."""
+    """A covariance, or variances, times a vector. The product has full precision on every device."""
     if matrix.ndim == 1:
         return matrix * vector
     return jnp.matmul(matrix, vector, precision="highest")
 
 
 def _cast(x: Any, dtype: Any) -> Array:
-    """A strongly typed array; floats in the chain's own precision."""
+    """A strongly typed array. Floats have the chain's own precision."""
     x = jnp.asarray(x)
     return jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
 

@@ -1,20 +1,16 @@
-"""What an inference algorithm is: settings, and three pure functions of a key, a state and a
-target.
+"""What an inference algorithm is: settings, and three pure functions of a key, a state and a target.
 
-An algorithm is an Equinox module of settings. `init` makes its state, `step` advances it by one
-iteration, `result` turns it into what the user reads; `run` puts them together. The author of an
-algorithm writes the first three, for one data set, in plain JAX; what follows is written once,
-here:
+An algorithm is an Equinox module of settings. `init` makes its state, `step` advances the state by one iteration, and
+`result` turns it into what the user reads. `run` puts them together. The author of an algorithm writes the first three,
+for one data set, in plain JAX. The rest is written once, here:
 
-- **Compilation.** `run` stages the target anew at every call, outside compiled code, and passes it
-  to two functions of this module compiled by `eqx.filter_jit`. What the model captured travels as
-  operands and the rest compares structurally: new data of the same shape compile nothing, and a
-      global that was bound again is never stale.
-- **Chunks.** Iterations run in compiled chunks driven from the host, which is where progress,
-  interruption and checkpoints hook in. The key of an iteration is `fold_in(key, iteration)`, so
-  that chunks change nothing.
-- **Tracing.** Called under `jit` or `vmap` (over data sets, say) `run` is one scan and shows no
-  progress.
+- **Compilation.** `run` stages the target anew at every call, outside compiled code. It passes it to two functions of
+this module that `eqx.filter_jit` compiles. Arrays that the model captured travel as operands, and the rest compares by
+structure. So new data of the same shape compile nothing, and a global that was bound again is never outdated.
+- **Chunks.** Iterations run in compiled chunks, which the host starts one after another. Progress, interruption and
+checkpoints happen between chunks. The key of an iteration is `fold_in(key, iteration)`, so the division into chunks
+changes no result.
+- **Tracing.** Called under `jit` or `vmap` (over data sets, say), `run` is one scan and shows no progress.
 """
 
 from __future__ import annotations
@@ -38,41 +34,44 @@ from .runner import tracing
 
 
 class Algorithm(Printed, Loop):
-    """Base of all algorithms: settings with `init`, `step`, `result` and `run`."""
+    """Base of all algorithms: settings with the methods `init`, `step`, `result` and `run`."""
 
     @abc.abstractmethod
     def init(self, key: PRNGKeyArray, target: Target, init: Any = None) -> Any:
-        """The state before the first iteration (traced). `init` are choices to begin at, where that has a meaning."""
+        """The state before the first iteration (traced). `init` are choices to begin at, if the algorithm takes any."""
 
     @abc.abstractmethod
     def result(self, state: Any, target: Target) -> Any:
-        """What the user gets from a state, after `state.iteration` iterations."""
+        """Turn a state, after `state.iteration` iterations, into the user's result."""
 
     def check(self, target: Target, init: Any = None) -> None:
-        """Refuse, before anything is compiled, a target or choices that cannot be treated."""
+        """Raise an error, before anything is compiled, for a target or choices that the algorithm cannot treat."""
 
     def prepare(self, target: Target) -> Algorithm:
-        """The settings as they enter compiled code: programs among them staged."""
+        """The settings as they enter compiled code. Programs among them are staged."""
         return self
 
     def traced(self) -> Self:
-        """The settings with their Python floats as arrays, so that another value of one compiles nothing."""
+        """The settings with their Python floats as arrays, so that another value of one needs no new compilation."""
         return jax.tree.map(lambda x: jnp.asarray(x) if type(x) is float else x, self)
 
     def cheap_settings(self) -> Algorithm:
-        """Cheaper settings, tried first: the full ones are compiled only if the state these begin with is not valid."""
+        """Cheaper settings, tried first.
+
+        The full settings are compiled only if the first state of the cheaper ones is not valid.
+        """
         return self
 
     def is_valid(self, state: Any) -> bool:
-        """Whether a first state can be gone on with (its values are concrete)."""
+        """Whether the run can go on from a first state. Its values are concrete."""
         return True
 
     def init_error(self, state: Any, target: Target) -> Exception:
-        """The error to raise for a first state that is not valid."""
+        """The error to raise if a first state is not valid."""
         raise NotImplementedError
 
     def reserve(self, state: Any, num_iterations: int) -> Any:
-        """A state with room for so many more iterations (traced), for runs that have no chunks."""
+        """A state with room for this many more iterations (traced), for runs that have no chunks."""
         return state
 
     def run(
@@ -80,20 +79,19 @@ class Algorithm(Printed, Loop):
     ) -> Any:
         """Run the algorithm on a target.
 
-        Ctrl-C ends the run after the chunk in progress and returns what there is by then, with a
-        warning.
+        Ctrl-C ends the run after the current chunk. The run then returns what there is so far, with a warning.
 
         Args:
             key: a random key, typed (`jax.random.key`) or raw.
             target: what to infer: `model(*args).given(data)`.
-            init: choices to begin at, where the algorithm has such a thing.
+            init: choices to begin at, if the algorithm takes any.
             progress: whether to show a progress bar.
 
         Returns:
             The algorithm's result: `Draws` or `Particles`.
 
         Raises:
-            WeftError: if the algorithm does not apply to this target; the message names the sites.
+            WeftError: if the algorithm does not apply to this target. The message names the sites.
         """
         _require_target(target, self)
         self.check(target, init)
@@ -115,7 +113,7 @@ class Algorithm(Printed, Loop):
 
 
 def require_counts(settings: Any, **least: int) -> None:
-    """Raise WeftError unless the named settings are integers, and so large at least."""
+    """Raise WeftError unless the named settings are integers, none below the least value given for it."""
     for name, smallest in least.items():
         value = getattr(settings, name)
         if not isinstance(value, (int, np.integer)) or value < smallest:

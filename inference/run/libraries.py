@@ -1,4 +1,4 @@
-"""Libraries that are imported on first use: BlackJAX, whose package imports all that it has, and Optax.
+"""Libraries that are imported on first use: BlackJAX, whose package imports everything it has, and Optax.
 
 Use a name as an attribute of this module: `libraries.optax.adam(0.1)`.
 """

@@ -1,8 +1,8 @@
-"""A loop: settings that advance a state by one iteration, and the compiled code that does it many times.
+"""A loop: settings that advance a state by one iteration, and the compiled code that repeats this.
 
-Everything iterative is such a loop: samplers, filters and fits. The author writes one iteration in
-plain JAX. Progress, interruption and chunks are written once, here and in `runner`. The key of an
-iteration is `fold_in(key, iteration)`, so that chunks change nothing.
+Everything iterative is such a loop: samplers, filters and fits. The author writes one iteration in plain JAX. Progress,
+interruption and chunks are written once, here and in `runner`. The key of an iteration is `fold_in(key, iteration)`, so
+the division into chunks changes no result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .runner import run_chunks
 
 
 class State(eqx.Module):
-    """Base of the states of loops: arrays only, of shapes that never change.
+    """Base of the states of loops. They hold arrays only, whose shapes never change.
 
     Attributes:
         iteration: the number of iterations done.
@@ -32,26 +32,29 @@ class State(eqx.Module):
 
 
 class Loop(Module):
-    """Base of what runs iteration by iteration: settings with a `step`."""
+    """Base of everything that runs iteration by iteration: settings with a method `step`."""
 
     @abc.abstractmethod
     def num_iterations(self, target: Any) -> int:
-        """How many iterations a whole run takes."""
+        """The number of iterations of a whole run."""
 
     @abc.abstractmethod
     def step(self, key: PRNGKeyArray, state: Any, target: Any) -> Any:
-        """The state one iteration later (traced), with the same shapes and dtypes. `key` is this iteration's own."""
+        """The state one iteration later (traced), with the same shapes and dtypes. `key` belongs to this iteration."""
 
     def has_result(self, iteration: int) -> bool:
-        """Whether there is anything to return after so many iterations."""
+        """Whether there is anything to return after this many iterations."""
         return iteration > 0
 
     def finished(self, state: Any) -> Any:
-        """Whether a state needs no more iterations (traced); None, where their number alone decides."""
+        """Whether a state needs no more iterations (traced). None if only their number decides."""
         return None
 
     def before_chunk(self, state: Any) -> tuple[Any, int | None]:
-        """Work on the host before each chunk: gives a state, and the iterations it has room for (None: any number)."""
+        """Work on the host before each chunk.
+
+        Returns a state, and the number of iterations that it has room for (None for any number).
+        """
         return state, None
 
     def describe(self, state: Any) -> str:
@@ -69,18 +72,18 @@ class Loop(Module):
         progress: bool = True,
         before_chunk: Callable[[Any], tuple[Any, int | None]] | None = None,
     ) -> Any:
-        """The state after all iterations, advanced from the host in compiled chunks.
+        """Run all iterations in compiled chunks, started from the host, and return the last state.
 
-        Ctrl-C ends the loop after the chunk in progress, with a warning.
+        Ctrl-C ends the loop after the current chunk, with a warning.
 
         Args:
             key: a random key.
-            state: the state to begin with. It is donated.
-            target: what the steps are handed.
-            title: what the loop is called in the progress bar and in messages.
-            unit: what its iterations are called.
+            state: the first state. It is donated.
+            target: what the steps get as their target.
+            title: the name of the loop in the progress bar and in messages.
+            unit: the name of its iterations.
             progress: whether to show a progress bar.
-            before_chunk: takes the place of the method.
+            before_chunk: used in place of the method.
 
         Raises:
             KeyboardInterrupt: if the loop is interrupted before there is any result.
@@ -110,12 +113,12 @@ class Loop(Module):
 
 
 def strong(tree: Any) -> Any:
-    """The same arrays without weak types, so that a first state has the type of every later one."""
+    """The same arrays without weak types. So a first state has the same type as every later one."""
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), tree)
 
 
 def iteration_keys(key: PRNGKeyArray) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """The key of the first state, and the one that the iterations' keys are folded from."""
+    """The key of the first state, and the key from which the keys of the iterations are folded."""
     first, rest = jax.random.split(key)
     return first, rest
 

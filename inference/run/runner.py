@@ -1,9 +1,8 @@
-"""The loop on the host: compiled chunks, a progress bar, an interruption that keeps what is done.
+"""The loop on the host: compiled chunks, a progress bar, and an interruption that keeps what is done.
 
-Long work is a state advanced by `advance(state, start, stop)`, one compiled function whose bounds
-are traced: one compilation serves chunks of any length, so the loop makes them as long as they can
-be while the bar still moves. What is computed depends on the iteration only, never on where a chunk
-ends.
+Long work is a state that `advance(state, start, stop)` advances. This is one compiled function with traced bounds, so
+one compilation serves chunks of any length. The loop makes chunks as long as possible while the bar still moves.
+Results depend on the iteration only, never on where a chunk ends.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CHUNK_SECONDS = 0.2
 
 
 def tracing(*trees: Any) -> bool:
-    """Whether this call is being traced: by its arguments, or by a jit around it."""
+    """Whether this call is being traced, judged by its arguments and by a jit around it."""
     leaves = jax.tree.leaves(trees)
     return any(isinstance(x, Tracer) for x in (*leaves, jnp.zeros(())))
 
@@ -50,23 +49,22 @@ def run_chunks(
 ) -> tuple[State, int]:
     """Advance `state` from iteration `start` to `stop` in chunks.
 
-    Ctrl-C ends the loop after the chunk in progress; a second one raises `KeyboardInterrupt` at
-    once.
+    Ctrl-C ends the loop after the current chunk. A second Ctrl-C raises `KeyboardInterrupt` at once.
 
     Args:
-        advance: `advance(state, first, last)` runs the iterations `first, ..., last - 1`; it may
-            donate `state`.
-        state: the state to begin with.
+        advance: `advance(state, first, last)` runs the iterations `first, ..., last - 1`. It may donate `state`.
+        state: the first state.
         start: the first iteration.
         stop: one past the last iteration.
-        title: what the progress bar is called.
-        progress: whether to show it.
+        title: the title of the progress bar.
+        progress: whether to show the bar.
         describe: a few words on a state, shown beside the bar.
-        finished: whether a state needs no more iterations, which would leave it as it is.
-        before_chunk: called before each chunk; gives the state to go on with, and how long the chunk may be, at most.
+        finished: whether a state needs no more iterations. These would leave it as it is.
+        before_chunk: called before each chunk. It gives the state to continue with, and the greatest length of the
+            chunk.
 
     Returns:
-        The last state, and the iteration reached: `stop` unless it was interrupted or finished.
+        The last state, and the iteration reached: `stop`, unless the loop was interrupted or finished before.
     """
     done, size = start, FIRST_CHUNK
     with _bar(title, start, stop, progress) as bar, _interrupts() as interrupted:
@@ -95,7 +93,7 @@ def _next_size(size: int, seconds: float) -> int:
 
 @contextlib.contextmanager
 def _bar(title: str, start: int, stop: int, progress: bool) -> Iterator[Any]:
-    """A tqdm bar in a terminal or a notebook; in a log file it writes seldom."""
+    """A tqdm bar in a terminal or a notebook. In a log file it writes seldom."""
     if not progress:
         yield None
         return
@@ -112,10 +110,9 @@ def _bar(title: str, start: int, stop: int, progress: bool) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Set an event on Ctrl-C instead of raising.
+    """Set an event on Ctrl-C instead of raising an exception.
 
-    An exception in the middle of a chunk would lose the state, whose buffers the chunk was given to
-    reuse.
+    An exception in the middle of a chunk would lose the state, since the chunk reuses its buffers.
     """
     event = threading.Event()
     ours = (

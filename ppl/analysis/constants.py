@@ -91,7 +91,7 @@ def _known(x: Any) -> bool:
 
 
 def _order(start: np.ndarray, places: np.ndarray) -> tuple[int, ...] | None:
-    """The transposition that puts the entries of an array at some places, axes of size one aside."""
+    """The transposition that reads an array's entries at some indices, up to axes of size one; None if none does."""
     if places.size != start.size:
         return None
     squeezed = start.reshape([n for n in start.shape if n > 1])

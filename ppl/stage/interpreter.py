@@ -123,7 +123,7 @@ class Frame:
         return self.jaxpr.eqns[: self.at]
 
     def later(self) -> list[Any]:
-        """The variables that are read after this equation."""
+        """The values that are read after this equation."""
         reads = [v for e in self.jaxpr.eqns[self.at + 1 :] for v in e.invars]
         reads = [v for v in (*reads, *self.jaxpr.outvars) if not isinstance(v, Literal)]
         values = [self.values[v] for v in dict.fromkeys(reads) if v in self.values]

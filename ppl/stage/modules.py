@@ -63,7 +63,7 @@ class Module(eqx.Module):
 
 
 class Noun(Module):
-    """Base of what holds arrays. It hashes and compares by identity: what can be called is a function to JAX, too."""
+    """Base of classes that hold arrays. It hashes and compares by identity, so that JAX can call objects, too."""
 
     def __hash__(self) -> int:
         return object.__hash__(self)
