@@ -54,7 +54,7 @@ class Several(Combinator):
 
 
 class block(Combinator):
-    r"""A kernel on some of the choices, given all others. It leaves :math:`\pi(x_B \mid x_{-B})` invariant.
+    r"""A kernel on some of the choices, given all others. It leaves $\pi(x_B \mid x_{-B})$ invariant.
 
     Attributes:
         kernel: the kernel.
@@ -112,7 +112,7 @@ class block(Combinator):
 
 
 class cycle(Several):
-    r"""Kernels one after another, :math:`K_1 K_2 \cdots K_n`.
+    r"""Kernels one after another, $K_1 K_2 \cdots K_n$.
 
     The report combines those of the kernels: booleans by any, counts by their sum, the rest by their mean. It also has
     "acceptance_rate_0", "acceptance_rate_1" and so on, one for each kernel.
@@ -156,7 +156,7 @@ class cycle(Several):
 
 
 class mixture(Several):
-    r"""One of several kernels, drawn anew for each move, :math:`\sum_i w_i K_i`.
+    r"""One of several kernels, drawn anew for each move, $\sum_i w_i K_i$.
 
     The report is that of the kernel drawn, and "kernel", its index. An entry that only other kernels report is NaN,
     False or zero. Chains side by side under `vmap` draw different kernels, so all kernels are computed.

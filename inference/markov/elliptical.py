@@ -28,11 +28,11 @@ class elliptical_slice(Kernel):
     r"""Elliptical slice sampling: a point on an ellipse through the current point and a draw from the prior.
 
     The point is chosen by its likelihood. All latent choices must be `Normal` or `MultivariateNormal`. With `block`,
-    the others are given. Each choice is standardised, :math:`x = m + L z`. Its mean and scale are those of the program.
-    They may depend on other choices, including choices that move.
+    the others are given. Each choice is standardised, $x = m + L z$. Its mean and scale are those of the program. They
+    may depend on other choices, including choices that move.
 
-    With :math:`z' = z \cos\theta + \nu \sin\theta` and :math:`\nu \sim N(0, I)`, an angle is drawn. It is drawn again,
-    from an interval that shrinks towards zero, until the likelihood at it is above a level. There is nothing to tune.
+    With $z' = z \cos\theta + \nu \sin\theta$ and $\nu \sim N(0, I)$, an angle is drawn. It is drawn again, from an
+    interval that shrinks towards zero, until the likelihood at it is above a level. There is nothing to tune.
 
     Attributes:
         max_shrinkage: the most angles that are tried. After that many, the choices stay where they are.

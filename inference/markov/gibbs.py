@@ -24,7 +24,7 @@ from .kernel import Choices, Info, Kernel, chosen, entered, idling, log_density
 
 
 class gibbs(Kernel):
-    r"""A joint, exact draw of some choices from :math:`\pi(x_B \mid x_{-B})`.
+    r"""A joint, exact draw of some choices from $\pi(x_B \mid x_{-B})$.
 
     It sums out finite choices and integrates out normal, beta, gamma, ... choices with conjugate data, as `marginalize`
     does. Then it draws them as `recover` does. Elements of a plate that do not interact are drawn one by one, and

@@ -110,12 +110,12 @@ class nuts(Hamiltonian):
 class mala(GradientKernel):
     r"""The Metropolis-adjusted Langevin algorithm: one step along the gradient with noise, accepted or rejected.
 
-    :math:`x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi`, :math:`\xi \sim N(0, M^{-1})`.
+    $x' = x + \epsilon M^{-1} \nabla \log \pi(x) + \sqrt{2 \epsilon}\, \xi$, $\xi \sim N(0, M^{-1})$.
 
     Attributes:
-        step_size: :math:`\epsilon`. With None a warm-up searches for the first one.
-        inverse_mass: :math:`M^{-1}`, `(n,)` variances or an `(n, n)` covariance over the flattened position; None for
-            the identity.
+        step_size: $\epsilon$. With None a warm-up searches for the first one.
+        inverse_mass: $M^{-1}$, `(n,)` variances or an `(n, n)` covariance over the flattened position; None for the
+            identity.
         target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. The best value in many
             dimensions is 0.574.
         dense_mass: whether a warm-up estimates a full covariance.
@@ -148,12 +148,12 @@ class mala(GradientKernel):
 class barker(GradientKernel):
     r"""Barker's proposal: a normal step in each coordinate, whose sign is drawn with the help of the gradient.
 
-    With :math:`z \sim N(0, \epsilon^2)` a coordinate moves by :math:`z` with probability :math:`1 / (1 + e^{-z \partial
-    \log \pi(x)})`, else by :math:`-z`. A Metropolis step follows. The kernel tolerates step sizes that are too large,
-    with which `mala` does not move at all.
+    With $z \sim N(0, \epsilon^2)$ a coordinate moves by $z$ with probability $1 / (1 + e^{-z \partial \log \pi(x)})$,
+    else by $-z$. A Metropolis step follows. The kernel tolerates step sizes that are too large, with which `mala` does
+    not move at all.
 
     Attributes:
-        step_size: :math:`\epsilon`. With None a warm-up searches for the first one.
+        step_size: $\epsilon$. With None a warm-up searches for the first one.
         inverse_mass: as in `mala`; so are `dense_mass` and `adapt`.
         target_acceptance: the mean acceptance probability that a warm-up tunes the step size to. 0.4 is good in few
             dimensions. In the limit of many dimensions 0.574 is best.

@@ -66,7 +66,7 @@ class Kernel(Module):
     def warm(
         self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase
     ) -> tuple[Choices, Info, Any]:
-        """A move with the values that `tuning` has by now, and what was learnt from it if `now` is in warm-up."""
+        """A move with the present values of `tuning`, and the new tuning. If `now` is in warm-up, it has learnt."""
         return *self.move(key, choices, target), tuning
 
     def tuned(self, values: Any) -> Kernel:

@@ -41,8 +41,8 @@ class Metropolis(Kernel):
 class metropolis_hastings(Metropolis):
     r"""Metropolis-Hastings. A program that may read the current choices proposes new ones.
 
-    :math:`x' \sim q(\cdot \mid x)` is accepted with probability :math:`\min\{1, \pi(x') q(x \mid x') / (\pi(x) q(x'
-    \mid x))\}`. The proposal draws any of the latent choices, discrete or continuous. The others stay as they are.
+    $x' \sim q(\cdot \mid x)$ is accepted with probability $\min\{1, \pi(x') q(x \mid x') / (\pi(x) q(x' \mid x))\}$.
+    The proposal draws any of the latent choices, discrete or continuous. The others stay as they are.
 
     Attributes:
         proposal: a function from all choices (a nested dict) to a program, such as a model.
@@ -96,10 +96,10 @@ class metropolis_hastings(Metropolis):
 class involutive(Metropolis):
     r"""Involutive MCMC: auxiliary choices, and a bijection of choices and auxiliary choices that is its own inverse.
 
-    With :math:`v \sim q(\cdot \mid x)` and :math:`(x', v') = f(x, v)`, accept with probability
+    With $v \sim q(\cdot \mid x)$ and $(x', v') = f(x, v)$, accept with probability
 
-    .. math:: \min\left\{1, \frac{\pi(x')\, q(v' \mid x')}{\pi(x)\, q(v \mid x)}
-              \left| \det \frac{\partial f}{\partial (x, v)} \right|\right\}.
+    $$\min\left\{1, \frac{\pi(x')\, q(v' \mid x')}{\pi(x)\, q(v \mid x)}
+    \left| \det \frac{\partial f}{\partial (x, v)} \right|\right\}.$$
 
     The determinant is that of the floating numbers, by automatic differentiation, with one derivative for each number.
     Discrete numbers enter as they are, and may move, too. The report has "involution_error", the largest difference
