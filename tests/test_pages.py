@@ -56,6 +56,7 @@ def test_outputs_that_differ_are_told_apart() -> None:
     assert not pages.agree("mean 2.13", "mode 2.13")
     assert not pages.agree("", "2.13")
     assert not pages.agree("[1. 2.]", "[1. 2. 3.]")
+    assert pages.agree("refused (docs/x.md:12:3)", "refused (docs/x.md:14:3)")
     assert pages.agree("mean 2.13", "mean 2.5", sampled=True)
     assert not pages.agree("mean 2.13", "mean 3.5", sampled=True)
 
