@@ -1,1 +1,1 @@
-"""Sequential Monte Carlo: filters, tempering, particle Markov chains."""
+"""Sequential Monte Carlo: filters, tempering, particle Markov chain Monte Carlo."""

@@ -1,8 +1,9 @@
-r"""The tree of those particles that have descendants: whole paths in the memory of a few of them.
+r"""The tree of the particles that have descendants: whole paths in the memory of a few of them.
 
-All particles of all steps are `N T`, but most have no descendants after a while: those that have, with the present
-ones, are about $T + c N \log N$ at most (Jacob, Murray and Rubenthaler 2015, theorem 1), since paths soon meet
-when traced back. A step appends `N` nodes; when the room is used up, nodes without descendants are dropped.
+The particles of all steps are `N T`. But after a while most have no descendants, since paths soon meet when they are
+traced back. The particles with descendants, together with the present ones, number at most about $T + c N \log N$
+(Jacob, Murray and Rubenthaler 2015, theorem 1). A step appends `N` nodes. When the room is used up, nodes without
+descendants are dropped.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from jaxtyping import Array, Int
 
 
 class AncestralTree(eqx.Module):
-    """Particles of all steps, the ones before others, each with the node of its parent.
+    """Particles of all steps as nodes, parents before children. Each node has the index of its parent.
 
     Attributes:
         particles: `(node, ...)`.
-        parents: `(node,)`: a node before; a particle of the first step is its own.
-        leaves: `(particle,)`: nodes of the present particles.
-        size: how many nodes are in use; the others are room.
+        parents: `(node,)`: the index of an earlier node. A particle of the first step is its own parent.
+        leaves: `(particle,)`: the nodes of the present particles.
+        size: the number of nodes in use. The others are room.
     """
 
     particles: Any
@@ -38,11 +39,11 @@ class AncestralTree(eqx.Module):
 
     @property
     def capacity(self) -> int:
-        """For how many nodes there is room."""
+        """The number of nodes there is room for."""
         return self.parents.shape[-1]
 
     def grown(self, particles: Any, chosen: Int[Array, " particle"]) -> AncestralTree:
-        """The tree one step later; there must be room."""
+        """The tree one step later. There must be room."""
 
         def append(buffer: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, new, self.size, 0)
@@ -53,7 +54,7 @@ class AncestralTree(eqx.Module):
         return AncestralTree(jax.tree.map(append, self.particles, particles), parents, leaves, size)
 
     def roomier(self, capacity: int) -> AncestralTree:
-        """The same with room for so many nodes; fewer than now are cut off."""
+        """The same tree with room for this many nodes. Nodes beyond that are cut off."""
 
         def resize(x: Array) -> Array:
             room = jnp.zeros((max(capacity - len(x), 0), *x.shape[1:]), x.dtype)
@@ -67,7 +68,7 @@ class AncestralTree(eqx.Module):
         marked = jnp.zeros(self.capacity, bool).at[self.leaves].set(True)
 
         def further(carry: Any) -> Any:
-            # With ancestors 2^k generations back, those of the marked up to 2^(k+1) back become marked.
+            # Given ancestors 2^k generations back, mark the ancestors of marked nodes up to 2^(k+1) generations back.
             marked, back, _ = carry
             then = back[back]
             return marked.at[back].max(marked), then, jnp.any(then != back)
@@ -81,10 +82,10 @@ class AncestralTree(eqx.Module):
         return AncestralTree(particles, parents, place[self.leaves], place[-1] + 1)
 
     def lineages(self, num_steps: int) -> Int[Array, "particle step"]:
-        """Nodes from which the present particles descend, in each of so many steps, themselves the last.
+        """The nodes that the present particles descend from, one for each step. Their own nodes are the last.
 
         Args:
-            num_steps: how many steps there were, with the first particles.
+            num_steps: the number of steps, the first particles included.
         """
 
         def back(node: Array, _: None) -> Any:

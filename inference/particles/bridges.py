@@ -1,4 +1,4 @@
-"""Paths of laws from one that can be drawn to a target, and the programs of the laws between them."""
+"""Paths of laws from one that can be drawn exactly to a target, and the programs of the laws between them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from weft.ppl.transforms.rewriting import Rewrite, Transformed, rebind_scope, st
 
 
 class LawPath(eqx.Module):
-    """A path of laws from one that can be drawn to a target."""
+    """A path of laws from one that can be drawn exactly to a target."""
 
     target: eqx.AbstractVar[Target]
 
     @property
     @abc.abstractmethod
     def unit(self) -> str:
-        """What levels are called."""
+        """The name of the levels."""
 
     @property
     @abc.abstractmethod
@@ -40,23 +40,23 @@ class LawPath(eqx.Module):
 
     @abc.abstractmethod
     def draw(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Latent choices by the first law."""
+        """Draw the latent choices from the first law."""
 
     @abc.abstractmethod
     def terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
-        """The terms by whose sum the target's log density exceeds that of the first law."""
+        """The terms whose sum is the target's log density minus that of the first law."""
 
     @abc.abstractmethod
     def share(self, level: Any) -> Float[Array, " row"]:
-        """How much of each counts at a level."""
+        """The share of each term that counts at a level."""
 
     @abc.abstractmethod
     def at(self, level: Any) -> Target:
-        """The law of a level."""
+        """The law at a level."""
 
 
 class Likelihood(LawPath):
-    """The prior times powers of the observations' densities: one power, or one for each row, 0 or 1.
+    """The prior times powers of the observations' densities: one power for all, or a power 0 or 1 for each row.
 
     Attributes:
         target: the last law.
@@ -76,7 +76,7 @@ class Likelihood(LawPath):
 
     @property
     def observed(self) -> list[str]:
-        """Addresses of what is tempered: observations and factors."""
+        """The addresses of the sites that are tempered: observations and factors."""
         return [
             address
             for address, info in self.target.sites.items()
@@ -151,7 +151,7 @@ class Likelihood(LawPath):
         return Target(program, self.target.data, self.target.missing)
 
     def _place(self, address: str) -> int | None:
-        """Where a site has the axis of the rows."""
+        """The position of the axis of the rows at a site."""
         axes = self.target.sites[address].axes if self.axis is not None else ()
         return next((i for i, a in enumerate(axes) if a.name == self.axis), None)
 
@@ -161,7 +161,7 @@ class Bridge(LawPath):
 
     Attributes:
         target: the last law.
-        guide: the first.
+        guide: the first law.
     """
 
     target: Target
@@ -178,7 +178,7 @@ class Bridge(LawPath):
     def draw(self, key: PRNGKeyArray) -> dict[str, Any]:
         draw_key, rest_key = jax.random.split(key)
         drawn = self.guide.simulate(draw_key)
-        # Nothing is left to draw: this is for sites that are observed in part.
+        # The guide drew everything. This completes sites that are observed in part.
         whole, _ = self.target.generate(rest_key, drawn.choices)
         return _latent(self.target, whole.choices)
 
@@ -193,7 +193,7 @@ class Bridge(LawPath):
         given = {a: g for a, g in self.target.data.items() if a in latents}
         code, args = self.guide.code()
         inner: Any = code
-        if given:  # the guide says nothing of what is observed
+        if given:  # the guide has no observed elements
             inner = mask(code, unflatten({a: ~g.where for a, g in given.items()}))
         program = Model(_Bridged(inner, self, jnp.asarray(level)), self.guide.name)(*args)
         return Target(program, given, {a: i for a, i in self.target.missing.items() if a in given})
@@ -209,7 +209,7 @@ def _latent(target: Target, choices: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Power(Rewrite):
-    """Raises densities of elements to powers; those raised to zero do not count, also where they are zero."""
+    """Raise densities of elements to powers. Elements raised to zero do not count, even if their density is zero."""
 
     def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
         if given is not None:
@@ -219,7 +219,7 @@ class _Power(Rewrite):
 
 
 class _Raised(Transformed):
-    """A program with the densities of some sites raised to powers, arrays of the sites' batch shapes."""
+    """A program in which the densities of some sites are raised to powers: arrays of the sites' batch shapes."""
 
     powers: dict[str, Array]
 
@@ -229,7 +229,7 @@ class _Raised(Transformed):
 
 @dataclasses.dataclass(frozen=True)
 class _InPlace(Rewrite):
-    """Stages every site as it stands, and records the values of the choices."""
+    """Stage every site unchanged, and record the values of the choices."""
 
     records = True
 
@@ -254,7 +254,7 @@ class _InPlace(Rewrite):
 
 
 class _Bridged(eqx.Module):
-    """A guide and, as a factor, a power of the ratio of the target's density to its own."""
+    """A guide, with a factor: a power of the ratio of the target's density to the guide's."""
 
     inner: Callable[..., Any]
     path: Bridge

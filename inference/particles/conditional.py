@@ -1,14 +1,14 @@
-r"""Conditional sequential Monte Carlo: a Markov kernel on the choices of a scan.
+"""Conditional sequential Monte Carlo: a Markov kernel on the choices of a scan.
 
-One of `N` particles is the path there is, the others are drawn around it; one of the resulting paths is
-the next. This leaves the law of paths given the observations as it is, for every `N` of 2 or more
-(Andrieu, Doucet and Holenstein 2010). So that early steps move although all paths soon share one ancestor,
+One of `N` particles follows the current path, and the others are drawn around it. One of the resulting paths is the
+next. This leaves the law of paths given the observations invariant, for every `N` of at least 2 (Andrieu, Doucet and
+Holenstein 2010). But all paths soon share one ancestor. Two ways make early steps move all the same:
 
-- ancestor sampling (Lindsten, Jordan and Schon 2014) draws anew, at each step, which particle the given path
-  descends from: `A_t ~ W_{t-1}^i m_t(x_t* | x_{t-1}^i) G_t(x_{t-1}^i, x_t*)`;
+- ancestor sampling (Lindsten, Jordan and Schon 2014) draws anew, at each step, from which particle the given path
+descends: `A_t ~ W_{t-1}^i m_t(x_t* | x_{t-1}^i) G_t(x_{t-1}^i, x_t*)`;
 - backward sampling (Whiteley 2010) draws the next path from its end, by the same weights.
 
-Both want a carry in which nothing random outlives a step but what the step's own choices put there.
+Both need a carry in which nothing random outlives a step except the step's own choices.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def conditional_pass(
     num_particles: int,
     ancestor_sampling: bool = False,
 ) -> Generation:
-    """Particles of all steps around a path: the first particle of each step is that of the path.
+    """The particles of all steps of a run around a given path. The first particle of each step follows it.
 
     Args:
         key: random key.
@@ -67,18 +67,18 @@ def conditional_pass(
 
 
 class conditional_smc(Kernel):
-    """Conditional SMC: a kernel that moves the latent choices of the model's scan, all others given.
+    """Conditional SMC: a kernel that moves the latent choices of the model's scan, given all others.
 
-    Of series under a `jax.vmap` each is moved by a run of its own.
+    If there are several series under a `jax.vmap`, each is moved by a run of its own.
+
+    The statistics have "acceptance_rate", the share of steps at which the path has changed. If it is near zero for
+    early steps, the chain does not move there.
 
     Attributes:
-        num_particles: `N`, 2 at least; the longer the series, the more (without `update`, many more).
-        update: `"ancestor"` sampling, `"backward"` sampling, or None: a path along the genealogy.
-        proposal: of a step, as in `filtering`.
+        num_particles: `N`, at least 2. Longer series need more particles, and many more without `update`.
+        update: `"ancestor"` sampling, `"backward"` sampling, or None for a path along the genealogy.
+        proposal: the proposal of a step, as in `filtering`.
         scan: an address in the scan that is meant, as in `filtering`.
-
-    The statistics are "acceptance_rate", the share of steps at which the path is another than before; where
-    it is near zero for early steps, the chain does not move there.
 
     Raises:
         ModelError: for ancestor or backward sampling, if the carry remembers more than the last step's choices.
@@ -127,7 +127,7 @@ class conditional_smc(Kernel):
         return unflatten({**flat, **moved}), {"acceptance_rate": jnp.mean(shares)}
 
     def _move(self, key: PRNGKeyArray, model: Filter, within: dict[str, Array]) -> Any:
-        """The choices of one scan moved, and the share of its steps at which they are others."""
+        """Move the choices of one scan. Also returns the share of its steps at which they have changed."""
         run_key, path_key = jax.random.split(key)
         reference = model.reference(within)
         by_ancestors = self.update == "ancestor"
@@ -139,7 +139,7 @@ class conditional_smc(Kernel):
 
 
 def given_the_rest(how: filtering, choices: Choices, target: Target) -> Filter | Panel:
-    """The filter of a target in which only the choices of the scan are left."""
+    """The filter of a target in which only the choices of the scan are latent."""
     apart = how.series(target)
     within = how(target).latents[1] if apart is None else apart.scanned
     within = [a for a in within if a in target.latents]
@@ -166,19 +166,19 @@ def particle_gibbs(
     """Particle Gibbs: conditional SMC for the path, in turns with a kernel for everything else.
 
     Args:
-        parameters: a kernel that moves the choices outside the scan, `kernels.block(kernel, "theta")` for
-            instance; None, if there are none.
-        num_particles: of conditional SMC.
-        num_samples: draws of each chain.
-        update: as in `conditional_smc`, with `proposal` and `scan`.
-        proposal: of a step.
+        parameters: a kernel that moves the choices outside the scan, for instance `kernels.block(kernel, "theta")`;
+            None if there are none.
+        num_particles: the number of particles of conditional SMC.
+        num_samples: the number of draws of each chain.
+        update: as in `conditional_smc`.
+        proposal: the proposal of a step, as in `conditional_smc`.
         scan: an address in the scan that is meant.
-        num_chains: as in `mcmc`, with `num_warmup` and `thin`.
-        num_warmup: transitions that are discarded, in which the kernel of the parameters adapts.
-        thin: store every `thin`-th.
+        num_chains: the number of chains, as in `mcmc`.
+        num_warmup: transitions in which the kernel of the parameters adapts. They are discarded.
+        thin: store every `thin`-th draw.
 
     Returns:
-        An algorithm; `run(key, target)` gives `Draws`.
+        An algorithm. Its `run(key, target)` gives `Draws`.
 
     References:
         Andrieu, Doucet and Holenstein (2010), section 2.4.3; Lindsten, Jordan and Schon (2014).

@@ -1,4 +1,4 @@
-"""The engine of sequential Monte Carlo: the state of a run, and the step from it to the next.
+"""The engine of sequential Monte Carlo: the state of a run, and the step from one state to the next.
 
 The functions take the settings of `smc`, with the model in them.
 """
@@ -26,17 +26,17 @@ from .history import History, moments
 
 
 class SMCState(State):
-    """Particles on their way.
+    """The state of a run of particles.
 
     Attributes:
-        iteration: steps done; the first particles are no step.
+        iteration: the number of steps done. Drawing the first particles does not count as one.
         particles: `(particle, ...)`.
-        log_weights: unnormalised, since they were resampled.
-        log_total: logarithm of their sum.
-        log_evidence: so far.
-        coalescence: which earlier particles they descend from.
-        path: buffers of what is known of every step.
-        tree: those that have descendants.
+        log_weights: the unnormalised log weights since the last resampling.
+        log_total: the logarithm of the sum of the weights.
+        log_evidence: the log evidence so far.
+        coalescence: from which earlier particles the present ones descend.
+        path: buffers for what is kept of every step.
+        tree: the particles that have descendants.
     """
 
     iteration: Int[Array, ""]
@@ -96,7 +96,7 @@ def resumed(settings: Any, key: PRNGKeyArray, state: Any) -> SMCState:
 
 
 def next_state(settings: Any, key: PRNGKeyArray, state: SMCState) -> SMCState:
-    """One step: resample, if that is due; rejuvenate, adapt, move, weigh, record."""
+    """One step: resample if due, rejuvenate, adapt, move, weigh, record."""
     n, t, model = settings.num_particles, state.iteration + 1, settings.model
     resample_key, rejuvenate_key, move_key = jax.random.split(key, 3)
     ess, shares, made_up_for = _preferred(settings, t, state)
@@ -134,13 +134,13 @@ def next_state(settings: Any, key: PRNGKeyArray, state: SMCState) -> SMCState:
 
 
 def _preferred(settings: Any, t: Array, state: SMCState) -> tuple[Array, Array, Array | None]:
-    """By what particles are resampled: effective size, log shares, and what weights make up for, if anything."""
+    """What resampling goes by: the effective sample size, the log shares, and the correction of weights, if any."""
     ess, shares = state.path.ess[state.iteration], state.log_weights - state.log_total
     lookahead = jax.vmap(settings.model.lookahead, (None, 0), axis_size=settings.num_particles)
     hints = lookahead(t, state.particles)
     if hints is None:
         return ess, shares, None
-    hints = jnp.where(jnp.isnan(hints), 0.0, hints)  # no preference
+    hints = jnp.where(jnp.isnan(hints), 0.0, hints)  # NaN is no preference
     _, total, ess = _weights(shares + hints)
     return ess, shares + hints - total, total - hints
 
@@ -148,7 +148,7 @@ def _preferred(settings: Any, t: Array, state: SMCState) -> tuple[Array, Array, 
 def _moved(
     settings: Any, key: PRNGKeyArray, t: Array, particles: Any
 ) -> tuple[Any, dict[str, Array]]:
-    """Particles after rejuvenation; with `waste_free` all points of the chains that begin at them."""
+    """The particles after rejuvenation. With `waste_free`, all points of the chains that begin at them."""
     model = settings.model
     if settings.waste_free == 1:
         return model.rejuvenate(key, t, particles, settings.rejuvenate)
@@ -194,12 +194,12 @@ def _record(
 
 
 def shown(settings: Any, particles: Any) -> Any:
-    """What a user sees of all particles."""
+    """The choices of all particles, as a user sees them."""
     return jax.vmap(settings.model.choices, axis_size=settings.num_particles)(particles)
 
 
 def num_chains(settings: Any) -> int:
-    """How many particles are resampled: all, unless none is wasted of the chains that begin at them."""
+    """The number of particles that are resampled: all, or with waste-free the number of chains."""
     return settings.num_particles // settings.waste_free
 
 
@@ -209,12 +209,12 @@ def keeps_lineage(model: FeynmanKac) -> bool:
 
 
 def _generation(state: SMCState) -> Generation:
-    """The particles of a state, each its own ancestor."""
+    """The particles of a state. Each is its own ancestor."""
     return Generation(state.particles, state.log_weights, jnp.arange(len(state.log_weights)))
 
 
 def with_tree_for(settings: Any, state: SMCState, num_iterations: int) -> SMCState:
-    """A state whose tree has room for so many more steps."""
+    """A state whose tree has room for this many more steps."""
     if state.tree is None:
         return state
     capacity = state.tree.capacity + num_iterations * settings.num_particles
@@ -222,7 +222,7 @@ def with_tree_for(settings: Any, state: SMCState, num_iterations: int) -> SMCSta
 
 
 def with_pruned_tree(settings: Any, state: SMCState) -> tuple[SMCState, int | None]:
-    """When there is no room left, nodes without descendants are dropped; where that gives little, it is doubled."""
+    """If no room is left, drop the nodes without descendants. If that frees little, double the room."""
     if state.tree is None:
         return state, None
     n, steps, tree = settings.num_particles, state.path.ess.shape[0], state.tree
@@ -237,12 +237,12 @@ def with_pruned_tree(settings: Any, state: SMCState) -> tuple[SMCState, int | No
 
 @eqx.filter_jit
 def pruned(tree: AncestralTree) -> AncestralTree:
-    """The tree without the nodes that have no descendants, compiled."""
+    """The tree without the nodes that have no descendants. The function is compiled."""
     return tree.pruned()
 
 
 def _weights(log_weights: Array) -> tuple[Array, Array, Array]:
-    """Normalised weights, the logarithm of their sum before, and their effective sample size."""
+    """The normalised weights, the logarithm of their sum before normalisation, and their effective sample size."""
     largest = jax.lax.stop_gradient(jnp.max(log_weights))
     weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(largest), largest, 0.0))
     total = jnp.sum(weights)
@@ -252,8 +252,8 @@ def _weights(log_weights: Array) -> tuple[Array, Array, Array]:
 
 @jax.custom_jvp
 def _derivative_of(x: Array, chosen: Array) -> Array:
-    """Zeros with the derivative of `x`, one for each of those chosen."""
-    # They read what was chosen: within a cond, JAX loses the axis of a vmap of a constant with a custom derivative.
+    """Zeros with the derivative of `x`, one for each chosen particle."""
+    # The zeros read `chosen`: in a cond, JAX loses the vmap axis of a constant with a custom derivative.
     return (0 * chosen).astype(x.dtype)
 
 

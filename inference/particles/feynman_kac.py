@@ -1,13 +1,13 @@
-r"""Feynman-Kac models: what sequential Monte Carlo samples.
+"""Feynman-Kac models: what sequential Monte Carlo samples.
 
-A Markov chain and a weight for each of its states: with `M_t` the law of a step and `G_t` the potential, the target
-after `t` steps is
+A Feynman-Kac model is a Markov chain with a weight for each of its states. Let `M_t` be the law of a step and `G_t` the
+potential. The target after `t` steps is
 
     Q_t(x_0, ..., x_t) = 1/Z_t M_0(x_0) G_0(x_0) prod_{s=1..t} M_s(x_s | x_{s-1}) G_s(x_{s-1}, x_s).
 
 Filtering, tempering and much else are such models (Del Moral 2004; Chopin and Papaspiliopoulos 2020, chapter 5).
-`FeynmanKac` is their base class. It has a method for everything that the engine may ask of a model, and each but `init`
-and `step` does nothing until a model overrides it.
+`FeynmanKac` is their base class. It has a method for everything that the engine may ask of a model. All but `init` and
+`step` do nothing until a model overrides them.
 """
 
 # No postponed annotations here: Equinox must see that `num_steps` is abstract.
@@ -36,26 +36,27 @@ ATTRIBUTES: dict[str, type] = {
 
 
 class FeynmanKac(Noun):
-    r"""Base of Feynman-Kac models: what sequential Monte Carlo samples.
+    """Base of Feynman-Kac models: what sequential Monte Carlo samples.
 
-    A model has `num_steps`, `init` and `step`, for one particle, which is any pytree of arrays. All other methods and
-    attributes are optional; `smc` calls them, and those here do nothing. Methods are called by position.
+    A model has `num_steps`, `init` and `step`. It is written for one particle, which is any pytree of arrays. All other
+    methods and attributes are optional hooks: `smc` calls them, and those of this class do nothing. Methods are called
+    by position.
 
-    A model is an Equinox module. Its arrays are traced; Python numbers among its fields, floats too, stay what they
-    are, so that `if self.scale > 0` may stand in a method.
+    A model is an Equinox module. Its arrays are traced. Python numbers among its fields, also floats, stay Python
+    numbers, so a method may have `if self.scale > 0`.
 
     Attributes:
-        num_steps: number of potentials: `init` gives the first, `step` the others. A field or a property.
-        closed: whether a finished run cannot be gone on with, with more observations.
-        keeps_lineage: whether `adapt` leaves each particle a descendant of itself, and writes only settings into it.
-            If a model has `adapt` and does not say so, particles may have been replaced: their lineages and the
-            variance of the evidence are then not stated.
-        panel_shape: numbers of series, where the model is a panel of several.
+        num_steps: the number of potentials. `init` gives the first, `step` the others. A field or a property.
+        closed: whether a finished run cannot be continued with more observations.
+        keeps_lineage: whether `adapt` leaves each particle a descendant of itself, and writes only settings into it. If
+            a model has `adapt` and does not say so, particles may have been replaced. Their lineages and the variance
+            of the evidence are then not stated.
+        panel_shape: the numbers of series, if the model is a panel of several.
 
     Raises:
-        ModelError: when a model is made, if a method or an attribute of its class is named nearly like one of those
-            here, or like one and takes other arguments. Helpers of your own may have any other name, or begin with an
-            underscore.
+        ModelError: when a model is made, if the name of a method or attribute of its class is nearly that of a hook; or
+            if it is that of a hook, but takes other arguments. Your own helpers may have any other name, or begin with
+            an underscore.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -83,7 +84,7 @@ class FeynmanKac(Noun):
 
         @property
         def num_steps(self) -> int:
-            """Number of potentials."""
+            """The number of potentials."""
             ...
     else:
         num_steps: eqx.AbstractVar[int]
@@ -97,56 +98,56 @@ class FeynmanKac(Noun):
 
     @abc.abstractmethod
     def init(self, key: PRNGKeyArray, /) -> tuple[Any, Float[Array, ""]]:
-        """A first particle, and the logarithm of its potential. One that is no number counts as zero."""
+        """A first particle, and the logarithm of its potential. NaN counts as a potential of zero."""
 
     @abc.abstractmethod
     def step(
         self, key: PRNGKeyArray, t: Int[Array, ""], particle: Any, /
     ) -> tuple[Any, Float[Array, ""]]:
-        """The particle at time `t`, 1 at first, from the one before; and the logarithm of its potential."""
+        """The particle at time `t` (from 1), given the one before, and the logarithm of its potential."""
 
     # --- what a user sees ---
 
     def choices(self, particle: Any, /) -> Any:
-        """What a user sees of a particle, a nested dict: all of it."""
+        """What a user sees of a particle: a nested dict. By default, the whole particle."""
         return particle
 
     def paths(self, last: Any, along: Any, /) -> Any:
-        """What a user sees of whole paths, where a run keeps them: the choices of the last step.
+        """What a user sees of whole paths, if a run keeps them. By default, the choices of the last step.
 
         Args:
             last: the particles of the last step, `(particle, ...)`.
-            along: those that they descend from, `(particle, step, ...)`.
+            along: the particles that they descend from, `(particle, step, ...)`.
         """
         return jax.vmap(self.choices)(last)
 
     def observation(self, t: int, /) -> str:
-        """What is observed at a step, in words, for messages."""
+        """The observation at a step, in words, for messages."""
         return ""
 
     def remark(self, particles: Any, /) -> str | None:
-        """A sentence on the last particles that a user should read, if there is one."""
+        """A sentence on the last particles that a user should read; None if there is none."""
         return None
 
     # --- what steers a run ---
 
     def lookahead(self, t: Int[Array, ""], particle: Any, /) -> Float[Array, ""] | None:
-        """A logarithm by which a particle is preferred when particles are resampled before step `t`; None for none.
+        """The log preference for a particle when particles are resampled before step `t`; None for no preference.
 
-        The weights make up for it: the auxiliary particle filter of Pitt and Shephard (1999).
+        The weights make up for it: this is the auxiliary particle filter of Pitt and Shephard (1999).
         """
         return None
 
     def rejuvenate(
         self, key: PRNGKeyArray, t: Int[Array, ""], particles: Any, kernel: Any, /
     ) -> tuple[Any, dict[str, Array]]:
-        """All particles after moves that leave their law as it is, made after each resampling before step `t`.
+        """Move all particles by steps that leave their law invariant, after each resampling before step `t`.
 
         Args:
             key: a random key.
-            t: the step to come.
+            t: the coming step.
             particles: `(particle, ...)`, equally weighted.
-            kernel: what was given as `smc(..., rejuvenate=)`.
+            kernel: the argument `rejuvenate` of `smc`.
 
         Returns:
             The particles, and a dict of scalars that is kept in `result.path.info`.
@@ -156,33 +157,33 @@ class FeynmanKac(Noun):
     def adapt(
         self, t: Int[Array, ""], particles: Any, log_weights: Float[Array, " particle"], /
     ) -> Any:
-        """The particles before step `t`, after a look at all of them: a model may write the next temperature into them.
+        """The particles before step `t`, changed in the light of all of them.
 
-        See `keeps_lineage`.
+        A model may write the next temperature into them, for instance. See `keeps_lineage`.
         """
         return particles
 
     def finished(self, particles: Any, /) -> Bool[Array, ""] | None:
-        """Whether the run ends here, before `num_steps`; None where their number alone decides."""
+        """Whether the run ends here, before `num_steps`. None if only the number of steps decides."""
         return None
 
     def engine(self, settings: Any, /) -> Any:
-        """The algorithm that runs this model by the settings of `smc`: these, with the model in them."""
+        """The algorithm that runs this model, given the settings of `smc` with the model in them."""
         check_particle(self)
         return dataclasses.replace(settings, model=self)
 
     # --- paths that are given: conditional SMC and smoothing ---
 
     def reference(self, choices: dict[str, Any], /) -> Any:
-        """The choices of every step, `(step, ...)`, out of all choices."""
+        """The choices of every step, `(step, ...)`, from all choices."""
         raise self._without("reference")
 
     def replay(self, t: Int[Array, ""], particle: Any, now: Any, /) -> tuple[Any, Float[Array, ""]]:
-        """`step` to given choices; `init`, if `particle` is None."""
+        """`step` with given choices; `init` with given choices if `particle` is None."""
         raise self._without("replay")
 
     def log_transition(self, t: Int[Array, ""], particle: Any, now: Any, /) -> Float[Array, ""]:
-        """Log density of a step to given choices, `log M_t + log G_t`."""
+        """The log density of a step with given choices, `log M_t + log G_t`."""
         raise self._without("log_transition")
 
     def taken(self, particle: Any, /) -> Any:
@@ -190,7 +191,7 @@ class FeynmanKac(Noun):
         raise self._without("taken")
 
     def steps_of(self, particles: Any, /) -> Any:
-        """The choices of a whole path out of its particles, `(step, ...)`."""
+        """The choices of a whole path, `(step, ...)`, from its particles."""
         raise self._without("steps_of")
 
     # --- as a part of a program: `normalize(target, by=smc(model, N))` ---
@@ -198,7 +199,7 @@ class FeynmanKac(Noun):
     def draw_posterior(
         self, target: Any, num_particles: int, /
     ) -> tuple[dict[str, Any], Array, Array]:
-        """A path by its weight, its log density, and the log evidence of the run that drew it, all without a key."""
+        """A path drawn by its weight, its log density, and the log evidence of the run. None of this takes a key."""
         raise self._inside()
 
     def conditional_evidence(
@@ -210,11 +211,11 @@ class FeynmanKac(Noun):
     # --- panels of several series ---
 
     def each_series(self, f: Callable[..., Any], key: PRNGKeyArray, /, *xs: Any) -> Any:
-        """`f(key, model, *xs)` for every series; results and `xs` lead with the axes of `panel_shape`."""
+        """`f(key, model, *xs)` for every series. The results and `xs` lead with the axes of `panel_shape`."""
         return f(key, self, *xs)
 
     def total_evidence(self, log_evidence: Float[Array, "*series"], /) -> Float[Array, ""]:
-        """The log evidence of the whole out of that of each series."""
+        """The log evidence of the whole panel, from that of each series."""
         return log_evidence
 
     def _without(self, hook: str) -> Exception:
@@ -236,9 +237,9 @@ def has(model: FeynmanKac, hook: str) -> bool:
 
 
 def as_model(x: Any) -> Any:
-    """A Feynman-Kac model as it is, and an Equinox module with `init` and `step` as one; all else as it is.
+    """Take an Equinox module with `init` and `step` as a Feynman-Kac model. Anything else is returned as it is.
 
-    Such a module gets `FeynmanKac` as one more base. So what it has of hooks is called, and a misspelt one is refused.
+    Such a module gets `FeynmanKac` as an additional base. So its hooks are called, and a misspelt hook is refused.
 
     Raises:
         ModelError: if a hook of the module is misspelt, or takes other arguments.
@@ -255,7 +256,7 @@ def as_model(x: Any) -> Any:
 
 @functools.cache
 def _based(cls: type) -> type:
-    """A class with `FeynmanKac` as one more base."""
+    """The class with `FeynmanKac` as an additional base."""
     return type(cls)(cls.__name__, (cls, FeynmanKac), {"__module__": cls.__module__})
 
 
@@ -269,7 +270,7 @@ def require_model(x: Any, what: str) -> None:
 
 
 def check_particle(model: FeynmanKac) -> None:
-    """Raise ModelError unless potentials are scalars, and a step leaves the structure of a particle as it is."""
+    """Raise ModelError unless potentials are scalars and a step keeps the structure of a particle."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     first = jax.eval_shape(model.init, key)
     then = jax.eval_shape(model.step, key, jnp.int32(1), first[0])

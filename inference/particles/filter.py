@@ -1,7 +1,7 @@
-"""A filter as a Feynman-Kac model: a program split at its scan, one step of it after another.
+"""A filter as a Feynman-Kac model: a program split at its scan, run one step after another.
 
 A particle is one run of the program up to some step. A step draws its latent choices, from the program or from a
-proposal, and weighs them by the density of the choices and the observations over that of the proposal.
+proposal. It weighs them by the density of choices and observations, divided by that of the proposal.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from .staged import draw_path, evidence_around
 
 
 class Filter(FeynmanKac):
-    """The Feynman-Kac model of a filter; `filtering` makes it.
+    """The Feynman-Kac model of a filter. `filtering` makes it.
+
+    A particle is a dict. It holds what varies with choices before the scan, the carry, the message (the law of those
+    leaves of the carry that depend on choices that are summed out), the outputs that are read after the scan, and the
+    choices, by address, made before the scan, in the last step, and after the scan.
 
     Attributes:
         parts: the program, split at its scan.
-        data: what is given, by address.
-        proposal: of a step, as in `filtering`.
+        data: the given values, by address.
+        proposal: the proposal of a step, as in `filtering`.
         preference: the lookahead, as in `filtering`.
         latents: the latent choices before the scan, in a step, and after it.
-
-    A particle is a dict: what varies with choices before the scan, the carry, the law of those leaves of it that depend
-    on what is summed out (the message), the outputs that are read after the scan, and the choices, by address, made
-    before the scan, in the last step, and after the scan.
     """
 
     parts: Split
@@ -60,7 +60,7 @@ class Filter(FeynmanKac):
 
     @property
     def closed(self) -> bool:
-        # What follows the scan has been weighed.
+        # The part after the scan has already been weighed.
         return self.parts.after_code is not None
 
     # Without a key these stand inside a program that is being staged, and draw as a part of it.
@@ -114,7 +114,7 @@ class Filter(FeynmanKac):
     # --- what conditional SMC and smoothing ask for ---
 
     def reference(self, choices: dict[str, Any]) -> dict[str, Any]:
-        # What follows the scan has no choices of a path.
+        # The part after the scan has no choices of a path.
         flat = flatten(choices)
         steps = {a: flat[a] for a in self.latents[1]}
         if self.parts.reverse:
@@ -194,7 +194,7 @@ class Filter(FeynmanKac):
     def _move(
         self, key: PRNGKeyArray | None, t: Int[Array, ""], particle: Any, given: Any = None
     ) -> tuple[Any, Float[Array, ""]]:
-        """A particle one step later, its choices drawn or `given`, and the logarithm of the potential."""
+        """A particle one step later, and the logarithm of the potential. Its choices are drawn or `given`."""
         parts, i = self.parts, self._index(t)
         draw_key, rest_key = _two_keys(key, self.proposal is not None)
         program, data = self._program(particle, i), self._at(i)
@@ -236,7 +236,7 @@ class Filter(FeynmanKac):
         return moved, log_weight
 
     def _finish(self, key: PRNGKeyArray | None, particle: Any) -> tuple[Any, Float[Array, ""]]:
-        """What follows the scan."""
+        """Run the part after the scan."""
         kept = self._operands(particle)[3]
         program = self.parts.after(kept, particle["carry"], particle["message"], particle["ys"])
         trace, log_weight = _run(program, key, unflatten(self._given(2)))
@@ -246,7 +246,7 @@ class Filter(FeynmanKac):
         return self.parts.step(*self._read(particle, i))
 
     def _integrated(self, particle: Any, i: Any) -> Program:
-        """The step without its latent choices, as far as no observation is missing."""
+        """The step without its latent choices, if no observation is missing."""
         f, args = self.parts.silent_step(*self._read(particle, i))
         hidden = [a for a in self.latents[1] if a not in self.data]
         return Model(marginalize(f, *hidden), self.parts.name)(*args).staged()
@@ -254,7 +254,7 @@ class Filter(FeynmanKac):
     def _prior(
         self, program: Program, data: dict[str, Given], given: Any, but: Sequence[str]
     ) -> Array:
-        """Log density of given choices, as far as the model draws them."""
+        """The log density of given choices, counting only those that the model draws."""
         entries = unflatten({**data, **_entries(given)})
         total = jnp.zeros(())
         for address, density in flatten(run_log_densities(program, entries)).items():
@@ -269,13 +269,13 @@ class Filter(FeynmanKac):
         return consts, particle["carry"], particle["message"], [x[i] for x in xs]
 
     def _operands(self, particle: Any) -> tuple[list[Any], ...]:
-        """Consts, first carry and sequences of the scan, what is kept for later, and the rest of the first carry."""
+        """Consts, first carry and sequences of the scan, values kept for later, and the rest of the first carry."""
         parts, drawn = self.parts, iter(particle["varying"])
         groups = (parts.consts, parts.carry, parts.xs, parts.kept, parts.entry)
         return tuple([next(drawn) if x is None else jnp.asarray(x) for x in g] for g in groups)
 
     def _carry(self, particle: Any) -> Any:
-        """The carry as the model has it, values that it never changes included."""
+        """The carry as the model has it, including values that never change."""
         consts = self._operands(particle)[0]
         return self.parts.carry_of(consts, particle["carry"], particle["message"])
 
@@ -286,7 +286,7 @@ class Filter(FeynmanKac):
         return {a: self.data[a] for a in self.parts.addresses[part] if a in self.data}
 
     def _at(self, i: Any, drop: bool = False) -> dict[str, Given]:
-        """What is given at one step."""
+        """The values given at one step."""
         found = jax.tree.map(lambda x: x[i], self._given(1))
         if not drop:
             return found
@@ -296,7 +296,7 @@ class Filter(FeynmanKac):
         }
 
     def _observed(self, i: Any) -> dict[str, Any]:
-        """What is observed at a step, for proposals; missing numbers are no numbers."""
+        """The observations at a step, for proposals. Missing numbers are NaN."""
 
         def value(given: Given) -> Array:
             x = jnp.asarray(given.value)
@@ -320,7 +320,7 @@ class Filter(FeynmanKac):
 
 
 def require_markov(model: Any, what: str) -> None:
-    """Raise ModelError if the weights of a step's ancestors were not all there is to it."""
+    """Raise ModelError if the weights of a step's ancestors depend on more than the step."""
     if not model.parts.markov:
         raise ModelError(
             f"{what}: the carry of {model.parts.name!r} holds something random of earlier steps besides what the "
@@ -343,7 +343,7 @@ def _run(program: Program, key: PRNGKeyArray | None, given: dict[str, Any]) -> A
 
 
 def _two_keys(key: PRNGKeyArray | None, two: bool) -> Any:
-    """A key twice, or two of one, where both are needed."""
+    """A key twice; or two keys made from it, if both are needed."""
     return jax.random.split(key) if two and key is not None else (key, key)
 
 

@@ -1,13 +1,13 @@
-r"""Filtering: the Feynman-Kac model of a program whose scan holds the observations.
+"""Filtering: the Feynman-Kac model of a program whose scan holds the observations.
 
-The program is split at the scan (`weft.ppl.splitting`). A particle is one run of it up to some step:
-choices before the scan, the carry, the choices of the step. Each step draws its latent choices, from
-the program or from a proposal `q`, and weighs
+The program is split at the scan (`weft.ppl.splitting`). A particle is one run of it up to some step: choices before the
+scan, the carry, the choices of the step. Each step draws its latent choices, from the program or from a proposal `q`,
+and weighs
 
-    G_t = p(x_t, y_t | carry_{t-1}) / q(x_t | carry_{t-1}, y_t),
+    G_t = p(x_t, y_t | carry_{t-1}) / q(x_t | carry_{t-1}, y_t).
 
-which for the program itself as proposal is `p(y_t | x_t)` (the bootstrap filter of Gordon, Salmond and Smith
-1993). Observations before the scan weigh the first step; those after it are one more step.
+With the program itself as proposal this is `p(y_t | x_t)`: the bootstrap filter of Gordon, Salmond and Smith (1993).
+Observations before the scan weigh the first step. Observations after the scan are one more step.
 """
 
 from __future__ import annotations
@@ -38,34 +38,33 @@ Proposal = Callable[[Any, Int[Array, ""], dict[str, Any]], Program]
 
 
 class filtering(Module):
-    r"""Filtering of any model whose `jax.lax.scan` holds the observations: for `smc`.
+    """Filtering of any model whose `jax.lax.scan` holds the observations, for `smc`.
 
-    The model is taken as it is written: one scan at the top level has sites that are observed. Choices before
-    the scan (parameters, the first state) are drawn for each particle and travel with it; choices and
-    observations after the scan are a last step. Elements that are not observed (`observed(y, where=...)`, or
-    data shorter than the scan) are drawn and do not weigh. Of a model with choices summed out (`marginalize`) the
-    others are drawn only; what the carry holds of a chain is handed on as a law (`weft.ppl.messages`).
+    The model is taken as it is written: one scan at the top level has sites that are observed. Choices before the scan
+    (parameters, the first state) are drawn for each particle and travel with it. Choices and observations after the
+    scan are a last step. Elements that are not observed (`observed(y, where=...)`, or data shorter than the scan) are
+    drawn and do not weigh. In a model with choices summed out (`marginalize`) only the other choices are drawn. The
+    part of a summed-out chain that the carry holds is handed on as a law (`weft.ppl.messages`).
 
-    A scan under `jax.vmap`, or several of them, is a panel of series: each lane has a filter of its own, with its own
-    weights and resamplings, and the evidences multiply. What the series share, choices outside of the vmap, must be
-    given (`pmmh` and `smc2` infer it), and no density may read choices of several series.
+    A scan under one or several `jax.vmap` is a panel of series. Each lane has a filter of its own, with its own weights
+    and resamplings, and the evidences multiply. Choices outside of the vmap, which the series share, must be given
+    (`pmmh` and `smc2` infer them). No density may read choices of several series.
 
     Attributes:
-        proposal: what draws the latent choices of a step: by default the model itself (the bootstrap
-            filter); a function `(carry, t, observed) -> program` (a guided filter), whose choices are
-            addresses of the step, and those that it lacks are drawn from the model (in the carry, what is summed
-            out stands as its law); or `"optimal"`, the exact
-            law of the choices given the carry and the observation, where `marginalize` can integrate them
-            out of a step.
-        lookahead: a function `(carry, t, observed)` to a logarithm by which particles are preferred when
-            they are resampled before step `t` (the auxiliary filter); with `proposal="optimal"` it is the
-            predictive density of the observation, unless given.
-        scan: an address in the scan that is meant, where several hold observations.
+        proposal: what draws the latent choices of a step. By default the model itself (the bootstrap filter). Or a
+            function `(carry, t, observed) -> program` (a guided filter): the choices of the program are addresses of
+            the step, and those that it lacks are drawn from the model. (In the carry that the function gets, summed-out
+            choices are represented by their law.) Or `"optimal"`: the exact law of the choices given the carry and the
+            observation, if `marginalize` can integrate them out of a step.
+        lookahead: a function from `(carry, t, observed)` to a log preference for particles when they are resampled
+            before step `t` (the auxiliary filter). With `proposal="optimal"` it is the predictive density of the
+            observation, unless given.
+        scan: an address in the scan that is meant, if several hold observations.
 
     Raises:
-        ModelError: if there is no such scan at the top level of the model, or under a vmap there; it names what stands
-            in the way. If series share latent choices, or read each other's.
-        AddressError: if a proposal draws what is no latent choice of a step.
+        ModelError: if there is no such scan at the top level of the model, or under a vmap there. The message names
+            what stands in the way. Also if series share latent choices, or read each other's.
+        AddressError: if a proposal draws something that is not a latent choice of a step.
 
     References:
         Gordon, Salmond and Smith (1993); Pitt and Shephard (1999); Doucet, Godsill and Andrieu (2000) for the
@@ -98,7 +97,7 @@ class filtering(Module):
             )
 
     def __call__(self, target: Target) -> Filter | Panel:
-        """The Feynman-Kac model of a target: a `Filter`; a `Panel` of them, if its scan stands under a vmap."""
+        """The Feynman-Kac model of a target: a `Filter`, or a `Panel` of filters if its scan stands under a vmap."""
         target.program.require_density()
         apart = self.series(target)
         if apart is not None:
@@ -111,7 +110,7 @@ class filtering(Module):
         return made
 
     def series(self, target: Target) -> Series | None:
-        """What the series of a target share, and one of them; None, if its scan does not stand under a vmap."""
+        """A target in two parts: what its series share, and one series. None if its scan is not under a vmap."""
         settled = [a for a in target.data if a not in target.latents]
         return series(target.program, target.data, settled, self.scan)
 
@@ -137,7 +136,7 @@ class filtering(Module):
 
 
 def _check_optimal(target: Target, latents: Sequence[str]) -> None:
-    """The optimal proposal leaves out observations that are missing, which nothing else may read."""
+    """Check that nothing reads a missing observation. The optimal proposal leaves such observations out."""
     code, _ = target.program.code()
     for address in latents:
         found = readers(code.jaxpr, address) if address in target.data else []

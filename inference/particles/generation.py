@@ -1,11 +1,11 @@
 """One pass of sequential Monte Carlo: resample, move, weigh, record.
 
-A `Generation` is the particles of one step with their weights, and which particle of the step before each descends
-from. A step is two functions of it: `selected` makes those that were chosen the parents of the next step, and
-`offspring` moves and weighs them. A whole pass is a scan of the two, whose generations are recorded.
+A `Generation` holds the particles of one step with their weights, and from which particle of the previous step each
+descends. A step is two functions. `selected` makes the chosen particles the parents of the next step, and `offspring`
+moves and weighs them. A whole pass is a scan over these two, which records the generations.
 
-One particle of each step may be that of a path that is given (conditional SMC). Without a key everything that is drawn
-is a choice of an anonymous run of the program around it (`staged`).
+One particle of each step may follow a given path (conditional SMC). Without a key, everything that is drawn is a choice
+of an anonymous run of the program around it (`staged`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .feynman_kac import FeynmanKac
 
 
 class Generation(eqx.Module):
-    """The particles of one step; of all steps, if its arrays lead with the step.
+    """The particles of one step. If its arrays lead with the step, those of all steps.
 
     Attributes:
         particles: `(particle, ...)`.
-        log_weights: since particles were last resampled.
-        ancestors: which particle of the step before each descends from.
-        undefined: how many potentials of the step were no number. They count as zero.
+        log_weights: the log weights since the last resampling.
+        ancestors: from which particle of the previous step each descends.
+        undefined: the number of potentials of the step that were NaN. They count as zero.
     """
 
     particles: Any
@@ -38,7 +38,7 @@ class Generation(eqx.Module):
     undefined: Int[Array, "*step"] | None = None
 
     def selected(self, ancestors: Int[Array, " particle"]) -> Generation:
-        """The particles with these indices, equally weighted: the parents of the next step."""
+        """The particles with these indices, equally weighted. They are the parents of the next step."""
         particles = jax.tree.map(lambda x: x[ancestors], self.particles)
         return Generation(particles, jnp.zeros(ancestors.shape, self.log_weights.dtype), ancestors)
 
@@ -50,7 +50,7 @@ Choose = Callable[[PRNGKeyArray | None, Int[Array, ""], Generation, Any], Int[Ar
 def first_generation(
     key: PRNGKeyArray | None, model: FeynmanKac, num_particles: int, given: Any = None
 ) -> Generation:
-    """Particles of the first step, the first of them that of a given path, if there is one."""
+    """The particles of the first step. The first one follows the given path, if there is one."""
     found = _each(model.init, key, num_particles - (given is not None))
     if given is not None:
         found = _joined(model.replay(jnp.int32(0), None, given), found)
@@ -65,7 +65,7 @@ def offspring(
     parents: Generation,
     given: Any = None,
 ) -> Generation:
-    """The generation of step `t`: every parent moved, and its weight multiplied by the potential."""
+    """The generation of step `t`: every parent is moved, and its weight multiplied by the potential."""
     first = 0 if given is None else 1
     rest = jax.tree.map(lambda x: x[first:], parents.particles)
     num = parents.ancestors.shape[0] - first
@@ -88,9 +88,9 @@ def whole_pass(
     """All generations, `(step, ...)`, of a run that resamples before every step.
 
     Args:
-        key: a random key; None as a part of a program.
-        model: its steps.
-        num_particles: of each step.
+        key: a random key; None inside a program.
+        model: the model, which gives the steps.
+        num_particles: the number of particles of each step.
         choose: how ancestors are chosen.
         path: the choices of every step, `(step, ...)`, of a path that the first particles follow.
     """
@@ -115,14 +115,14 @@ def whole_pass(
 
 
 def log_mean_weight(generation: Generation) -> Float[Array, "*step"]:
-    """By how much each step raised the log evidence, in a run that resamples before every step."""
+    """The increase of the log evidence at each step, in a run that resamples before every step."""
     return logsumexp(generation.log_weights, axis=-1) - jnp.log(generation.log_weights.shape[-1])
 
 
 def log_transitions(
     model: FeynmanKac, t: Int[Array, ""], particles: Any, now: Any
 ) -> Float[Array, " particle"]:
-    """Log density of a step to given choices from each particle; minus infinity where it is no number."""
+    """The log density of a step to given choices from each particle. NaN becomes minus infinity."""
     found = jax.vmap(model.log_transition, (None, 0, None))(t, particles, now)
     return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
@@ -130,8 +130,8 @@ def log_transitions(
 def particle_keys(key: PRNGKeyArray, num: int) -> PRNGKeyArray:
     """A key for each particle.
 
-    Threefry is a keyed permutation of counters: different keys give independent streams, also when they are consecutive
-    (Salmon et al. 2011). So they are counted on from `key`, which saves one of three hashes that a draw costs.
+    Threefry is a keyed permutation of counters. Different keys give independent streams, even if they are consecutive
+    (Salmon et al. 2011). So the keys are counted on from `key`, which saves one of the three hashes that a draw costs.
     """
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.split(key, num)
@@ -141,7 +141,7 @@ def particle_keys(key: PRNGKeyArray, num: int) -> PRNGKeyArray:
 
 
 def _each(f: Callable[..., Any], key: PRNGKeyArray | None, num: int, *xs: Any) -> Any:
-    """`f(key, *xs)` for each of so many particles, with a key of its own; with None, where there is no key."""
+    """`f(key, *xs)` for each particle, with a key of its own; or with None, if there is no key."""
     if key is None:
         return jax.vmap(lambda _, *xs: f(None, *xs))(jnp.arange(num), *xs)
     return jax.vmap(f)(particle_keys(key, num), *xs)
@@ -152,7 +152,7 @@ def _joined(own: Any, others: Any) -> Any:
 
 
 def _weighed(found: tuple[Any, Array]) -> tuple[Any, Array, Array]:
-    """Particles, log potentials with minus infinity where they are no number, and how often that is."""
+    """The particles, their log potentials with NaN replaced by minus infinity, and the number of NaNs."""
     particles, potentials = jax.tree.map(jnp.asarray, found)
     no_number = jnp.isnan(potentials)
     return particles, jnp.where(no_number, -jnp.inf, potentials), jnp.sum(no_number)

@@ -16,20 +16,21 @@ class History(eqx.Module):
     """What is known of every step.
 
     Attributes:
-        ess: effective sample size of the weights after each step.
-        log_increments: by how much each step raised the log evidence.
+        ess: the effective sample size of the weights after each step.
+        log_increments: the increase of the log evidence at each step.
         resampled: whether the particles were resampled before the step.
-        num_ancestors: from how many particles of the step `since` those of the step descend; 0 where that is not known.
-        since: an earlier step, the first one as long as many of its particles have descendants; see
+        num_ancestors: the number of particles of step `since` from which those of the step descend; 0 if it is not
+            known.
+        since: an earlier step. It is the first one as long as many of its particles have descendants; see
             `weft.inference.coalescence`.
-        collected: what `collect` gave, `(step, ...)`.
-        tree: the particles that have descendants among the last ones; of `history="ancestors"`.
-        ancestors: `(step, particle)`, which particle of the step before each descends from; `None`
-            without the full history.
-        particles: `(step, particle, ...)`; `None` without the full history.
-        log_weights: the same of their weights.
-        info: what rejuvenation had to say, `(step,)` each; zeros where there was none.
-        undefined: how many potentials of each step were no number, and count as zero.
+        collected: the values of `collect`, `(step, ...)`.
+        tree: with `history="ancestors"`, the particles from which the last ones descend.
+        ancestors: `(step, particle)`: from which particle of the previous step each descends. `None` without the full
+            history.
+        particles: `(step, particle, ...)`. `None` without the full history.
+        log_weights: the log weights, `(step, particle)`. `None` without the full history.
+        info: the report of rejuvenation, `(step,)` for each entry; zeros if there was none.
+        undefined: the number of potentials of each step that were NaN. They count as zero.
     """
 
     ess: Float[Array, " step"]
@@ -49,7 +50,7 @@ class History(eqx.Module):
 def lineage(
     last: Int[Array, "*n"], ancestors: Int[Array, "step particle"]
 ) -> Int[Array, "step *n"]:
-    """Which particles of each step those of the last one descend from, themselves at the end."""
+    """The particles of each step from which those of the last step descend. The last step's own indices come last."""
 
     def back(index: Array, chosen: Array) -> Any:
         return chosen[index], index
@@ -58,7 +59,7 @@ def lineage(
 
 
 def along_lineages(ancestors: Int[Array, "step particle"], tree: Any) -> Any:
-    """What arrays `(step, particle, ...)` hold along the paths to the last particles, `(particle, step, ...)`."""
+    """The entries of arrays `(step, particle, ...)` along the paths to the last particles, `(particle, step, ...)`."""
     indices = lineage(jnp.arange(ancestors.shape[1]), ancestors)
 
     def one(x: Array) -> Array:
@@ -69,16 +70,16 @@ def along_lineages(ancestors: Int[Array, "step particle"], tree: Any) -> Any:
 
 
 def along(indices: Int[Array, " step"], particles: Any) -> Any:
-    """What the particles of one path are, `(step, ...)`, out of `(step, particle, ...)`."""
+    """The particles of one path, `(step, ...)`, out of `(step, particle, ...)`."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, indices), particles)
 
 
 def moments(choices: Any, weights: Float[Array, " particle"]) -> Any:
-    """Weighted mean and standard deviation of everything floating in the choices; weights are normalised."""
+    """The weighted mean and standard deviation of all floating choices. The weights are normalised."""
 
     def one(x: Array) -> dict[str, Array]:
         w = weights.reshape(-1, *(1,) * (x.ndim - 1))
-        x = jnp.where(w > 0, x, 0)  # where nothing can be, it may be no number
+        x = jnp.where(w > 0, x, 0)  # a particle of weight zero may hold NaN
         mean = jnp.sum(w * x, 0)
         return {"mean": mean, "sd": jnp.sqrt(jnp.sum(w * (x - mean) ** 2, 0))}
 

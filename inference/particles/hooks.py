@@ -1,9 +1,9 @@
 """Hooks of a base class: optional methods and attributes that cannot be misspelt.
 
-A base class has a method for everything that may be asked of a subclass, and those that do nothing are overridden as
-needed. A method under a wrong name would silently never be called. So when an object is made, the public names of its
-class are compared with those of the base: one that is nearly the name of a hook, or is one and takes other arguments,
-is an error that shows the hook.
+A base class has a method for everything that may be asked of a subclass. The methods that do nothing are overridden as
+needed. A method with a wrong name would silently never be called. So when an object is made, the public names of its
+class are compared with those of the base. It is an error if one is nearly the name of a hook, or is the name of a hook
+but takes other arguments. The message shows the hook.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def check_hooks(model: eqx.Module, base: type[eqx.Module], attributes: Mapping[s
 
     Args:
         model: an instance of a subclass of `base`.
-        base: its methods, called by position, are hooks.
-        attributes: its attributes that are hooks, and the type of what each holds.
+        base: the base class. Its methods, called by position, are hooks.
+        attributes: the attributes that are hooks, with the type of each.
 
     Raises:
-        ModelError: if a public name is a hook misspelt, or a hook with another signature; it shows the hook.
+        ModelError: if a public name is a misspelt hook, or a hook with another signature. The message shows the hook.
     """
     _check_methods(type(model), base, tuple(attributes))
     _check_values(model, base, attributes)
@@ -50,7 +50,7 @@ def signature_of(base: type[eqx.Module], hook: str) -> str:
 
 @functools.cache
 def _check_methods(cls: type, base: type, attributes: tuple[str, ...]) -> None:
-    """Raise ModelError if a method or property of a class is a hook misspelt, or a hook with another signature."""
+    """Raise ModelError if a method or property of a class is a misspelt hook, or a hook with another signature."""
     methods = _methods(base)
     fields = {f.name for f in dataclasses.fields(cls)} - set(attributes)
     for name in sorted(_own_names(cls, base) - fields):
@@ -75,7 +75,7 @@ def _check_methods(cls: type, base: type, attributes: tuple[str, ...]) -> None:
 
 
 def _check_values(model: Any, base: type, attributes: Mapping[str, type]) -> None:
-    """Raise ModelError if a field or a constant is an attribute misspelt, or stands where a method is called."""
+    """Raise ModelError if a field or constant is a misspelt attribute, or stands in the place of a method."""
     fields, methods = {f.name for f in dataclasses.fields(model)}, _methods(base)
     for name in sorted(_own_names(type(model), base) | fields):
         of_class = inspect.getattr_static(type(model), name, None)
@@ -97,13 +97,13 @@ def _check_values(model: Any, base: type, attributes: Mapping[str, type]) -> Non
 
 @functools.cache
 def _methods(base: type) -> dict[str, int]:
-    """The public methods of a base class, and with how many arguments each is called."""
+    """The public methods of a base class, with the number of arguments of each call."""
     found = {n: _arguments(base, n) for n, x in vars(base).items() if n[0] != "_" and callable(x)}
     return {n: sum(p.kind is p.POSITIONAL_ONLY for p in args.values()) for n, args in found.items()}
 
 
 def _own_names(cls: type, base: type) -> set[str]:
-    """Public names that are defined in the classes of a model besides its base."""
+    """The public names that the classes of a model define, other than its base."""
     classes = [c for c in cls.__mro__ if c not in base.__mro__]
     return {name for c in classes for name in vars(c) if not name.startswith("_")}
 
@@ -111,7 +111,7 @@ def _own_names(cls: type, base: type) -> set[str]:
 def _refuse_near(
     shown: str, name: str, base: type, hooks: Iterable[str], near: Callable[[str], float]
 ) -> None:
-    """Raise ModelError if a name is so near to a hook, as `near` says for it, that it must be one misspelt."""
+    """Raise ModelError if a name is so near to a hook, by the score `near`, that it must be a misspelling of it."""
     similar = {hook: difflib.SequenceMatcher(None, name, hook).ratio() for hook in hooks}
     hook = max(similar, key=similar.__getitem__)
     # A part of the words of a hook is another name: `transition` beside `log_transition`.
@@ -132,7 +132,7 @@ def _arguments(cls: type, name: str) -> dict[str, inspect.Parameter]:
 
 
 def _takes(cls: type, name: str, number: int) -> bool:
-    """Whether a method can be called with so many arguments by position."""
+    """Whether a method can be called with this many arguments by position."""
     try:
         inspect.Signature(list(_arguments(cls, name).values())).bind(*range(number))
     except TypeError:

@@ -1,4 +1,4 @@
-"""Moves of tempered particles that leave a law as it is: by any kernel, or by Hamiltonian transitions tuned to them."""
+"""Moves of tempered particles that leave a law invariant: by any kernel, or by Hamiltonian transitions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_MOVES = 5  # of kernels that are given
 def moves_of_kernel(
     key: PRNGKeyArray, choices: Any, target: Target, kernel: Any, num_moves: int
 ) -> tuple[Any, dict[str, Array]]:
-    """Choices after some transitions of a kernel, and what happened, on average."""
+    """The choices after some transitions of a kernel, and the averages of its reports."""
     n = jax.tree.leaves(choices)[0].shape[0]
     if not isinstance(kernel, Kernel):
         kernel = kernel(Particles(choices=choices, log_weights=jnp.zeros(n)))
@@ -47,14 +47,14 @@ WANTED_ACCEPTANCE = 0.9
 def hamiltonian_moves(
     key: PRNGKeyArray, choices: Any, target: Target, step_size: Array, num_moves: int | None
 ) -> tuple[Any, Array, dict[str, Array]]:
-    """Choices after Hamiltonian transitions tuned to the particles, the step size after them, and what happened.
+    """The choices after Hamiltonian transitions tuned to the particles, the next step size, and a report.
 
     Args:
         key: a random key.
-        choices: of all particles, `(particle, ...)`.
-        target: the law to be left as it is.
-        step_size: to begin with; it follows the rate of acceptance.
-        num_moves: how many transitions; None for as many as correlations ask for.
+        choices: the choices of all particles, `(particle, ...)`.
+        target: the law to be left invariant.
+        step_size: the first step size. It follows the acceptance rate.
+        num_moves: the number of transitions; None for as many as the correlations call for.
 
     Raises:
         DensityError: if a latent choice is discrete.
@@ -77,7 +77,7 @@ def hamiltonian_moves(
         if num_moves is not None:
             return i < num_moves
         large = carry.correlations > SMALL_CORRELATION
-        # What no longer falls will not: particles that keep to their modes stay correlated.
+        # Correlations that stop falling will not fall: particles that stay in their modes remain correlated.
         falling = carry.correlations < carry.before - SMALL_DECREASE
         falling = (i % ROUND != 0) | (i <= ROUND) | falling
         return (i < MOST_MOVES) & jnp.any(large & falling)
@@ -109,12 +109,13 @@ class _Moving(NamedTuple):
     """Particles between two transitions.
 
     Attributes:
-        num_moves: transitions so far.
-        states: of the kernel, `(particle, ...)`.
-        step_size: of the next one, the largest.
-        rates: sum of the rates of acceptance.
+        num_moves: the number of transitions so far.
+        states: the states of the kernel, `(particle, ...)`.
+        step_size: the largest step size of the next transition.
+        rates: the sum of the acceptance rates.
         before: the correlations when the present round of `ROUND` transitions began.
-        correlations: of what particles are with what they were: each coordinate, and the log density.
+        correlations: the correlations of the present states with the first ones: of each coordinate, and of the log
+            density.
     """
 
     num_moves: Array
@@ -128,7 +129,7 @@ class _Moving(NamedTuple):
 def _transition(
     key: PRNGKeyArray, states: Any, log_density: Callable[[Array], Array], step_size: Array
 ) -> tuple[Any, Array]:
-    """One Hamiltonian transition of all particles, and its rate of acceptance."""
+    """One Hamiltonian transition of all particles, and its acceptance rate."""
     time_key, step_key, move_key = jax.random.split(key, 3)
     # Lengths differ, or trajectories of one period would return to where they began; step sizes
     # differ from particle to particle, since some of them stand where the law is narrow.
@@ -157,8 +158,8 @@ def _require_continuous(target: Target) -> None:
 class Standardised(eqx.Module):
     """Coordinates in which particles are uncorrelated, with unit variances: `z = centre + scales * (root @ u)`.
 
-    Where particles are too few to tell correlations, at less than ten different ones for each coordinate, they are
-    left as they are.
+    With fewer than ten different particles for each coordinate there are too few to estimate correlations. They are
+    then left as they are.
     """
 
     centre: Float[Array, " n"]
@@ -191,7 +192,7 @@ class Standardised(eqx.Module):
 
 
 def _correlations(was: Any, now: Any) -> Float[Array, " n"]:
-    """Of each coordinate, and the log density, of states with what they were; zero where one is constant."""
+    """The correlations of states with earlier ones: of each coordinate and the log density. Zero for a constant."""
     x, y = (jnp.c_[s.position, s.logdensity] for s in (was, now))
     x, y = (v - jnp.mean(v, 0) for v in (x, y))
     x, y = (v / jnp.sqrt(jnp.sum(v**2, 0)) for v in (x, y))

@@ -1,12 +1,12 @@
-r"""Panels: sequential Monte Carlo of several series, which stand under a ``jax.vmap``, with a filter for each.
+"""Panels: sequential Monte Carlo of several series that stand under a ``jax.vmap``, with a filter for each.
 
-Given what they share, the series of a panel are independent: each has particles, weights and resamplings of its own,
-and the estimates of their evidences, being independent and unbiased, multiply. With `v_l` the relative variance of that
-of lane `l`,
+Given what they share, the series of a panel are independent. Each has particles, weights and resamplings of its own.
+The estimates of their evidences are independent and unbiased, so they multiply. With `v_l` the relative variance of the
+estimate of lane `l`,
 
-    Z = prod_l Z_l,    Var(Z) / Z^2 = prod_l (1 + v_l) - 1,    Var(log Z) = sum_l Var(log Z_l),
+    Z = prod_l Z_l,    Var(Z) / Z^2 = prod_l (1 + v_l) - 1,    Var(log Z) = sum_l Var(log Z_l).
 
-where one filter for all of them together would weigh by a product over the lanes, and needs exponentially many
+A single filter for all series together would weigh by a product over the lanes, and would need exponentially many
 particles.
 """
 
@@ -38,9 +38,10 @@ from .smc import nothing, smc
 
 
 class Panel(FeynmanKac):
-    """A Feynman-Kac model for each series of a panel; `filtering` makes it of a program whose scan stands under a vmap.
+    """A Feynman-Kac model for each series of a panel. `filtering` makes it for a scan under a vmap.
 
-    As one model, its particles are one of each series, weighed by the product; `engine` gives each its own instead.
+    Taken as one model, a particle is one particle of each series, weighed by the product. `engine` gives each series
+    its own particles instead.
 
     Attributes:
         models: the models as one, whose arrays lead with the lane where they differ; of several vmaps, lanes of lanes.
@@ -56,7 +57,7 @@ class Panel(FeynmanKac):
 
     @classmethod
     def of(cls, make: Callable[[Array], Any], size: int, log_shared: Array) -> Panel:
-        """The lanes of a function from the index of one to its model."""
+        """A panel, from a function of a lane's index that makes the lane's model."""
         rest: list[Any] = []
 
         def arrays(index: Array) -> Any:
@@ -72,7 +73,7 @@ class Panel(FeynmanKac):
         return cls(models, mapped, log_shared, size)
 
     def map(self, f: Callable[..., Any], *xs: Any) -> Any:
-        """`f(model, *xs)` for every lane; `xs` lead with the lane."""
+        """`f(model, *xs)` for every lane. `xs` lead with the lane."""
         arrays, rest = eqx.partition(self.models, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
 
@@ -130,7 +131,7 @@ class Panel(FeynmanKac):
         inner = self.map(lambda model, x: model.total_evidence(x), log_evidence)
         return jnp.sum(inner) + self.log_shared
 
-    # What is the same in all series.
+    # --- what is the same in all series ---
 
     @property
     def panel_shape(self) -> tuple[int, ...]:
@@ -165,8 +166,9 @@ class PanelParticles(SequentialParticles):
     """
 
     def along(self, tree: Any) -> Any:
-        """What arrays (step, lane, particle, ...) hold along the paths that end in each lane's particles of the last
-        step: (lane, particle, step, ...).
+        """The entries of arrays (step, lane, particle, ...) along the paths to each lane's last particles.
+
+        The result has the axes (lane, particle, step, ...).
 
         Args:
             tree: for instance `path.particles`.
@@ -220,7 +222,7 @@ def _named(index: Any) -> str:
 
 
 class PanelState(State):
-    """The states of the lanes' runs, `(lane, ...)`, and the key by which their last particles are put together."""
+    """The states of the lanes' runs, `(lane, ...)`, and the key by which their last particles are combined."""
 
     iteration: Int[Array, ""]
     states: Any
@@ -243,7 +245,7 @@ class PanelSMC(Algorithm):
         run_key, last_key = jax.random.split(key)
         before = []
         if init is not None:
-            if not isinstance(init, PanelState):  # read from a file, which knows leaves
+            if not isinstance(init, PanelState):  # read from a file, which has only leaves
                 init = reshaped(init, jax.eval_shape(lambda: self.init(key, target)))
             last_key, before = init.key, [init.states]
             had = init.states.iteration.shape[0]
@@ -266,7 +268,7 @@ class PanelSMC(Algorithm):
         return PanelState(state.iteration + 1, states, state.key)
 
     def _each(self, f: Callable[..., Any], *xs: Any) -> Any:
-        """`f` of the engine of each lane."""
+        """Apply `f` to the engine of each lane."""
         return self.panel.map(lambda model, *xs: f(self._engine(model), *xs), *xs)
 
     def _engine(self, model: FeynmanKac) -> Algorithm:
@@ -323,7 +325,7 @@ def _evidences(state: Any) -> Array:
 
 
 def _until(state: Any, done: int, depth: int = 0) -> Any:
-    """A state whose path ends after so many steps."""
+    """A state whose path ends after this many steps."""
     if isinstance(state, PanelState):
         return dataclasses.replace(state, states=_until(state.states, done, depth + 1))
     return dataclasses.replace(

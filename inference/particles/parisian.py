@@ -1,12 +1,12 @@
-r"""Expectations of sums over a path: PaRIS, and its particle Gibbs sampler without its bias.
+r"""Expectations of sums over a path: PaRIS, and its particle Gibbs sampler, which loses the bias.
 
-For $h = \sum_t h_t(x_{t-1}, x_t)$ each particle carries an estimate of what its past has summed up to, averaged
-over `M` draws of the particle that it may come from (Olsson and Westerborn 2017):
+Let $h = \sum_t h_t(x_{t-1}, x_t)$. Each particle carries an estimate of the sum over its past, averaged over `M` draws
+of the particle that it may come from (Olsson and Westerborn 2017):
 
     b_t^i = 1/M sum_j [b_{t-1}^{J_ij} + h_t(x_{t-1}^{J_ij}, x_t^i)],   J_ij ~ W_{t-1}^l p(x_t^i, y_t | x_{t-1}^l).
 
-With N particles the estimate $\sum_i W_T^i b_T^i$ has a bias of order T/N. Run inside conditional SMC, it loses
-that bias geometrically in the number of iterations (Cardoso, Janati, Le Corff, Moulines and Olsson 2023).
+With N particles the estimate $\sum_i W_T^i b_T^i$ has a bias of order T/N. Run inside conditional SMC, it loses that
+bias geometrically in the number of iterations (Cardoso, Janati, Le Corff, Moulines and Olsson 2023).
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ def paris(
 ) -> Any:
     r"""The smoothed expectation of a sum over the path, $E[\sum_t h_t(x_{t-1}, x_t) \mid y]$.
 
-    It costs O(N^2 T): the particle that each may come from is drawn from all of them.
+    It costs O(N^2 T), since the particle that each may come from is drawn from all of them.
 
     Args:
-        key: random key.
-        particles: what `smc(filtering(), ..., history="full")` gave, for a model without latent choices outside
-            the scan.
+        key: a random key.
+        particles: the result of `smc(filtering(), ..., history="full")`, for a model without latent choices outside the
+            scan.
         functional: `functional(before, now, t)` gives the term of step `t`, an array or a pytree of arrays, from the
-            nested dicts of the choices of two steps; at the first step `before` is None.
-        num_backward: `M`, 2 at least, lest the estimates degenerate as paths do.
-        scan: as given to `filtering`.
+            nested dicts of the choices of two steps. At the first step `before` is None.
+        num_backward: `M`, at least 2. With 1 the estimates degenerate as paths do.
+        scan: the argument given to `filtering`.
 
     Returns:
-        What the functional returns, summed and averaged; of series under a vmap for each of them, `(lane, ...)`.
+        The values of the functional, summed and averaged. For series under a vmap there is one for each, `(lane, ...)`.
 
     Raises:
         WeftError: if the run kept no history, or a choice stands outside the scan.
@@ -95,7 +95,7 @@ def paris(
 def _expectation(
     key: PRNGKeyArray, model: Filter, found: Generation, functional: Functional, num_backward: int
 ) -> Any:
-    """The recursion of the statistics over all steps, and their weighted mean at the last."""
+    """Run the recursion of the statistics over all steps, and take their weighted mean at the last."""
     num_particles = found.log_weights.shape[1]
 
     def term(before: Any, now: Any, t: Any) -> Any:
@@ -138,30 +138,31 @@ def _expectation(
 
 
 class Path(NamedTuple):
-    """Where a chain is: a path, as the next iteration takes it; the same as it is stored, with the estimate."""
+    """Where a chain is: the path that the next iteration takes, and the path as it is stored, with the estimate."""
 
     reference: Any
     found: Any
 
 
 class parisian_gibbs(ChainSampler):
-    r"""The Parisian particle Gibbs sampler: expectations of sums over a path, their bias gone geometrically.
+    """The Parisian particle Gibbs sampler: expectations of sums over a path, with a bias that vanishes geometrically.
 
     Each iteration runs conditional SMC around a path, gives an estimate by the recursion of `paris` over all its
-    particles, and draws the next path. Estimates of iterations after warm-up, `derived["sum"]` of the result, are
-    averaged. Their variance is that of `N` particles; for one estimate of given cost plain `paris` with more
-    particles has less, and a bias: take this where estimates feed a recursion in which bias would add up.
+    particles, and draws the next path. The estimates of the iterations after warm-up, `derived["sum"]` of the result,
+    are averaged. Their variance is that of `N` particles. For a single estimate at the same cost, plain `paris` with
+    more particles has less variance, but a bias. Use this sampler if estimates feed a recursion in which a bias would
+    add up.
 
     Attributes:
         functional: one term of the sum, as in `paris`.
         num_particles: `N`.
-        num_samples: iterations after warm-up, for each chain.
-        num_warmup: iterations before.
-        num_chains: chains, under one vmap.
+        num_samples: iterations of each chain after warm-up.
+        num_warmup: iterations of warm-up.
+        num_chains: the number of chains, under one vmap.
         num_backward: `M`.
         filter: how to filter.
         thin: store every `thin`-th path and estimate.
-        keep: addresses of choices to store, with "sum" for the estimate; all by default.
+        keep: the addresses of the choices to store, and "sum" for the estimate; all by default.
 
     Raises:
         WeftError: if a latent choice stands outside the scan.
@@ -232,7 +233,7 @@ class parisian_gibbs(ChainSampler):
         return {"choices": chain.found["path"], "derived": {"sum": chain.found["sum"]}}, {}
 
     def _iterate(self, key: PRNGKeyArray, model: Any, reference: Any) -> tuple[Any, Any]:
-        """The next path, and it with the estimate."""
+        """The next path, and the path with the estimate."""
 
         def one(key: PRNGKeyArray, model: Filter, reference: Any) -> Any:
             run_key, path_key, sum_key = jax.random.split(key, 3)
@@ -245,7 +246,7 @@ class parisian_gibbs(ChainSampler):
 
 
 def _drawn(key: PRNGKeyArray, model: Filter, found: Generation) -> Any:
-    """The choices of a path, drawn from its end on."""
+    """The choices of a path, drawn backwards from its end."""
     return model.taken(along(drawn_back(key, model, found), found.particles))
 
 

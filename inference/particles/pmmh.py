@@ -1,12 +1,12 @@
 r"""Particle marginal Metropolis-Hastings: a chain on parameters whose likelihood a filter estimates.
 
-The estimate $\hat p(y \mid \theta)$ is unbiased, so that a Metropolis-Hastings chain which keeps it with its
-point leaves $p(\theta) p(y \mid \theta)$ as it is, whatever the number of particles (Andrieu and Roberts 2009;
+The estimate $\hat p(y \mid \theta)$ is unbiased. A Metropolis-Hastings chain that keeps the estimate together with its
+point therefore leaves $p(\theta) p(y \mid \theta)$ invariant, for any number of particles (Andrieu and Roberts 2009;
 Andrieu, Doucet and Holenstein 2010). A step proposes
 
     z' = z + s (2.38 / sqrt(d)) L e,   e ~ N(0, I),
 
-on the unconstrained scale, with `L L^T` the covariance of the chain and the scale `s` adapted in warm-up (Haario,
+on the unconstrained scale. `L L^T` is the covariance of the chain. It and the scale `s` are adapted in warm-up (Haario,
 Saksman and Tamminen 2001; Andrieu and Thoms 2008, algorithm 4).
 """
 
@@ -44,7 +44,7 @@ class Parameters:
         self.space = self.prior.unconstrain().flat
 
     def draw(self, key: PRNGKeyArray) -> tuple[dict[str, Any], Array]:
-        """Parameters, and the log density of their prior: without what is observed beside them."""
+        """Draw parameters. Also returns the log density of their prior, without observations among them."""
         trace, log_weight = self.prior.generate(key)
         found = flatten(trace.choices)
         drawn = unflatten({a: found[a] for a in self.prior.latents})
@@ -54,16 +54,16 @@ class Parameters:
         return self.space.to_choices(position)
 
     def given(self, choices: dict[str, Any]) -> Target:
-        """The target given the parameters: its evidence is their joint density with the data."""
+        """The target with the parameters given. Its evidence is their joint density with the data."""
         return self.target.given(choices)
 
     def log_prior_change(self, position: Array, choices: dict[str, Any]) -> Array:
-        """What the change of variables adds to the log density."""
+        """The term that the change of variables adds to the log density."""
         return self.space.log_density(position) - self.prior.log_density(choices)
 
 
 def _before(model: Filter | Panel, target: Target) -> Program:
-    """The program before a scan, whose choices are the parameters."""
+    """The program before a scan. Its choices are the parameters."""
     before, _, after = model.latents
     name = target.program.name
     if not before:
@@ -81,7 +81,7 @@ def _before(model: Filter | Panel, target: Target) -> Program:
 
 
 def _outside(apart: Series, target: Target) -> Program:
-    """The program outside of the vmap of several series, whose choices are the parameters."""
+    """The program outside of the vmap of several series. Its choices are the parameters."""
     if not any(a in target.latents for a in apart.shared.sites):
         raise WeftError(
             f"{target.program.name!r} has no latent choice that its {apart.size} series share: nothing to infer but "
@@ -91,7 +91,7 @@ def _outside(apart: Series, target: Target) -> Program:
 
 
 class Chain(NamedTuple):
-    """One chain: where it is, the estimate there, and the choices with the path drawn with it."""
+    """One chain: its position, the estimate there, and the choices with the path drawn with it."""
 
     position: Float[Array, " n"]
     log_density: Float[Array, ""]
@@ -99,7 +99,7 @@ class Chain(NamedTuple):
 
 
 class Learnt(NamedTuple):
-    """What was learnt of a chain's law, and the scale of its steps."""
+    """What has been learnt of a chain's law, and the scale of its steps."""
 
     mean: Float[Array, " n"]
     covariance: Float[Array, "n n"]
@@ -107,29 +107,30 @@ class Learnt(NamedTuple):
 
 
 class pmmh(ChainSampler):
-    r"""Particle marginal Metropolis-Hastings for the choices before a scan, with a path for each draw.
+    """Particle marginal Metropolis-Hastings for the choices before a scan, with a path for each draw.
 
-    Of series under a `jax.vmap` the parameters are the choices outside of it, which the series share; what each draws
-    before its own scan is left to its filter.
+    If there are several series under a `jax.vmap`, the parameters are the choices outside of it, which the series
+    share. The choices that each series draws before its own scan are left to its filter.
+
+    The statistics have "acceptance_rate", the probability of acceptance, and "lp", the log of the estimated joint
+    density.
 
     Attributes:
-        num_particles: of each filter; as a rule so many that the standard deviation of the log evidence near
-            the mode is about 1.2 (Doucet et al. 2015). With too few the chain stands still for long.
-        num_samples: iterations after warm-up, for each chain.
+        num_particles: the number of particles of each filter. As a rule, the standard deviation of the log evidence
+            near the mode should be about 1.2 (Doucet et al. 2015). With too few particles the chain stands still for
+            long.
+        num_samples: iterations of each chain after warm-up.
         num_warmup: iterations in which covariance and scale of the proposal are adapted.
-        num_chains: chains, under one vmap.
+        num_chains: the number of chains, under one vmap.
         filter: how to filter.
-        paths: whether to keep a path with each draw, which costs memory of N T in each filter.
+        paths: whether to keep a path with each draw. That takes memory of N T in each filter.
         thin: store every `thin`-th draw.
-        keep: addresses of choices to store; all by default.
-
-    The statistics are "acceptance_rate", the probability of acceptance, and "lp", the log of the estimated joint
-    density.
+        keep: the addresses of the choices to store; all by default.
 
     Raises:
         WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
-        ModelError: if one stands after it.
-        DensityError: if one is discrete.
+        ModelError: if a latent choice stands after the scan.
+        DensityError: if a parameter is discrete.
 
     References:
         Andrieu, Doucet and Holenstein (2010), section 2.4.2.
@@ -234,7 +235,7 @@ class pmmh(ChainSampler):
     def _estimate(
         self, key: PRNGKeyArray, parameters: Parameters, position: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """The log of the estimated joint density on the unconstrained scale, and all choices, a path drawn."""
+        """The log of the estimated joint density on the unconstrained scale, and all choices, with a path drawn."""
         run_key, path_key = jax.random.split(key)
         choices = parameters.choices(position)
         history = "full" if self.paths else "none"
@@ -250,7 +251,7 @@ class pmmh(ChainSampler):
 
 
 def random_step(key: PRNGKeyArray, covariance: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """A normal step of the covariance that is best for normal laws (Roberts, Gelman and Gilks 1997)."""
+    """A normal step with the covariance that is best for normal laws (Roberts, Gelman and Gilks 1997)."""
     size = covariance.shape[0]
     root = jnp.linalg.cholesky(covariance + 1e-6 * jnp.eye(size))
     return 2.38 / size**0.5 * root @ jax.random.normal(key, (size,))

@@ -1,4 +1,4 @@
-"""The result of sequential Monte Carlo: weighted particles, and how they came about."""
+"""The result of sequential Monte Carlo: weighted particles, and the history of the run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FEW_ANCESTORS = 10
 
 @storage.result_type("sequential particles")
 class SequentialParticles(Particles):
-    """The particles of the last step, and how they came about.
+    """The particles of the last step, and the history of the run.
 
     Attributes:
         path: what is known of every step.
-        state: where the run stands, for `resume=`; its arrays in order, if the result was read from a file.
-        remark: what the model has to say of the run.
+        state: the state of the run, for `resume=`. If the result was read from a file, its arrays in order.
+        remark: the model's remark on the run.
     """
 
     path: History | None = None
@@ -35,7 +35,7 @@ class SequentialParticles(Particles):
     remark: str | None = eqx.field(static=True, default=None)
 
     def along(self, tree: Any) -> Any:
-        """What arrays (step, particle, ...) hold along the paths that end in the last particles: (particle, step, ...).
+        """The entries of arrays (step, particle, ...) along the paths to the last particles: (particle, step, ...).
 
         Args:
             tree: for instance `path.particles`.
@@ -58,7 +58,7 @@ class SequentialParticles(Particles):
 
     @classmethod
     def from_saved(cls, saved: storage.Saved, target: Any = None) -> Self:
-        """Rebuild from what `storage.read` gives; modules in particles and in what was collected come as dicts."""
+        """Rebuild from the result of `storage.read`. Modules in particles and collected values come back as dicts."""
         path = saved.tree["path"]
         if path is not None:
             tree = path["tree"] and AncestralTree(**path["tree"])
@@ -97,7 +97,7 @@ class SequentialParticles(Particles):
 
 
 def _descent(path: History) -> str:
-    """From how many particles the last ones descend, with a warning where these are few."""
+    """From how many particles the last ones descend, with a warning if these are few."""
     fewest, step = int(np.min(path.num_ancestors)), int(np.argmin(path.num_ancestors))
     if fewest == 0:
         return "lineages are not known, since adapt may have replaced particles (FeynmanKac.keeps_lineage)"

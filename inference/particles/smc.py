@@ -1,7 +1,7 @@
-r"""Sequential Monte Carlo.
+"""Sequential Monte Carlo.
 
-`N` particles go through a Feynman-Kac model. Before a step, if their weights have become too uneven, they are
-resampled; then each moves, and its weight is multiplied by its potential:
+`N` particles go through a Feynman-Kac model. If their weights have become too uneven before a step, they are resampled.
+Then each moves, and its weight is multiplied by its potential:
 
     ess_t < c N:   A_t^i ~ resampling of W_{t-1},  w_{t-1}^i = 1;      else  A_t^i = i
     x_t^i ~ M_t( . | x_{t-1}^{A_t^i} ),     w_t^i = w_{t-1}^i G_t(x_{t-1}^{A_t^i}, x_t^i)
@@ -48,28 +48,28 @@ from .results import SequentialParticles
 class smc(Algorithm):
     """Sequential Monte Carlo for a Feynman-Kac model.
 
+    A potential that is NaN counts as zero. The printed result says how many there were.
+
     Attributes:
         model: a `FeynmanKac` model, or an Equinox module with its methods; or a function from a target to one.
         num_particles: `N`.
         resample: a resampling scheme: `systematic`, `stratified`, `multinomial`, `residual`, `ssp` or `killing`; a
-            `Resampling` of your own, or a plain function, which is taken for one whose draws are not independent.
-        threshold: particles are resampled when the effective sample size falls below this share of
-            their number: 1 for always, 0 for never.
-        history: what is kept of past steps: `"none"`; `"ancestors"`, the particles from which the last ones descend,
-            so that these are whole paths; or `"full"`, all particles.
-        collect: a function of the weighted particles after each step, whose values are kept; by default the
-            weighted mean and standard deviation of everything floating.
-        rejuvenate: a kernel, or a function from the weighted particles to one, by which particles move after each
-            resampling, for models that say what the law is that it leaves as it is (`tempering`).
-        waste_free: instead of one particle after several moves, keep all of `waste_free` points of such a chain: one
+            `Resampling` of your own; or a plain function, whose draws are not assumed to be independent.
+        threshold: particles are resampled when the effective sample size falls below this share of their number. 1
+            means always, 0 never.
+        history: what is kept of past steps: `"none"`; `"ancestors"`, the particles from which the last ones descend, so
+            that these are whole paths; or `"full"`, all particles.
+        collect: a function of the weighted particles after each step. Its values are kept. By default it gives the
+            weighted mean and standard deviation of all floating values.
+        rejuvenate: a kernel, or a function from the weighted particles to one. Particles move by it after each
+            resampling. It is for models that state the law it leaves invariant (`tempering`).
+        waste_free: keep all `waste_free` points of a chain of moves, instead of one particle after several moves. One
             in `waste_free` particles is resampled.
-
-    A potential that is no number counts as zero; the printed result says how many were.
 
     Raises:
         DensityError: if all weights are zero after some step, or one is infinite.
         ModelError: if a step changes the structure, shapes or dtypes of a particle.
-        TypeError: if the model is no `FeynmanKac`.
+        TypeError: if the model is not a Feynman-Kac model.
 
     References:
         Del Moral (2004); Chopin and Papaspiliopoulos (2020), "An introduction to sequential Monte Carlo"; Lee and
@@ -131,10 +131,10 @@ class smc(Algorithm):
 
         Args:
             key: a random key.
-            target: what a model made from a target is made of; a model that stands for itself needs none.
-            init: nothing: the model has its own first particles.
-            resume: a result for fewer steps of the same model, say fewer observations: it is gone on with. With the key
-                of its run, the outcome is that of one run over all steps.
+            target: the target from which the model is made. A model that stands for itself needs none.
+            init: must be None: the model has its own first particles.
+            resume: a result for fewer steps of the same model, say fewer observations. The run continues from it. With
+                the key of that run, the outcome is that of a single run over all steps.
             progress: whether to show a progress bar.
 
         Returns:
@@ -170,11 +170,11 @@ class smc(Algorithm):
         return model.engine(self)
 
     def traced(self) -> Self:
-        # Numbers among the fields of a model stay numbers, on which its methods may branch.
+        # Numbers among the fields of a model stay Python numbers, so that its methods may branch on them.
         return dataclasses.replace(super().traced(), model=self.model)
 
     def _made(self, target: Target) -> FeynmanKac:
-        """The model, made from the target if it has to be."""
+        """The model. It is made from the target if necessary."""
         if isinstance(self.model, FeynmanKac):
             return self.model
         model = as_model(self.model(target))
@@ -237,7 +237,7 @@ class smc(Algorithm):
         )
 
     def _shown(self, state: SMCState, path: History) -> dict[str, Any]:
-        """The choices of the last particles, or of the paths to them where the run kept these."""
+        """The choices of the last particles, or of the paths to them if the run kept these."""
         if self.history == "none" or not has(self._model, "paths"):
             choices = shown(self, state.particles)
         elif state.tree is not None:
@@ -272,13 +272,13 @@ class smc(Algorithm):
     # --- inside a program: see `staged` ---
 
     def draw_posterior(self, target: Target) -> tuple[dict[str, Any], Array, Array]:
-        """A path by its weight, as a part of a program: `(choices, log_density, log_evidence)`."""
+        """Inside a program: a path drawn by its weight, `(choices, log_density, log_evidence)`."""
         return self._made(target).draw_posterior(target, self.num_particles)
 
     def conditional_evidence(
         self, target: Target, choices: dict[str, Any], log_density: Array
     ) -> Array:
-        """The log evidence of a run around a path that is known: conditional SMC."""
+        """The log evidence of a run around a known path: conditional SMC."""
         return self._made(target).conditional_evidence(target, choices, self.num_particles)
 
 
@@ -287,7 +287,7 @@ def _name(f: Any) -> str:
 
 
 def _leaves(tree: Any) -> list[tuple[str, Array]]:
-    """The leaves of a particle that is no dict, by their paths."""
+    """The leaves of a particle that is not a dict, by their paths."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path).strip(".[]'"), x) for path, x in flat]
 

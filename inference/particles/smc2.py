@@ -1,8 +1,8 @@
-r"""SMC squared: particles of parameters, each with a filter of its own.
+"""SMC squared: particles of parameters, each with a filter of its own.
 
 A particle is a value of the parameters and `N_x` particles of the states. A step takes its filter one observation
-further and weighs it by the estimate of `p(y_t | y_{1:t-1}, theta)`; after a resampling the parameters move by particle
-marginal Metropolis-Hastings, with filters run anew (Chopin, Jacob and Papaspiliopoulos 2013).
+further, and weighs it by the estimate of `p(y_t | y_{1:t-1}, theta)`. After a resampling the parameters move by
+particle marginal Metropolis-Hastings, with filters run anew (Chopin, Jacob and Papaspiliopoulos 2013).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from .pmmh import Parameters, random_step
 
 
 class smc2(Module):
-    r"""SMC squared, for `smc`: the posterior of the choices before a scan, one observation after another.
+    """SMC squared, for `smc`: the posterior of the choices before a scan, one observation after another.
 
-    `smc(smc2(), num_particles=200).run(key, target)` gives weighted particles of the parameters, with estimates of
-    the evidence (unbiased) after each observation. Of series under a `jax.vmap` the parameters are the choices outside
-    of it, and a step takes the filters of all series one observation further.
+    `smc(smc2(), num_particles=200).run(key, target)` gives weighted particles of the parameters, and unbiased estimates
+    of the evidence after each observation. If there are several series under a `jax.vmap`, the parameters are the
+    choices outside of it, and a step takes the filters of all series one observation further.
 
     Attributes:
-        num_state_particles: of each filter; the variance of its log evidence over all observations should be near one,
-            or moves are refused.
-        num_moves: moves of the parameters after each resampling.
+        num_state_particles: the number of particles of each filter. The variance of its log evidence over all
+            observations should be near one, or most moves are rejected.
+        num_moves: the number of moves of the parameters after each resampling.
         filter: how to filter.
 
     Raises:
         WeftError: if no latent choice stands before the scan, or outside of the vmap of several series.
-        ModelError: if one stands after it.
+        ModelError: if a latent choice stands after the scan.
 
     References:
         Chopin, Jacob and Papaspiliopoulos (2013), section 2.

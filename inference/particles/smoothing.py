@@ -1,11 +1,11 @@
-r"""Smoothing: paths that go back through the particles of a filter.
+"""Smoothing: paths that go back through the particles of a filter.
 
-A path drawn along the genealogy shares its beginning with all others. One drawn from its end on does not (Godsill,
-Doucet and West 2004): particle `i` of the step before is taken with weight
+A path drawn along the genealogy shares its beginning with all others. A path drawn backwards from its end does not
+(Godsill, Doucet and West 2004). Particle `i` of the previous step is taken with weight
 
     W_{t-1}^i m_t(x_t | x_{t-1}^i) G_t(x_{t-1}^i, x_t).
 
-That wants a carry in which nothing random outlives a step but what the step's own choices put there.
+That needs a carry in which nothing random outlives a step except the step's own choices.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .results import SequentialParticles
 
 
 def traced_back(key: PRNGKeyArray, model: FeynmanKac, found: Generation) -> Int[Array, " step"]:
-    """A path along the genealogy, its end drawn by weight: the index of its particle at each step."""
+    """A path along the genealogy, with its end drawn by weight: the index of its particle at each step."""
     return lineage(jax.random.categorical(key, found.log_weights[-1]), found.ancestors)
 
 
 def drawn_back(key: PRNGKeyArray, model: FeynmanKac, found: Generation) -> Int[Array, " step"]:
-    """A path from its end on, by the density of each step's choices after each particle of the step before."""
+    """A path drawn from its end, by the density of each step's choices after each particle of the previous step."""
     end_key, rest = jax.random.split(key)
     last = jax.random.categorical(end_key, found.log_weights[-1])
     num_steps = found.log_weights.shape[0]
@@ -58,18 +58,18 @@ def backward_sampling(
     num_samples: int = 100,
     scan: str | None = None,
 ) -> Particles:
-    r"""Smoothing: paths drawn from the end on, through the particles of a filter.
+    r"""Smoothing: paths drawn backwards from their end, through the particles of a filter.
 
-    A path begins at a particle drawn by the last weights and goes back by
-    $W_{t-1}^i\, p(x_t, y_t \mid x_{t-1}^i)$ (Godsill, Doucet and West 2004), which costs O(N) a step and path.
-    Unlike the paths that the particles of a filter descend from, these do not share their beginnings.
+    A path begins at a particle drawn by the last weights, and goes back by $W_{t-1}^i\, p(x_t, y_t \mid x_{t-1}^i)$
+    (Godsill, Doucet and West 2004). This costs O(N) for each step and path. Unlike the paths that the particles of a
+    filter descend from, these do not share their beginnings.
 
     Args:
-        key: random key.
-        particles: what `smc(filtering(), ..., history="full")` gave, for a model without latent choices outside
-            the scan. Of series under a vmap a path of each is drawn.
-        num_samples: number of paths.
-        scan: as given to `filtering`.
+        key: a random key.
+        particles: the result of `smc(filtering(), ..., history="full")`, for a model without latent choices outside the
+            scan. For series under a vmap, a path of each is drawn.
+        num_samples: the number of paths.
+        scan: the argument given to `filtering`.
 
     Returns:
         Equally weighted particles: whole paths.
@@ -118,7 +118,7 @@ def backward_sampling(
 def genealogy(
     particles: SequentialParticles, scan: str | None, what: str
 ) -> tuple[Filter | Panel, Generation]:
-    """The filter that was run, and its particles of all steps; the series of a panel lead."""
+    """The filter that was run, and its particles of all steps. The axes of a panel's series lead."""
     path = particles.path
     if path is None or path.particles is None or path.log_weights is None:
         raise WeftError(f"{what}: run the filter with history='full'")

@@ -1,4 +1,4 @@
-"""The Feynman-Kac model of a path of laws: particles are weighed from one law to the next, and moved by kernels."""
+"""The Feynman-Kac model of a path of laws. Particles are weighed from one law to the next, and moved by kernels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .moves import NUM_MOVES, hamiltonian_moves, moves_of_kernel
 
 
 class Particle(eqx.Module):
-    """One particle, and how far all of them are.
+    """One particle, and how far all particles have come.
 
     Attributes:
-        choices: nested dict of the latent choices.
-        terms: log likelihood at the choices, of each row, or one number.
-        level: the temperature, or how many rows are in.
-        ahead: that after the step.
+        choices: a nested dict of the latent choices.
+        terms: the log likelihood at the choices, of each row, or one number.
+        level: the temperature, or the number of rows included.
+        ahead: the level after the step.
         done: whether the step after the last level has been made.
         jumped: whether the last level is further than it should be.
-        step_size: of the default moves.
+        step_size: the step size of the default moves.
     """
 
     choices: dict[str, Any]
@@ -44,10 +44,10 @@ class Tempered(FeynmanKac):
 
     Attributes:
         path: the laws.
-        levels: of each step; `None` where they are chosen.
-        ess: by what they are chosen.
-        num_levels: how many there are, at most.
-        num_moves: how many transitions particles make after a resampling; `None` as in `tempering`.
+        levels: the level of each step; `None` if they are chosen.
+        ess: the share of particles by which they are chosen.
+        num_levels: the largest number of levels.
+        num_moves: the number of transitions after a resampling; `None` as in `tempering`.
     """
 
     path: LawPath
@@ -59,11 +59,11 @@ class Tempered(FeynmanKac):
 
     @property
     def num_steps(self) -> int:
-        """The first particles, a step for each level, and one that weighs nothing."""
+        """One for the first particles, one for each level, and one that weighs nothing."""
         return self.num_levels + 2
 
     def init(self, key: PRNGKeyArray) -> tuple[Particle, Float[Array, ""]]:
-        """A draw from the law that the path begins with."""
+        """A draw from the first law of the path."""
         choices = self.path.draw(key)
         zero = jnp.zeros(())
         # Stable for d independent coordinates (Beskos et al. 2013).
@@ -74,7 +74,7 @@ class Tempered(FeynmanKac):
         return Particle(choices, terms, zero, zero, no, no, step_size), zero
 
     def adapt(self, t: Any, particles: Particle, log_weights: Array) -> Particle:
-        """The particles with the level of the step to come."""
+        """The particles with the level of the coming step."""
         jumped = particles.jumped
         if self.levels is None:
             chosen = self._chosen(particles, log_weights)
@@ -87,7 +87,7 @@ class Tempered(FeynmanKac):
         return dataclasses.replace(particles, ahead=ahead, done=done, jumped=jumped)
 
     def remark(self, particles: Particle) -> str | None:
-        """That the temperature had to rise too far at the end."""
+        """A warning if the temperature had to rise too far at the end."""
         if not bool(jnp.any(particles.jumped)):
             return None
         return (
@@ -101,14 +101,14 @@ class Tempered(FeynmanKac):
     ) -> tuple[Particle, Float[Array, ""]]:
         """The same particle at the next level, weighed by the change of law."""
         share = self.path.share(particle.ahead) - self.path.share(particle.level)
-        # What does not enter must not count, also where its density is zero.
+        # Rows that do not enter must not count, even if their density is zero.
         change = jnp.sum(jnp.where(share > 0, share * particle.terms, 0))
         return dataclasses.replace(particle, level=particle.ahead), change
 
     def rejuvenate(
         self, key: PRNGKeyArray, t: Any, particles: Particle, kernel: Any
     ) -> tuple[Particle, dict[str, Array]]:
-        """Moves that leave the law of the present level as it is."""
+        """Moves that leave the law of the present level invariant."""
         target = self.path.at(particles.level[0])
         step_size = particles.step_size[0]
         choices, num_moves = particles.choices, self.num_moves
@@ -125,7 +125,7 @@ class Tempered(FeynmanKac):
         return particles, {**info, self.path.unit: particles.level[0]}
 
     def finished(self, particles: Particle) -> Bool[Array, ""]:
-        """Whether the target is reached, and the step after it made."""
+        """Whether the target is reached, and the step after it is made."""
         return jnp.all(particles.done)
 
     def choices(self, particle: Particle) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Tempered(FeynmanKac):
         return particle.choices
 
     def _terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
-        """The terms of the path; where they are no number nothing can be: a Cholesky factor failed there, say."""
+        """The terms of the path. NaN counts as a density of zero: a Cholesky factor failed there, for instance."""
         terms = self.path.terms(choices)
         return jnp.where(jnp.isnan(terms), -jnp.inf, terms)
 
@@ -148,9 +148,9 @@ class Tempered(FeynmanKac):
             factors = jnp.where(ahead > level, (ahead - level) * terms, 0)
             factors = factors - jnp.max(
                 factors
-            )  # else large ones cancel below, with what they round to
+            )  # otherwise large ones would cancel below, and leave rounding errors
             share = 2 * logsumexp(log_weights + factors) - logsumexp(log_weights + 2 * factors)
-            return ~(jnp.exp(share) >= wanted)  # no number is too far, too
+            return ~(jnp.exp(share) >= wanted)  # NaN is too far, too
 
         def halved(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bracket

@@ -1,9 +1,8 @@
-r"""Tempering: from a law that can be drawn to the target, by steps between which particles move.
+"""Tempering: from a law that can be drawn exactly to the target, by steps between which particles move.
 
-A path of laws `pi_0, ..., pi_1` begins at one that is drawn exactly and ends at the target. A step
-from one to the next multiplies weights by `pi_next(x) / pi(x)`; after a resampling, the particles
-move by kernels that leave the present law as it is (Neal 2001; Del Moral, Doucet and Jasra 2006).
-Three paths:
+A path of laws `pi_0, ..., pi_1` begins at one that is drawn exactly and ends at the target. A step from one law to the
+next multiplies weights by `pi_next(x) / pi(x)`. After a resampling, the particles move by kernels that leave the
+present law invariant (Neal 2001; Del Moral, Doucet and Jasra 2006). There are three paths:
 
     prior to posterior      pi_b(x) = p(x) p(y | x)^b
     guide to target         pi_b(x) = q(x)^(1-b) gamma(x)^b
@@ -32,43 +31,44 @@ from .tempered import Tempered
 
 
 class tempering(Module):
-    r"""Sequential Monte Carlo from the prior, or a guide, to the target: `smc(tempering()).run(key, target)`.
+    """Sequential Monte Carlo from the prior, or a guide, to the target: `smc(tempering()).run(key, target)`.
 
-    The settings are a function from a target to the Feynman-Kac model that `smc` runs. A step weighs
-    particles by the change of law, `w <- w l(x)^(b' - b)`; before it, `smc` resamples them if their
-    effective sample size has fallen below `threshold`, and only then they move, by `smc(...,
-    rejuvenate=)`: a kernel, or a function from the particles to one. By default these are Hamiltonian
-    transitions with the covariance of the particles as inverse mass (their variances where they are fewer
-    than ten a coordinate) and step sizes that follow the acceptance rate, as many as it takes until
-    particles are uncorrelated with what they were before, or correlations no longer fall (after Buchholz,
-    Chopin and Jacob 2021). Where the density is no number it counts as zero. A last step weighs nothing:
-    it resamples and moves what came out of the one before, if that is due.
+    The settings are a function from a target to the Feynman-Kac model that `smc` runs. A step weighs particles by the
+    change of law, `w <- w l(x)^(b' - b)`. Before it, `smc` resamples the particles if their effective sample size has
+    fallen below `threshold`. Only then do they move, by `smc(..., rejuvenate=)`: a kernel, or a function from the
+    particles to one. Where the density is NaN it counts as zero. A last step weighs nothing: it resamples and moves the
+    particles of the step before, if that is due.
 
-    The first temperature is 0. In `result.path`, `log_increments` has what each step added to the log
-    evidence: with `by="row"` step `n` has the log predictive density of the rows that it adds, given those
-    before. `info` has the temperature (the number of rows) and the acceptance rate of every round of moves; of the
-    default ones also how many there were and "correlation", the largest one left of a coordinate, or the log
-    density, with what it was before the round.
+    By default the moves are Hamiltonian transitions. Their inverse mass is the covariance of the particles (the
+    variances, with fewer than ten particles for each coordinate). Their step sizes follow the acceptance rate. There
+    are as many as it takes until particles are uncorrelated with what they were before, or correlations no longer fall
+    (after Buchholz, Chopin and Jacob 2021).
+
+    The first temperature is 0. `log_increments` in `result.path` has the term that each step added to the log evidence.
+    With `by="row"`, that of step `n` is the log predictive density of the rows that it adds, given the rows before.
+    `info` has the temperature (the number of rows) and the acceptance rate of every round of moves. For the default
+    moves it also has their number and "correlation". This is the largest remaining correlation of a coordinate, or of
+    the log density, with its value before the round.
 
     Attributes:
-        guide: `None` to begin at the prior; or a program that draws exactly the target's latent choices, or a
-            function from the target to one.
-        by: name of an axis of the observations, whose rows enter one after another in place of a temperature;
-            observations without that axis enter with the first.
-        rows_per_step: how many rows enter at each step.
-        schedule: temperatures, increasing, the last one 1; `None` to choose each by bisection so that the
+        guide: `None` to begin at the prior; or a program that draws exactly the target's latent choices, or a function
+            from the target to one.
+        by: the name of an axis of the observations. Its rows enter one after another, in place of a temperature.
+            Observations without that axis enter with the first row.
+        rows_per_step: the number of rows that enter at each step.
+        schedule: increasing temperatures, of which the last is 1. `None` to choose each by bisection so that the
             conditional effective sample size is `ess`.
-        ess: the share of the particles that a step is to leave, when temperatures are chosen:
+        ess: the share of the particles that a step is to leave, if temperatures are chosen:
             `(sum_i W_i v_i)^2 / sum_i W_i v_i^2` with the weights `W` before the step and its factors `v`.
-        max_steps: how many temperatures there may be, when they are chosen; the last one is 1, however far, with a
+        max_steps: the largest number of temperatures, if they are chosen. The last one is 1, however far away, with a
             warning if that is further than `ess` allows.
-        num_moves: how many transitions particles make after a resampling; `None` for as many of the default moves as
-            it takes, 50 at most, and 5 of a kernel of your own.
+        num_moves: the number of transitions after a resampling. `None` for as many of the default moves as it takes (50
+            at most), and for 5 of a kernel of your own.
 
     Raises:
         WeftError: for a schedule that does not increase to 1, or settings that contradict each other.
-        DensityError: for targets without observations or with estimated or summed densities, for priors
-            that cannot be drawn, and where the kernel does not apply to a latent choice.
+        DensityError: for targets without observations or with estimated or summed densities, for priors that cannot be
+            drawn, and if the kernel does not apply to a latent choice.
         AddressError: if the guide does not draw exactly the latent choices, or no observation has the axis.
 
     References:
