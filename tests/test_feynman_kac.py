@@ -1,6 +1,7 @@
 """The protocol of Feynman-Kac models: hooks that cannot be misspelt, and what a run makes of those that are there."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -76,6 +77,7 @@ WRONG = {
     "step": lambda self, key, x: None,
     "rejuvenate": lambda self, key, particles: None,
     "lookahead": lambda self, t: None,
+    "log_transition": lambda self, particle, t, now: None,
     "adapt": lambda self, t, x, w, more: None,
     "finished": lambda self: None,
     "choices": 3,
@@ -92,6 +94,73 @@ def test_a_wrong_signature_is_an_error(name: str) -> None:
 def test_an_attribute_that_is_written_as_a_method(name: str) -> None:
     with pytest.raises(ModelError, match=f"{name} is an attribute, not a method"):
         model(**{name: lambda self: True})()
+
+
+class First:
+    """Not a model, but a part of one."""
+
+    def lookahead(self, t: Any, x: Any) -> Any:
+        return 0.3 * x
+
+
+def hint(share: float, t: Any, x: Any) -> Any:
+    return share * x
+
+
+def test_hooks_in_any_form() -> None:
+    """A hook may be any function, in a class or a field; one that would not be called as meant is refused."""
+
+    class Field(Walk):
+        lookahead: Any
+
+    class Mixed(First, Walk):
+        pass
+
+    forms = {
+        "static": model(lookahead=staticmethod(lambda t, x: 0.3 * x)),
+        "class": model(lookahead=classmethod(lambda cls, t, x: 0.3 * x)),
+        "partial": model(lookahead=functools.partial(hint, 0.3)),
+        "mixin": Mixed,
+        "field": lambda: Field(lookahead=functools.partial(hint, 0.3)),
+    }
+    found = {name: float(run(made()).log_evidence) for name, made in forms.items()}
+    assert len(set(found.values())) == 1, found
+    assert found["mixin"] != float(run(Walk()).log_evidence)
+    for wrong in (lambda x: x, Walk.lookahead):
+        with pytest.raises(ModelError, match="lookahead is called by position .* without self"):
+            Field(lookahead=wrong)
+    with pytest.raises(ModelError, match="without self"):
+        Field()
+
+    class Late(Walk, First):
+        pass
+
+    with pytest.raises(
+        ModelError, match="of FeynmanKac, which hides First.lookahead: .*Late.First"
+    ):
+        Late()
+
+    class Near(Walk):
+        lookahed: Any = None
+
+    assert Near().num_steps == 6
+    with pytest.raises(ModelError, match=r"did you mean lookahead\(self, t, particle\)"):
+        Near(lookahed=lambda t, x: x)
+
+
+def test_a_hook_in_a_field_is_a_hook() -> None:
+    class Adapting(Walk):
+        adapt: Any
+
+    collapse = lambda t, x, w: jnp.broadcast_to(x[0], x.shape)  # noqa: E731
+    assert np.isnan(run(Adapting(adapt=collapse)).log_evidence_variance)
+
+    class Moving(Walk):
+        rejuvenate: Any
+
+    still = Moving(rejuvenate=lambda key, t, x, kernel: (x, {"kernel": jnp.float32(kernel)}))
+    found = run(still, threshold=1.0, rejuvenate=2.0)
+    np.testing.assert_array_equal(found.path.info["kernel"], [0, 2, 2, 2, 2, 2])
 
 
 def test_helpers_and_data_may_have_other_names() -> None:
@@ -305,6 +374,30 @@ def test_if_all_potentials_are_no_number() -> None:
         DensityError, match="at step 3, all weights are zero.*200 potentials are NaN"
     ):
         run(Never())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_evidence_of_what_cannot_be(threshold: float) -> None:
+    """Where a run may not raise, it is zero, also when more steps follow; other lanes are as they were alone."""
+
+    class Ending(Walk):
+        end: Any = None
+
+        def step(self, key: Any, t: Any, x: Any) -> Any:
+            x, weight = self.weigh(x + jax.random.normal(key))
+            return x, jnp.where(t == self.end, -jnp.inf, weight)
+
+        def lookahead(self, t: Any, x: Any) -> Any:
+            return 0.1 * x
+
+    ends = jnp.array([2, 5, 9])
+    found = jax.jit(jax.vmap(lambda end: run(Ending(end=end), threshold=threshold).log_evidence))(
+        ends
+    )
+    assert np.all(found[:2] == -np.inf)
+    np.testing.assert_allclose(
+        found[2], run(Ending(end=9), threshold=threshold).log_evidence, rtol=1e-5
+    )
 
 
 def test_a_filter_whose_likelihood_is_no_number_somewhere() -> None:

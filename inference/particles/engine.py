@@ -120,6 +120,7 @@ def next_state(settings: Any, key: PRNGKeyArray, state: SMCState) -> SMCState:
         return _generation(state), state.coalescence, info
 
     due = (ess <= settings.threshold * n) | (settings.threshold >= 1)
+    due &= state.log_total > -jnp.inf  # where no particle is possible, there is none to choose
     parents, coalescence, info = jax.lax.cond(due, again, as_they_are, state)
     before = jnp.where(due, jnp.log(float(n)), state.log_total)
     particles = model.adapt(t, parents.particles, parents.log_weights)
@@ -179,7 +180,7 @@ def _record(
         collected = settings.collect(Particles(choices=choices, log_weights=now.log_weights))
     row = History(
         ess=ess,
-        log_increments=total - before,
+        log_increments=jnp.where(total == -jnp.inf, -jnp.inf, total - before),
         resampled=due,
         num_ancestors=coalescence.num_ancestors if known else jnp.int32(0),
         since=coalescence.early.step,

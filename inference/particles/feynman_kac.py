@@ -232,8 +232,8 @@ class FeynmanKac(Noun):
 
 
 def has(model: FeynmanKac, hook: str) -> bool:
-    """Whether a model has a hook of its own."""
-    return getattr(type(model), hook) is not getattr(FeynmanKac, hook)
+    """Whether a model has a hook of its own, as a method or in a field."""
+    return hook in vars(model) or getattr(type(model), hook) is not getattr(FeynmanKac, hook)
 
 
 def as_model(x: Any) -> Any:

@@ -55,8 +55,10 @@ def _check_methods(cls: type, base: type, attributes: tuple[str, ...]) -> None:
     fields = {f.name for f in dataclasses.fields(cls)} - set(attributes)
     for name in sorted(_own_names(cls, base) - fields):
         member, shown = getattr(cls, name, None), f"{cls.__name__}.{name}"
+        _refuse_hidden(cls, name, base)
         if name in methods:
-            if not (callable(member) and _takes(cls, name, methods[name])):
+            takes = callable(member) and _takes(cls, name, methods[name])
+            if not (takes and _in_order(cls, name, base)):
                 took = f"({', '.join(_arguments(cls, name))})" if callable(member) else ""
                 raise ModelError(
                     f"{shown}{took} is called by position as {signature_of(base, name)}: give it these arguments"
@@ -87,12 +89,22 @@ def _check_values(model: Any, base: type, attributes: Mapping[str, type]) -> Non
                 f"{shown} is called as {signature_of(base, name)}, and here {type(value).__name__}: give the field "
                 "another name"
             )
-        if name not in methods and name not in attributes:
+        if name in methods and name in fields and not _binds(value, methods[name]):
+            raise ModelError(
+                f"{shown} is called by position as {signature_of(base, name)}: give the function in the field these "
+                "arguments, without self"
+            )
+        if name in methods or name in attributes:
+            continue
 
-            def near(hook: str, value: Any = value) -> float:
+        def near(hook: str, value: Any = value) -> float:
+            if hook in attributes:
                 return NEAR if type(value) is attributes[hook] else np.inf
+            if not callable(value):
+                return np.inf
+            return NEAR if _binds(value, methods[hook]) else VERY_NEAR
 
-            _refuse_near(shown, name, base, attributes, near)
+        _refuse_near(shown, name, base, {**attributes, **methods}, near)
 
 
 @functools.cache
@@ -106,6 +118,17 @@ def _own_names(cls: type, base: type) -> set[str]:
     """The public names that the classes of a model define, other than its base."""
     classes = [c for c in cls.__mro__ if c not in base.__mro__]
     return {name for c in classes for name in vars(c) if not name.startswith("_")}
+
+
+def _refuse_hidden(cls: type, name: str, base: type) -> None:
+    """Raise ModelError if a hook stands in a class after the base, whose own comes first and does nothing."""
+    owner, *others = (c for c in cls.__mro__ if name in vars(c))
+    if owner in base.__mro__:
+        hidden = next(c.__name__ for c in others if c not in base.__mro__)
+        raise ModelError(
+            f"{cls.__name__}.{name} is that of {base.__name__}, which hides {hidden}.{name}: let {hidden} come first "
+            f"among the bases, class {cls.__name__}({hidden}, ...)"
+        )
 
 
 def _refuse_near(
@@ -126,15 +149,36 @@ def _refuse_near(
 def _arguments(cls: type, name: str) -> dict[str, inspect.Parameter]:
     """The parameters of a method, without the model itself."""
     found = dict(inspect.signature(getattr(cls, name)).parameters)
-    if not isinstance(inspect.getattr_static(cls, name), (staticmethod, classmethod)):
+    member = inspect.getattr_static(cls, name)
+    bound = hasattr(type(member), "__get__")  # what is not, a partial function say, takes no self
+    if bound and not isinstance(member, (staticmethod, classmethod)):
         found.pop(next(iter(found), ""), None)
     return found
 
 
+def _in_order(cls: type, name: str, base: type) -> bool:
+    """Whether arguments that are named as those of a hook stand in the same order."""
+    own, hook = list(_arguments(cls, name)), list(_arguments(base, name))
+    return all(own.index(arg) == i for i, arg in enumerate(hook) if arg in own)
+
+
 def _takes(cls: type, name: str, number: int) -> bool:
     """Whether a method can be called with this many arguments by position."""
+    return _bind(inspect.Signature(list(_arguments(cls, name).values())), number)
+
+
+def _binds(f: Any, number: int) -> bool:
+    """Whether a function can be called with this many arguments by position, as far as its signature is known."""
     try:
-        inspect.Signature(list(_arguments(cls, name).values())).bind(*range(number))
+        signature = inspect.signature(f)
+    except ValueError:
+        return True
+    return _bind(signature, number)
+
+
+def _bind(signature: inspect.Signature, number: int) -> bool:
+    try:
+        signature.bind(*range(number))
     except TypeError:
         return False
     return True
