@@ -158,11 +158,11 @@ def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
 
 @storage.result_type("lane particles")
 class PanelParticles(SequentialParticles):
-    """Particles of all lanes together: one of each, drawn by its weight; so their weights are equal.
+    """Particles of all lanes together. Each is one particle of each lane, drawn by weight, so weights are equal.
 
-    The fields of `path` have the axis of the lanes after that of the step, and `path.log_increments` sums, over both,
-    to the log evidence less the log density of what is given outside of the lanes. The weights of each lane are in
-    what `collect` made of them, and in the full history. `log_evidence_variance` is the sum over lanes.
+    The fields of `path` have the axis of the lanes after that of the step. `path.log_increments`, summed over both, is
+    the log evidence minus the log density of given values outside of the lanes. The weights of each lane are in the
+    values that `collect` made of them, and in the full history. `log_evidence_variance` is the sum over lanes.
     """
 
     def along(self, tree: Any) -> Any:

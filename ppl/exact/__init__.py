@@ -1,1 +1,1 @@
-"""Exact marginalisation: choices summed or integrated out, and recovered."""
+"""Exact marginalisation: choices are summed or integrated out, and recovered."""

@@ -1,7 +1,7 @@
-"""The rule of ``cond``: every branch is walked, and each counted where it is taken.
+"""The rule of ``cond``: every branch is walked, and its density counts where the branch is taken.
 
-The branch index may be a table. Outputs are then tables, too, and a density term of a branch is a factor over what the
-index depends on besides.
+The branch index may be a table. Outputs are then tables, too. A density term of a branch becomes a factor that also
+depends on the variables of the index.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tables import Limit, Variable, apply, is_table, variables_of
 def branches(
     region: Region, eqn: Any, ins: list[Any], context: Context
 ) -> tuple[list[Any], Records]:
-    """Outputs and records of a cond."""
+    """The outputs and records of a cond."""
     index, *operands = ins
     limit, last = region.plan.limit, len(eqn.params["branches"]) - 1
     index = apply(lambda i: jnp.clip(i, 0, last), limit, index)
@@ -84,7 +84,7 @@ def _count(
     constant = apply(here, limit, index, jnp.asarray(inner.constant))
     region.weigh(constant, (*context.prefix, "a branch"))
     mine = {v for f in inner.factors for v in f.variables}
-    for variable in created:  # idle in this branch: at its first value
+    for variable in created:  # idle in this branch: it has its first value
         if variable not in mine:
             rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, IMPOSSIBLE)
             rest = rest.reshape(-1, *(1,) * len(variable.plates))
@@ -93,7 +93,7 @@ def _count(
 
 
 def _check_idle(region: Region, eqn: Any, context: Context) -> None:
-    """Refuse latent choices that only some branches have: where they are idle they would have no density."""
+    """Refuse latent choices that only some branches have. Where they are idle they would have no density."""
     if not region.kept.every_branch:
         return
     names = [recorded(b) for b in eqn.params["branches"]]
@@ -109,7 +109,7 @@ def _check_idle(region: Region, eqn: Any, context: Context) -> None:
 
 
 def _select(limit: Limit, index: Any, values: Sequence[Any]) -> Any:
-    """The value of the branch that is taken."""
+    """The value from the branch that is taken."""
     lost = next((v for v in values if isinstance(v, Lost)), None)
     if lost is not None:
         return lost
@@ -123,7 +123,7 @@ def _select(limit: Limit, index: Any, values: Sequence[Any]) -> Any:
 
 
 def _records(limit: Limit, index: Any, records: list[Records]) -> Records:
-    """One set of records of all branches, with flags for those that were taken."""
+    """One set of records for all branches, with flags for the branches that were taken."""
     merged: Records = {}
     for name in dict.fromkeys(n for r in records for n in r):
         nodes = [r.get(name) for r in records]

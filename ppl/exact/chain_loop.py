@@ -1,4 +1,4 @@
-"""The steps of a chain one after the other: the forward recursion as ``lax.scan``."""
+"""The steps of a chain one after another: the forward recursion as ``lax.scan``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .factors import less, top_of
 
 
 def one_by_one(steps: Steps, state: State, start: int) -> tuple[State, Step]:
-    """The steps from ``start`` on; the state after the last, and what they leave together."""
+    """Take the steps from ``start`` on. Returns the state after the last, and what all steps leave behind."""
     seen: list[Step] = []
     shift = None if state.alpha is None else top_of(state.alpha, state.born)
     zero = None if shift is None else jnp.zeros_like(shift.table)
@@ -26,7 +26,7 @@ def one_by_one(steps: Steps, state: State, start: int) -> tuple[State, Step]:
         after, found = steps.advance(before, start, x)
         after = renamed(after, state, start)
         if before.alpha is not None and after.alpha is not None:
-            # Less what it had grown to a step ago: in single precision it would drift away.
+            # Subtract its size of a step ago: in single precision it would drift away.
             top = top_of(before.alpha, state.born)
             after.alpha = less(after.alpha, top)
             shifts = _add(shifts, top.table)
@@ -50,7 +50,7 @@ def one_by_one(steps: Steps, state: State, start: int) -> tuple[State, Step]:
 
 
 def _add(total: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A running sum and what rounding has taken from it (Kahan 1965)."""
+    """Add to a running sum, and to the rounding error that it has lost so far (Kahan 1965)."""
     x = x - total[1]
     new = total[0] + x
     return new, (new - total[0]) - x

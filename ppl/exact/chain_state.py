@@ -16,13 +16,13 @@ from .tables import PlateAxes, Table, Variable, axes_of, is_table
 
 @dataclasses.dataclass
 class State:
-    """Between two steps.
+    """A chain between two steps.
 
     Attributes:
-        slots: the carry.
-        alpha: the product of the factors that the chain's choices stand in.
-        born: choices of the chain, and the step that made each.
-        placements: of the continuous ones.
+        slots: the slots of the carry.
+        alpha: the product of the factors that contain the chain's choices.
+        born: the choices of the chain, and the step that made each.
+        placements: the placements of the continuous choices.
     """
 
     slots: list[Any]
@@ -31,7 +31,7 @@ class State:
     placements: dict[Variable, Placement] = dataclasses.field(default_factory=dict)
 
     def labels(self, step: int) -> dict[Variable, Any]:
-        """What tells a choice among those of one step: its size, its age, and which of several it is."""
+        """For each choice of a step, what tells it apart: its size, its age, and its number among choices like it."""
         found: dict[Variable, Any] = {}
         seen: dict[Any, int] = {}
         for v, t in sorted(self.born.items(), key=lambda item: item[0].number):
@@ -41,7 +41,7 @@ class State:
         return found
 
     def pattern(self, step: int) -> Any:
-        """What has to repeat: which choices each slot and the factor depend on, by age, and along which axes."""
+        """What has to repeat: the choices that each slot and the factor depend on, by age, and along which axes."""
         label = self.labels(step)
         slots = tuple(
             frozenset((label.get(v, v), places) for v, places in axes_of(x).items())
@@ -62,7 +62,7 @@ class State:
         return slots, (frozenset(label.get(v, v) for v in alpha.variables), plates)
 
     def arrays(self) -> Any:
-        """The arrays of the state: slots, factor, placements."""
+        """The arrays of the state: those of slots, factor and placements."""
         slots = [x.array if is_table(x) else x for x in self.slots]
         placements = [self.placements[v] for v in self.born if v in self.placements]
         return slots, None if self.alpha is None else self.alpha.table, placements
@@ -77,7 +77,7 @@ class State:
         return State(slots, alpha, self.born, dict(zip(placed, arrays[2], strict=True)))
 
     def carry(self) -> State:
-        """The slots alone."""
+        """The state without its factor: only the slots."""
         return State(self.slots, None, self.born)
 
 
@@ -86,11 +86,11 @@ class Step:
     """What one step, or several together, leave behind besides the state.
 
     Attributes:
-        ys: outputs.
-        records: of its sites.
-        others: factors over choices that are not the chain's.
-        constant: the density that is no factor.
-        key: of a choice that it made, for draws.
+        ys: the outputs.
+        records: the records of its sites.
+        others: factors over choices that do not belong to the chain.
+        constant: the density terms that are not factors.
+        key: the key of a choice that it made, for draws.
     """
 
     ys: list[Any]
@@ -100,13 +100,13 @@ class Step:
     key: Any
 
     def arrays(self) -> Any:
-        """All that differs between steps; outputs that are tables are not stacked."""
+        """Everything that differs between steps. Outputs that are tables are not stacked."""
         ys = [None if is_table(y) else y for y in self.ys]
         constant = None if isinstance(self.constant, float) else self.constant
         return ys, self.records, [f.table for f in self.others], constant, self.key
 
     def together(self, stacked: Any) -> Step:
-        """What steps of this form leave together, from their stacked arrays."""
+        """What several steps of this form leave together, from their stacked arrays."""
         ys, records, tables, constants, keys = stacked
         return Step(
             [old if is_table(old) else new for old, new in zip(self.ys, ys, strict=True)],
@@ -121,7 +121,7 @@ class Step:
 
 
 def renamed(after: State, before: State, step: int) -> State:
-    """The state after a step in terms of the choices of the state before it, each of the same age."""
+    """The state after a step, with each choice renamed to the choice of the same age in the state before it."""
     old = {label: v for v, label in before.labels(step).items()}
     names = {v: old[label] for v, label in after.labels(step + 1).items()}
     for new, v in names.items():
@@ -152,7 +152,7 @@ def _rename(x: Any, names: dict[Variable, Variable]) -> Any:
 
 
 def located(variable: Variable, place: Placement, alpha: Factor) -> Placement:
-    """A place with the mode of a factor as the guess of where the choice is, other choices at their first value."""
+    """A placement whose guess of the choice is the mode of a factor. Other choices are at their first value."""
     if variable not in alpha.variables:
         return place
     table = jnp.moveaxis(alpha.table, alpha.variables.index(variable), -1)

@@ -1,4 +1,4 @@
-"""One step of a chain: a scan equation, its operands as tables, and what a step of it makes of the state."""
+"""One step of a chain: a scan equation with tables as operands, and how a step of it changes the state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Steps:
         self.carry = ins[num_consts : num_consts + num_carry]
         self.xs = ins[num_consts + num_carry :]
         keys, given = context.only(context.names(self.body))
-        self.orders: dict[str, int] = {}  # of choices that are carried, how many steps
+        self.orders: dict[str, int] = {}  # for each carried choice, the number of steps
         self.forms = [_one_step(x) if is_table(x) else None for x in self.xs]
         arrays = [jnp.moveaxis(x.array, len(x.axes), 0) if is_table(x) else x for x in self.xs]
         inputs = (arrays, keys, given)
@@ -41,7 +41,7 @@ class Steps:
         return jax.tree.map(lambda a: a[step], self.inputs)
 
     def since(self, step: int) -> Any:
-        """The inputs of this step and all later ones."""
+        """The inputs of this step and of all later ones."""
         return jax.tree.map(lambda a: a[step:], self.inputs)
 
     def advance(
@@ -50,17 +50,18 @@ class Steps:
         """One step of the recursion.
 
         Args:
-            state: before the step.
-            step: its number.
-            x: its inputs.
-            pending: factors that the choices in the state stand in, besides the state's own.
-            link: leave the past out: the factor after is that of the step alone, and nothing of the past is summed out.
+            state: the state before the step.
+            step: the number of the step.
+            x: the inputs of the step.
+            pending: other factors that contain choices of the state, besides the state's own factor.
+            link: leave out the past. The factor after the step is then that of the step alone, and no past choice is
+                summed out.
         """
         plan, (arrays, keys, given) = self.region.plan, x
         xs = [
             a if form is None else form.like(a) for a, form in zip(arrays, self.forms, strict=True)
         ]
-        # All that is read outside stays; the choices of the chain go as soon as no slot reads them.
+        # Choices read outside stay. Those of the chain are summed out as soon as no slot reads them.
         outside = frozenset(variables_of([*self.consts, *self.xs]))
         inner = Region(plan, self.region.kept, outside)
         inner.keys = dict(self.region.keys)
@@ -91,13 +92,13 @@ class Steps:
         return State(slots, alpha, born, placements), Step(ys, records, others, inner.constant, key)
 
     def _note_orders(self, born: dict[Variable, int], step: int) -> None:
-        """Remember how many steps the choices in a state were carried."""
+        """Note for how many steps the choices in a state were carried."""
         for v, t in born.items():
             if t >= 0:
                 self.orders[v.address] = max(self.orders.get(v.address, 0), step + 1 - t)
 
     def repeats(self, state: State, step: int) -> bool:
-        """Whether one more step would leave the pattern of dependences as it is."""
+        """Whether one more step would leave the pattern of dependences unchanged."""
         found: list[Any] = []
 
         def probe(state_arrays: Any, x: Any) -> Any:
@@ -115,11 +116,11 @@ class Steps:
     def collect(
         self, state: State, first: list[Step], rest: list[Step]
     ) -> tuple[list[Any], Records]:
-        """The outputs of the scan; what the steps found goes to the region it stands in.
+        """The outputs of the scan. Everything else that the steps left behind goes to the region around the scan.
 
         Args:
-            state: after the last step.
-            first: steps that were taken one by one.
+            state: the state after the last step.
+            first: the steps that were taken one by one.
             rest: the remaining steps together, if there are any.
         """
         region = self.region
@@ -156,7 +157,7 @@ class Steps:
         )
 
     def _stacked(self, parts: list[Any], rest: list[Any]) -> Any:
-        """What single steps gave, and before or behind it what all others gave together."""
+        """The values of single steps, joined with the stacked values of all other steps before or after them."""
         joined = rest[0] if rest else None
         if parts:
             joined = jax.tree.map(lambda *a: jnp.stack(a), *parts)
@@ -166,7 +167,7 @@ class Steps:
 
 
 def _one_step(x: Table) -> Table:
-    """The table that an input is to one step."""
+    """A table as one step of the scan sees it."""
     for v, places in x.axes.items():
         if 0 in places:
             raise Entangled(

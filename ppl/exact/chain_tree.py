@@ -1,8 +1,8 @@
 r"""The steps of a chain composed in a tree, in a depth of $O(\log T)$.
 
-The factor of each step alone, from the choices before it to those after it, is a matrix in the semiring; their product
-is associative (Hassan, Särkkä and García-Fernández 2021, "Temporal parallelization of inference in hidden Markov
-models").
+The factor of a single step, from the choices before it to those after it, is a matrix in the semiring. The product of
+these matrices is associative (Hassan, Särkkä and García-Fernández 2021, "Temporal parallelization of inference in
+hidden Markov models").
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tables import Variable, variables_of
 
 
 def in_a_tree(steps: Steps, state: State, start: int) -> tuple[State, Step]:
-    """The steps from ``start`` on; the state after the last, and what they leave together."""
+    """Take the steps from ``start`` on. Returns the state after the last, and what all steps leave behind."""
     slots = _slots(steps, state, start)
     links = _Links(steps, state, start)
     axes = [0 if varying else None for varying in slots.varying]
@@ -39,7 +39,7 @@ def in_a_tree(steps: Steps, state: State, start: int) -> tuple[State, Step]:
 
 
 class _Links:
-    """The factors of single steps: from the choices before (``old``) to those after it (``new``)."""
+    """The factors of single steps, from the choices before a step (``old``) to those after it (``new``)."""
 
     def __init__(self, steps: Steps, state: State, start: int) -> None:
         self.steps, self.state, self.start = steps, state, start
@@ -62,7 +62,7 @@ class _Links:
                 p.merge(q)
         factors = [] if after.alpha is None else [in_terms(after.alpha, names)]
         scale = factors[0].scale if factors else None
-        for v in self.old:  # what only grows older is the same before and after
+        for v in self.old:  # a choice that only grows older is the same before and after
             if self.ages[v] in self.by_label:
                 same = jnp.where(jnp.eye(v.num_values, dtype=bool), 0.0, -jnp.inf)
                 factors.append(Factor(same, (v, self.by_label[self.ages[v]]), (), scale))
@@ -73,7 +73,7 @@ class _Links:
         return whole.table, found.arrays()
 
     def product(self, tables: Any, length: int, key: Any) -> tuple[Factor, list[Factor]]:
-        """The factor after all links, and what was taken from them on the way."""
+        """The factor after all links, and the factors taken out on the way."""
         limit, alpha = self.steps.region.plan.limit, self.state.alpha
         assert alpha is not None
         tables, top = jax.vmap(self._shifted)(tables)
@@ -107,7 +107,7 @@ class _Links:
         return self._shifted(ordered(self._summed([first, second], self.middle, key), form))
 
     def _shifted(self, table: Any) -> tuple[Any, Any]:
-        """A table less its largest entry, and that."""
+        """A table minus its largest entry, and that entry."""
         whole = dataclasses.replace(self.forms[-1], table=table)
         top = top_of(whole, (*self.old, *self.new))
         self.tops.append(top)
@@ -130,7 +130,7 @@ def _again(v: Variable) -> Variable:
 
 @dataclasses.dataclass
 class _Slots:
-    """Slots of a carry: before every step (stacked where ``varying``), and after the last."""
+    """The slots of a carry before every step (stacked if ``varying``), and after the last step."""
 
     before: list[Any]
     varying: list[bool]
@@ -138,7 +138,7 @@ class _Slots:
 
 
 def _slots(steps: Steps, state: State, start: int) -> _Slots:
-    """The slots of the carry before every step; no choice of theirs is summed out on the way."""
+    """The slots of the carry before every step. None of their choices is summed out on the way."""
     bare = state.carry()
     entry = bare.arrays()[0]
 

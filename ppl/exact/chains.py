@@ -1,15 +1,15 @@
 r"""Choices in a scan, summed out as a Markov chain: the forward recursion.
 
 A choice $z_t$ of step $t$ reaches later steps through the carry. Each slot of the carry is a table over the choices
-that it depends on; when the pattern of these dependences repeats from step to step, say each slot reads at most the
-last $m$ choices, the chain has order $m$, and
+that it depends on. At some point the pattern of these dependences repeats from step to step. If then each slot reads at
+most the last $m$ choices, the chain has order $m$, and
 
 $$\alpha_t(z_{t-m+1:t}) = \log \sum_{z_{t-m}} \exp\left(\alpha_{t-1}(z_{t-m:t-1}) + f_t(z_{t-m:t})\right)$$
 
-with $f_t$ the sum of the density terms of the step (Rabiner 1989, eq. 20, in logarithms). Any function of the last
-choices may be carried; a slot that keeps gathering them (a running sum) never repeats, and is refused. What no choice
-reaches runs once, as in any scan. With ``parallel`` the steps are composed in a tree (Hassan, Särkkä and
-García-Fernández 2021, "Temporal parallelization of inference in hidden Markov models").
+with $f_t$ the sum of the density terms of the step (Rabiner 1989, eq. 20, in logarithms). The carry may hold any
+function of the last choices. A slot that keeps gathering choices (a running sum) never repeats, and is refused.
+Equations that no choice reaches run once, as in any scan. With ``parallel`` the steps are composed in a tree (Hassan,
+Särkkä and García-Fernández 2021, "Temporal parallelization of inference in hidden Markov models").
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_ORDER = 4
 
 @rule(scan_p)
 def chain(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records]:
-    """Outputs and records of a scan whose sites depend on choices that are summed out."""
+    """The outputs and records of a scan whose sites depend on choices that are summed out."""
     plan, known, length = region.plan, set(region.plan.rules), eqn.params["length"]
     steps = Steps(region, eqn, ins, context)
     outside = {v for x in (*steps.consts, *steps.xs) for v in axes_of(x)}
@@ -49,7 +49,7 @@ def chain(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
     begun = None
     if len(pending) == 1 and length and all(v.family is None for v in entering):
         begun = State(state.slots, pending[0], state.born)
-        if steps.repeats(begun, 0):  # the choice before the scan is one like those in it
+        if steps.repeats(begun, 0):  # the choice before the scan is like those in it
             state, pending = begun, []
     first: list[Step] = []
     step = 0

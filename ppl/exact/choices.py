@@ -1,7 +1,7 @@
-"""The rule of a site: a choice that is summed out is a table, and the density of any other a factor.
+"""The rule of a site: a choice that is summed out is a table, and the density of any other choice is a factor.
 
-The table of a finite choice holds its values, that of a continuous one the points of its family (``families``). Either
-way its own density is a factor over it.
+The table of a finite choice holds its values. That of a continuous choice holds the points of its family
+(``families``). In both cases its own density is a factor over it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMPOSSIBLE = -1e30
 
 
 class Weights(NamedTuple):
-    """Given at a choice that is summed out: numbers added to its log density, the table's axis last."""
+    """Given at a choice that is summed out: numbers added to its log density. The axis of the table is the last."""
 
     log_weights: jax.Array
 
@@ -51,11 +51,11 @@ def _site(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
 
 
 def _kept(region: Region, eqn: Any, site: Site, context: Context) -> tuple[list[Any], Records]:
-    """A choice that stays, a factor or a record, whose parameters may be tables."""
+    """A choice that is kept, a factor or a record. Its parameters may be tables."""
     limit, name = region.plan.limit, site.name
     if site.spec.kind == "deterministic" and any(map(is_table, site.operands)):
         value = apply(lambda operands: site.at(operands).part("value"), limit, site.operands)
-        return [value], {}  # recover() knows it
+        return [value], {}  # recover() knows its value
     scale, site = _unscaled(site)
     certify(eqn, site, context)
 
@@ -72,7 +72,7 @@ def _kept(region: Region, eqn: Any, site: Site, context: Context) -> tuple[list[
 
 
 def _recorded(region: Region, site: Site, record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what depends on choices that are summed out."""
+    """A record without the entries that depend on choices which are summed out."""
     density = record["value"]
     if is_table(density):
         if getattr(region.kept, "record", None) != "log_density":
@@ -90,7 +90,7 @@ def _unknown_value(site: Site, axes: PlateAxes) -> str:
 
 
 def _unscaled(site: Site) -> tuple[Any, Site]:
-    """The scale of a site, and the site with a scale of one: sums come before scaling."""
+    """The scale of a site, and the site with scale one. Sums come before scaling."""
     place = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("scale")
     if place is None:
         return None, site
@@ -102,7 +102,7 @@ def _unscaled(site: Site) -> tuple[Any, Site]:
 
 
 def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Table:
-    """A finite choice: the table of its values, and its own density as a factor."""
+    """A finite choice: returns the table of its values, and adds its own density as a factor."""
     spec, name, shape = site.spec, ".".join(site.address), site.shape
     listed = None if spec.values is None else np.asarray(spec.values.value)
     if "value" in site.parts and "observed" not in site.parts:
@@ -137,7 +137,7 @@ def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Table:
 
 
 def _joint_indices(region: Region, name: str, num_values: int, copies: int) -> np.ndarray:
-    """All joint values of some copies, as numbers of their values: ``(terms, copies)``."""
+    """All joint values of some copies, as indices of their values: ``(terms, copies)``."""
     terms, most = num_values**copies, region.plan.options.max_terms
     if terms > most:
         raise Entangled(
@@ -148,7 +148,7 @@ def _joint_indices(region: Region, name: str, num_values: int, copies: int) -> n
 
 
 def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table:
-    """A choice that is integrated out: the table of its points, and its own density as a factor."""
+    """A choice that is integrated out: returns the table of its points, and adds its own density as a factor."""
     plan, spec, name, shape = region.plan, site.spec, ".".join(site.address), site.shape
     family = family_of(site.skeleton.unpack(range(site.skeleton.num_arrays))["d"], spec.event_shape)
     if family is None:
@@ -193,7 +193,7 @@ def _variable(
     family: Family | None,
     joint: int,
 ) -> Variable:
-    """The variable of a choice: that of the same choice in another branch, or a new one."""
+    """The variable of a choice: that of the same choice in another branch, if there is one, or a new one."""
     name, plan = ".".join(site.address), region.plan
     found = region.known.get(site.address)
     if found is None or (found.num_values, found.family) != (num_values, family):
@@ -214,7 +214,7 @@ def _prior(region: Region, eqn: Any, site: Site, context: Context, value: Table)
 
     def log_prob(operands: Any, value: Any) -> Any:
         here = site.at(operands)
-        # Also where a mask is False: idle copies sum to one.
+        # This holds where a mask is False, too: idle copies sum to one.
         own = here.guarded().log_prob(value)
         if "observed" in here.parts:
             fixed = here.part("value") == value
@@ -224,9 +224,9 @@ def _prior(region: Region, eqn: Any, site: Site, context: Context, value: Table)
 
     own = apply(log_prob, region.plan.limit, site.operands, value)
     if is_table(own) and site.spec.discrete:
-        # Sums of the least float, which some distributions give to what is impossible, would overflow.
+        # Some distributions give the least float to impossible values. Sums of it would overflow.
         own = own.like(jnp.maximum(own.array, IMPOSSIBLE))
     region.weigh(own, site.address, scale)
-    if not value.axes.keys() <= axes_of(own).keys():  # a uniform one says nothing, yet is summed
+    if not value.axes.keys() <= axes_of(own).keys():  # uniform, and yet to be summed out
         nothing = jnp.zeros(value.array.shape, jnp.result_type(float))
         region.weigh(Table(nothing, value.axes), site.address, scale)

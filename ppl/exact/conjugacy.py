@@ -1,9 +1,9 @@
 """Which densities a continuous choice can be integrated over: proofs, from the program, that a table of points serves.
 
-A density has to be of the form of the choice's family (``families``). For normal choices that is proved from the
+The density must have the form of the choice's family (``families``). For normal choices that is proved from the
 equations: every parameter is affine in the choice (its derivative does not read it), and the log density is quadratic
-(its second derivative does not read it). For the others it is decided by name, from the list ``CONJUGATE``. That a
-matrix is the covariance, or the precision, of a normal density is proved by comparing equations.
+(its second derivative does not read it). For other families the distribution decides, by name, from the list
+``CONJUGATE``. That a matrix is the covariance, or the precision, of a normal density is proved by comparing equations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tables import Variable, axes_of, is_affine, is_table, variables_of
 
 
 def family_of(d: Any, event_shape: tuple[int, ...]) -> Family | None:
-    """The family of a distribution with event shape, if it is the prior of one."""
+    """The family for which a distribution with this event shape is a prior, if there is one."""
     d = base_of(d)
     if isinstance(d, dist.Normal):
         return Gaussian()
@@ -92,16 +92,16 @@ multiple of, and whether it must be the choice itself. The other parameters must
 
 
 def certify(eqn: Any, site: Site, context: Context, value: Any = None) -> None:
-    """Make sure that a density is of a form that the continuous choices it reads can be integrated over.
+    """Make sure that a density has a form over which the continuous choices that it reads can be integrated.
 
     Args:
         eqn: the equation of a site.
-        site: the site; its operands may be tables.
+        site: the site. Its operands may be tables.
         context: where it stands.
-        value: the table of its values, if it is summed out itself.
+        value: the table of its values, if the site itself is integrated out.
 
     Raises:
-        ModelError: if it is not, with what is possible.
+        ModelError: if it has not. The message says what is possible.
     """
     leaves = [*site.operands, value] if value is not None else site.operands
     continuous = [v for v in variables_of(leaves) if v.family is not None]
@@ -116,7 +116,9 @@ def certify(eqn: Any, site: Site, context: Context, value: Any = None) -> None:
     d = base_of(parts.get("d"))
     for v in continuous:
         read = [i for i, x in enumerate(leaves) if v in axes_of(x)]
-        if v.family.quadratic or read == [len(site.operands)]:  # the latter is its own prior
+        if v.family.quadratic or read == [
+            len(site.operands)
+        ]:  # in the second case it is its own prior
             continue
         if v.family.matrix:
             _certify_matrix(v, eqn, read, d, site, context)
@@ -163,7 +165,7 @@ def _certify_conjugate(v: Variable, leaves: list[Any], read: list[int], d: Any, 
 def _certify_matrix(
     v: Variable, eqn: Any, read: list[int], d: Any, site: Site, context: Context
 ) -> None:
-    """A multivariate normal with a multiple of the matrix as covariance, or precision: by its Cholesky factor."""
+    """A multivariate normal with a multiple of the matrix as covariance, or precision, by its Cholesky factor."""
     known, frame = FACTORS[type(v.family)], context.frame
     assert frame is not None
     if isinstance(d, dist.MultivariateNormal) and read == [d.scale_tril]:

@@ -1,7 +1,8 @@
 """The density of a program with choices summed out, and the rule of its equation.
 
-``marginalize`` stages one equation, ``marginal_p``, around the program. To a handler that scores it is the program
-without some of its choices; to one that recovers them, a function whose gradient gives them back (``recovery``).
+``marginalize`` stages one equation, ``marginal_p``, around the program. To a handler that scores, it is the program
+without some of its choices. To a handler that recovers these choices, it is a function whose gradient gives them
+(``recovery``).
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ R = TypeVar("R")
 
 
 class ReturnsChoice(ModelError):
-    """What a program returns depends on a choice that is summed out."""
+    """The return value of a program depends on a choice that is summed out."""
 
 
 def untangled(attempt: Callable[[frozenset[str]], R]) -> R:
-    """``attempt(together)`` with the normal choices, by address, of which the copies have to be integrated jointly.
+    """``attempt(together)``, where ``together`` are addresses of normal choices whose copies are integrated jointly.
 
-    At first that is none; those whose copies turn out to meet are added until no more do.
+    At first there are none. Choices whose copies turn out to meet are added until there are no more.
     """
     together: frozenset[str] = frozenset()
     while True:
@@ -58,15 +59,15 @@ def score(
     filtering: bool = False,
     plans: list[Plan] | None = None,
 ) -> tuple[list[Any], Records, jax.Array]:
-    """Outputs, records and log density of a program with choices summed out.
+    """The outputs, records and log density of a program with choices summed out.
 
     Args:
         eqn: the equation of ``marginal_p``.
         ins: its operands.
-        context: the handler there is that of the choices that are kept.
-        semiring: what a sum is.
+        context: its handler is that of the choices that are kept.
+        semiring: the kind of sum.
         filtering: whether derivatives are those of filtering.
-        plans: a list that the plan is added to.
+        plans: a list to which the plan is added.
     """
     options: Options = eqn.params["options"]
     targets = frozenset((*context.prefix, *a) for a in eqn.params["addresses"])
@@ -99,7 +100,7 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class Posterior(Handler):
-    """The density of choices that are all given, by another sum over the rest: its gradient recovers those."""
+    """The density of choices that are all given, by another sum over the rest. Its gradient recovers the rest."""
 
     semiring: Semiring = log_sum
     filtering: bool = False
@@ -123,7 +124,7 @@ class Posterior(Handler):
 
 @dataclasses.dataclass(frozen=True)
 class Whole(Evaluate):
-    """An evaluation in which the choices that were summed out are choices as all others."""
+    """An evaluation in which choices that were summed out are choices like all others."""
 
     def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
         return walk(eqn.params["jaxpr"], ins, context) if eqn.primitive is marginal_p else None
@@ -133,7 +134,7 @@ class Whole(Evaluate):
 
 
 def _marginal(eqn: Any, ins: list[Any], context: Context) -> Result:
-    """Score, where all choices that are kept are known; else draw all choices, and score those that are kept."""
+    """Score, if all choices that are kept are known. Otherwise draw all choices, and score those that are kept."""
     handler, summed = context.handler, eqn.params["addresses"]
     inner = {tuple(a.split(".")): info for a, info in site_table(eqn.params["jaxpr"]).items()}
     kept = [
@@ -159,7 +160,7 @@ def _marginal(eqn: Any, ins: list[Any], context: Context) -> Result:
     given = filled(records, context.given)
     derived, density, rest = _scores(eqn, ins, dataclasses.replace(context, given=given))
     if any(g is not None for g in kept):
-        # What was drawn for the choices summed out does not know the data.
+        # The draws of the summed-out choices ignore the data.
         unknown = [
             a
             for a, info in inner.items()
@@ -171,7 +172,7 @@ def _marginal(eqn: Any, ins: list[Any], context: Context) -> Result:
 
 
 def _scores(eqn: Any, ins: list[Any], context: Context) -> tuple[Records, jax.Array, jax.Array]:
-    """Derived values, the density of all choices that are kept, and that of those that were drawn."""
+    """The derived values, the density of all choices that are kept, and the density of those that were drawn."""
     _, derived, density = score(eqn, ins, dataclasses.replace(context, handler=Score()))
     rest = score(eqn, ins, dataclasses.replace(context, handler=Score(drawn=True)))[2]
     return derived, density, rest
@@ -181,7 +182,7 @@ RULES[marginal_p] = _marginal
 
 
 def _without(records: Records, gone: Iterable[Address]) -> Records:
-    """The records less those of some addresses."""
+    """The records without those at some addresses."""
     for address in gone:
         records = _without_one(records, address)
     return records

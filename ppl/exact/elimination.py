@@ -1,19 +1,23 @@
 r"""Sum-product over tables: variable elimination on plated factor graphs.
 
 A density term that depends on discrete choices $z$ is a *factor* $f(z_A)$, a table of logarithms. The marginal density
+is
 
-$$\log \sum_z \exp \sum_f \log f(z_{A_f})$$
+$$\log \sum_z \exp \sum_f \log f(z_{A_f}).$$
 
-is found by summing out one choice after the other, each time over the sum of the factors that it stands in. Copies of
-a choice along a plate are summed one by one (in one vectorised call), and what remains of a plate is multiplied up
-(Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs", ICML). The order is greedy: the
-smallest table first.
+It is computed by summing out one choice after another. Each sum is over the product of the factors that contain the
+choice. Copies of a choice along a plate are summed one by one, in one vectorised call. What remains of a plate is
+multiplied up (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs", ICML). The order is
+greedy: the smallest table first.
 
-What "sum" means is a parameter (Li and Eisner 2009, "First- and second-order expectation semirings"; Rush 2020,
-"Torch-Struct", section 4): with logarithms of sums the result is the log evidence, and its gradient by a factor is
-the posterior probability of each entry; with maxima it is the score of the best configuration, and the gradient is
-that configuration; and if the derivative of a sum is *defined* as one draw, made with probability proportional to the
-terms, the gradient is an exact joint draw from the posterior.
+What "sum" means is a parameter, the semiring (Li and Eisner 2009, "First- and second-order expectation semirings"; Rush
+2020, "Torch-Struct", section 4):
+
+- With logarithms of sums the result is the log evidence. Its gradient by a factor is the posterior probability of each
+entry.
+- With maxima the result is the score of the best configuration. The gradient is that configuration.
+- The derivative of a sum may also be *defined* as one draw, made with probability proportional to the terms. The
+gradient is then an exact joint draw from the posterior.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ def sum_out(
 
 
 def _cost(variable: Variable, factors: list[Factor]) -> int | None:
-    """Entries of the table that summing a variable takes; None if others have to go first."""
+    """The number of entries of the table that summing out a variable takes; None if others have to go first."""
     mine = [f for f in factors if variable in f.variables]
     own = roots_of(variable.plates)
     for f in mine:
@@ -87,11 +91,11 @@ def _cost(variable: Variable, factors: list[Factor]) -> int | None:
 
 
 def _closed(variable: Variable, mine: list[Factor]) -> bool:
-    """Whether what is left, when a variable is summed out, is of a form that the continuous ones among it have."""
+    """Whether summing out a variable leaves a function that its continuous variables can still be integrated over."""
     others = {v for f in mine for v in f.variables if v is not variable and v.family is not None}
     if variable.family is None or not variable.family.quadratic:
-        return not others  # a sum of conjugate densities is none
-    # A normal choice with a scale that is integrated out, too: all that reads it must have that scale.
+        return not others  # a sum of conjugate densities is not conjugate
+    # The scale of a normal choice may be integrated out, too. Then all readers of the choice must have that scale.
     scales = {v for v in others if not v.family.quadratic}
     return all(scales <= set(f.variables) for f in mine if f.sites != (PROBE,))
 

@@ -1,4 +1,4 @@
-"""What a marginalisation does, before it is run: the rule for each choice, and what it costs."""
+"""What a marginalisation will do: the rule for each choice, and its cost."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from .plan import Elimination, Plan
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation(Printed):
-    """How the choices of a program are summed out. Prints as a table.
+    """How the choices of a program are summed out. It prints as a table.
 
     Attributes:
-        name: of the program.
-        rules: for every choice that is summed out how that is done, by dotted address.
-        terms: for every one the entries of all tables that are summed over it, in one evaluation of the density.
-        largest: entries of the largest table, copies counted once; what ``max_terms`` bounds.
+        name: the name of the program.
+        rules: for every choice that is summed out, by dotted address, how that is done.
+        terms: for every such choice, the entries of all tables that are summed over it in one evaluation of the
+            density.
+        largest: the entries of the largest table, with copies counted once. ``max_terms`` bounds it.
     """
 
     name: str
@@ -71,15 +72,15 @@ def _how(how: Elimination) -> str:
 def explain(model: Model | Program | Target, *args: Any) -> Explanation:
     """How `marginalize` sums out the choices of a model, and at what cost. Nothing is evaluated.
 
-    Terms are the entries of the tables that are summed, in one evaluation of the density: time is proportional to
-    them, and so is the memory of a gradient.
+    Terms are the entries of the tables that are summed in one evaluation of the density. Time is proportional to them,
+    and so is the memory of a gradient.
 
     Args:
-        model: a marginalised model, a program or a target. For a target, what is missing in its data counts.
+        model: a marginalised model, a program or a target. For a target, missing data count as choices.
         *args: the arguments of a model.
 
     Raises:
-        ModelError: where a choice cannot be summed out exactly, as in an evaluation.
+        ModelError: if a choice cannot be summed out exactly, as in an evaluation.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist

@@ -1,7 +1,7 @@
 """Factors: density terms that depend on choices which are summed out, as tables of logarithms.
 
-A factor $f(z_A)$ has one axis for each choice $z_a$ that it depends on, and one for each plate along which it is one
-of many (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs", ICML).
+A factor $f(z_A)$ has one axis for each choice $z_a$ that it depends on, and one for each plate along which there are
+several of it (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs", ICML).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tables import Entangled, Plate, Table, Variable
 class Factor:
     """A table of log density: one axis for each variable, then one for each plate.
 
-    With ``scale``, the log of the sum over its variables counts that many times. ``sites`` are those it comes from.
+    With ``scale``, the log of the sum over its variables counts this many times. ``sites`` are the sites it comes from.
     """
 
     table: jax.Array
@@ -41,7 +41,7 @@ class Factor:
         return Table(jnp.transpose(self.table, [*order, *range(n, self.table.ndim)]), axes)
 
     def total(self) -> jax.Array:
-        """Its log density, when all variables are summed out."""
+        """Its log density, after all variables are summed out."""
         log_density = jnp.sum(self.table)
         return log_density if self.scale is None else log_density * self.scale
 
@@ -51,7 +51,7 @@ PROBE = "~probe"
 
 
 def labels_of(term: Table) -> list[Plate | None]:
-    """For every axis of a value the plate that runs along it; plates that share one are merged."""
+    """For every axis of a value, the plate along it. Plates that share an axis are merged."""
     labels: list[Plate | None] = [None] * len(term.shape)
     for variable, places in term.axes.items():
         for place, plate in zip(places, variable.plates, strict=True):
@@ -63,7 +63,7 @@ def labels_of(term: Table) -> list[Plate | None]:
 
 
 def factor_of(term: Table, name: str, scale: Any = None) -> Factor:
-    """A density term as a factor: axes that no variable has copies along are summed.
+    """A density term as a factor. Axes along which no variable has copies are summed.
 
     Raises:
         Entangled: if one axis of copies meets itself, so that every copy meets every other.
@@ -150,7 +150,7 @@ def top_of(alpha: Factor, mine: Iterable[Variable]) -> Factor:
 
 
 def less(alpha: Factor, top: Factor) -> Factor:
-    """A factor divided by another over fewer variables and the same plates."""
+    """A factor divided by another one over fewer variables and the same plates."""
     own = [p.root() for p in top.plates]
     shape = [v.num_values if v in top.variables else 1 for v in alpha.variables]
     order = [own.index(p.root()) for p in alpha.plates]
@@ -163,7 +163,7 @@ def less(alpha: Factor, top: Factor) -> Factor:
 
 
 def ones(variable: Variable, scale: Any) -> Factor:
-    """A factor that says nothing."""
+    """A factor that is one everywhere."""
     shape = (variable.num_values, *(p.size for p in variable.plates))
     return Factor(jnp.zeros(shape), (variable,), tuple(p.root() for p in variable.plates), scale)
 
@@ -174,7 +174,7 @@ def in_terms(factor: Factor, names: Mapping[Variable, Variable]) -> Factor:
 
 
 def ordered(factor: Factor, form: Factor) -> jax.Array:
-    """The table of a factor with its axes in the order of another's."""
+    """The table of a factor, with its axes in the order of another factor's."""
     own = [p.root() for p in factor.plates]
     order = [factor.variables.index(v) for v in form.variables]
     order += [len(order) + own.index(p.root()) for p in form.plates]

@@ -1,17 +1,18 @@
-r"""Exponential families: continuous choices that are integrated out in closed form, as a table of a few points.
+r"""Exponential families: continuous choices that are integrated out in closed form, as tables of a few points.
 
-The log density of a choice $x$ with a conjugate prior is, as a function of $x$, a combination of a few known functions,
+As a function of a choice $x$ with a conjugate prior, the log density is a combination of a few known functions,
 
-$$f(x) = c_0 + \sum_j c_j \varphi_j(x),$$
+$$f(x) = c_0 + \sum_j c_j \varphi_j(x).$$
 
-the sufficient statistics of an exponential family (Diaconis and Ylvisaker 1979, "Conjugate priors for exponential
-families"): $\log x, \log(1 - x)$ for a beta choice, $x, x^2$ (and products) for a normal one, and so on. So its values
-at as many points as there are functions determine it everywhere. A choice that is integrated out is kept as a table
-over these points, as a discrete one is over its values, and goes through the same elimination. The integral, a draw
-and the mode of $\exp f$ are known for each family, and $f$ at any other point is a weighted sum of the table.
+These are the sufficient statistics of an exponential family (Diaconis and Ylvisaker 1979, "Conjugate priors for
+exponential families"): $\log x, \log(1 - x)$ for a beta choice, $x, x^2$ (and products) for a normal one, and so on. So
+the values of $f$ at as many points as there are functions determine $f$ everywhere. A choice that is integrated out is
+kept as a table over these points, as a discrete choice is kept as a table over its values. Both go through the same
+elimination. For each family, the integral of $\exp f$, a draw from it and its mode are known, and $f$ at any other
+point is a weighted sum of the table.
 
-Here are the families of numbers and of probabilities. Normal choices are in ``gaussian``, positive definite matrices in
-``matrices``; ``conjugacy`` tells which density is of the form of which family.
+This file has the families of numbers and of probabilities. Normal choices are in ``gaussian``, positive definite
+matrices in ``matrices``. ``conjugacy`` tells which density has the form of which family.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jax.scipy.special import gammaln
 
 
 class Family:
-    """An exponential family: the points of its table, its functions, and what is known of it."""
+    """An exponential family: the points of its table, its functions, and its integral, draws and mode."""
 
     quadratic = False
     linear = False  # whether the statistic is the choice itself
@@ -45,37 +46,37 @@ class Family:
 
     @staticmethod
     def moments(d: Any) -> tuple[Any, Any]:
-        """A mean and a variance of the prior, to place the points by."""
+        """A mean and a variance of the prior, by which the points are placed."""
         return d.mean, d.variance
 
     @property
     def start(self) -> np.ndarray:
-        """A point in the middle."""
+        """A point in the middle of the support."""
         return np.asarray(self.grid[0])
 
     @property
     def num_points(self) -> int:
-        """Entries of the table."""
+        """The number of entries of the table."""
         return len(self.grid)
 
     def points(self) -> np.ndarray:
-        """Where the table has its entries, ``(num_points, *event)``, in units of the scale about the centre."""
+        """The points of the table, ``(num_points, *event)``, relative to the centre and in units of the scale."""
         raise NotImplementedError
 
     def basis(self, u: Any, xp: Any = jnp) -> Any:
-        """The functions at ``u``, a one first: ``(..., num_points)``."""
+        """The functions at ``u``, with the constant one first: ``(..., num_points)``."""
         raise NotImplementedError
 
     def log_integral(self, c: jax.Array) -> jax.Array:
-        """Log of the integral of the exponential of a combination of the functions."""
+        """The log of the integral of the exponential of a combination of the functions."""
         raise NotImplementedError
 
     def draw(self, key: jax.Array, c: jax.Array) -> jax.Array:
-        """A draw in proportion to it."""
+        """A draw with density proportional to that exponential."""
         raise NotImplementedError
 
     def mode(self, c: jax.Array) -> jax.Array:
-        """Where it is largest."""
+        """The point at which it is largest."""
         raise NotImplementedError
 
     def placement(self, mean: Any, variance: Any) -> tuple[Any, Any]:
@@ -83,7 +84,7 @@ class Family:
         return jnp.zeros_like(mean), jnp.ones_like(mean)
 
     def log_volume(self, scale: Any) -> Any:
-        """Log of the volume of a unit of the points."""
+        """The log of the volume of one unit of the points."""
         return jnp.sum(jnp.log(scale), -1) if self.event else jnp.log(scale)
 
     def statistic(self, x: Any) -> Any:
@@ -91,21 +92,21 @@ class Family:
         return x
 
     def from_statistic(self, s: Any) -> Any:
-        """Its inverse."""
+        """The inverse of ``statistic``."""
         return s
 
     def coefficients(self, table: jax.Array) -> jax.Array:
-        """From values at the points, on the last axis, to coefficients."""
+        """The coefficients of the functions, from values at the points (on the last axis)."""
         return table @ jnp.asarray(self.inverse.T, table.dtype)
 
     def weights(self, u: jax.Array) -> jax.Array:
-        """Weights of the points that give the value at ``u``."""
+        """The weights of the points whose weighted sum is the value at ``u``."""
         found = self.basis(u)
         return found @ jnp.asarray(self.inverse, found.dtype)
 
 
 class Placement(NamedTuple):
-    """Where the points of a continuous choice are, ``centre + scale * grid``; plates lead."""
+    """Where the points of a continuous choice are: ``centre + scale * grid``. Plates lead."""
 
     centre: jax.Array
     scale: jax.Array
@@ -121,7 +122,7 @@ class Placement(NamedTuple):
 
 
 def base_of(d: Any) -> Any:
-    """A distribution without what expands it or moves its axes."""
+    """A distribution without the wrappers that expand it or move its axes."""
     while isinstance(d, (dist.ExpandedDistribution, dist.Independent)):
         d = d.base_dist
     return d

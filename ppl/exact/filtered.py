@@ -1,7 +1,8 @@
-"""Filtering as a derivative: an identity behind every step of a chain.
+"""Filtering as a derivative: an identity function after every step of a chain.
 
-Its derivative is the posterior of the state given the steps so far, in place of what comes from later steps. So the
-gradient of the log evidence by the weights of a choice (``recovery``) is the filtered law of it, not the smoothed one.
+Its derivative is the posterior of the state given the steps so far, in place of the cotangent from later steps. So the
+gradient of the log evidence by the weights of a choice (``recovery``) is the filtered law of the choice, not the
+smoothed one.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from .tables import Variable
 
 
 def filtered(plan: Plan, alpha: Factor, born: Collection[Variable]) -> Factor:
-    """The factor of a chain, but that its derivative is the posterior given the steps so far.
+    """The factor of a chain, unchanged. Its derivative is the posterior given the steps so far.
 
     Args:
         plan: what is summed out.
         alpha: the factor.
-        born: the choices of the chain. Of others that the factor depends on its derivative is the posterior given
+        born: the choices of the chain. For other choices of the factor the derivative is the posterior given
             everything.
     """
     axes = tuple(i for i, v in enumerate(alpha.variables) if v in born)
     rest = [v for v in alpha.variables if v not in born]
-    # Of no matter to a derivative; the true ones would be tracers that the rule below must not hold.
+    # They do not matter to a derivative, and the true ones would be tracers that the rule below must not hold.
     scales = {v: np.zeros([p.size for p in v.plates]) for v in born if v.family is not None}
     seen: list[Factor] = []
 
@@ -48,7 +49,7 @@ def filtered(plan: Plan, alpha: Factor, born: Collection[Variable]) -> Factor:
 
     def backward(table: Any, cotangent: Any) -> Any:
         _, pull = jax.vjp(total, table)
-        # Along plates that were multiplied up, what others weigh is the same everywhere.
+        # Along plates that were multiplied up, the weight of other terms is the same everywhere.
         own = [p.root() for p in seen[-1].plates]
         labels = [*rest, *(p.root() for p in alpha.plates)]
         weight = jnp.sum(cotangent, axes)

@@ -1,4 +1,4 @@
-"""Normal choices, as tables over the points that determine a quadratic function."""
+"""Normal choices, as tables over points that determine a quadratic function."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Gaussian(Family):
         return xp.concatenate([xp.ones((*u.shape[:-1], 1), u.dtype), u, u[..., i] * u[..., j]], -1)
 
     def natural(self, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Constant, linear term (..., d) and precision (..., d, d)."""
+        """The constant, the linear term (..., d) and the precision (..., d, d)."""
         h, q = c[..., 1 : 1 + self.d], c[..., 1 + self.d :]
         i, j = self.pairs.T
         to_matrix = np.zeros((len(self.pairs), self.d, self.d))

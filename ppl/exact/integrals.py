@@ -15,15 +15,15 @@ from .semirings import best, drawn, log_sum
 def integrate(
     semiring: Any, family: Family, table: jax.Array, num_rest: int, log_scale: Any, key: Any
 ) -> jax.Array:
-    """Integrate over a choice whose points are the last axis of a table.
+    """Integrate over a choice. Its points are the last axis of a table.
 
     Args:
-        semiring: the sum that a discrete choice would have: logarithm of the sum, largest term, draw.
-        family: of the choice.
-        table: log density at the points; ``num_rest`` axes for other variables lead, then plates.
-        num_rest: how many.
-        log_scale: log of the volume of a unit of the points, with axes for the plates.
-        key: for draws.
+        semiring: the kind of sum that a discrete choice would have: logarithm of the sum, largest term, or draw.
+        family: the family of the choice.
+        table: the log density at the points. ``num_rest`` axes for other variables lead, then plates follow.
+        num_rest: the number of axes for other variables.
+        log_scale: the log of the volume of one unit of the points, with axes for the plates.
+        key: a key, for draws.
     """
     if semiring is log_sum:
         return family.log_integral(family.coefficients(table)) + log_scale
@@ -70,7 +70,7 @@ _at_draw.defvjp(_at_draw_forward, _at_draw_backward)
 
 
 def _at_choice(table: jax.Array, cotangent: jax.Array, num_rest: int) -> jax.Array:
-    """The table where all other variables have the values that the cotangent chooses."""
+    """The table at the values of all other variables that the cotangent chooses."""
     weight = cotangent[..., None]
     chosen = jnp.where(weight == 0, 0, weight * table)
     return jnp.sum(chosen, tuple(range(num_rest)))

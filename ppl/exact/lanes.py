@@ -1,7 +1,7 @@
-"""The rule of ``jax.vmap``: one lane is walked, with its own copy of what has one a lane.
+"""The rule of ``jax.vmap``: one lane is walked, with its own copies of everything that has one copy for each lane.
 
-A choice that is drawn in a lane has one plate more behind the vmap: it is one of many there. A choice from before the
-vmap of which every lane reads its own copy has one plate less inside.
+A choice that is drawn in a lane has one more plate outside the vmap, since there is one for each lane. A choice from
+before the vmap of which every lane reads its own copy has one plate less inside.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .tables import (
 
 @rule(lanes_p)
 def _lanes(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[list[Any], Records]:
-    """Outputs and records of equations under vmap, the outermost axis first."""
+    """The outputs and records of equations under vmap, the outermost axis first."""
     body, lanes = eqn.params["jaxpr"], eqn.params["lanes"]
     keys, given = context.only(context.names(body))
     inside = context.inside(None, None, context.anonymous, tuple(lane.name for lane in lanes))
@@ -53,7 +53,7 @@ def _over(
     context: Context,
     later: frozenset[Variable],
 ) -> tuple[list[Any], Records]:
-    """The same of the vmap that is last in ``lanes``; the others stand inside of it."""
+    """The same for the last vmap in ``lanes``. The others stand inside it."""
     if not lanes:
         return region.walk(body, ins, dataclasses.replace(context, keys=keys, given=given))
     lane = lanes[-1]
@@ -81,9 +81,9 @@ class _Begin:
     Attributes:
         slices: the way of variables into the lane.
         inputs: the operands.
-        factors: those of the region around that go into the lanes.
-        dying: variables of a lane that nothing reads behind the lanes.
-        later: those that are read there.
+        factors: the factors of the region around that go into the lanes.
+        dying: variables of a lane that nothing reads after the lanes.
+        later: variables that are read after the lanes.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class _Begin:
         self.later = frozenset(slices.inside.get(v, v) for v in later)
 
     def arrays(self) -> Any:
-        """All that differs between lanes."""
+        """Everything that differs between lanes."""
         placements = [self.region.placements[self.slices.whole[v][0]] for v in self.placed]
         return [x.array for x in self.inputs], [f.table for f in self.factors], placements
 
     def axes(self) -> Any:
-        """The axes of these arrays that run along the lanes."""
+        """The axes of these arrays along the lanes."""
         placements = [self.slices.whole[v][1] for v in self.placed]
         return [x.axis for x in self.inputs], [i for _, i in self.inner_factors], placements
 
@@ -131,7 +131,7 @@ class _Begin:
 
 
 class _End:
-    """How the walk of a lane ends: its region, its outputs, and the variables that it made and that are left."""
+    """How the walk of a lane ends: its region, its outputs, and the variables made in it that are still there."""
 
     def __init__(self, inner: Region, outs: list[Any]) -> None:
         self.inner, self.outs = inner, outs
@@ -141,7 +141,7 @@ class _End:
         self.keyed = [v for v in self.created if inner.keys.get(v) is not None]
 
     def arrays(self) -> Any:
-        """All that differs between lanes."""
+        """Everything that differs between lanes."""
         inner = self.inner
         outs = [None if isinstance(x, Lost) else x.array if is_table(x) else x for x in self.outs]
         keys = [inner.keys[v] for v in self.keyed]
@@ -149,7 +149,7 @@ class _End:
         return outs, [f.table for f in inner.factors], inner.constant, keys, placements
 
     def leave(self, region: Region, slices: _Slices, arrays: Any) -> list[Any]:
-        """The outputs of all lanes; what else they leave goes to the region around, from arrays that lead with them."""
+        """The outputs of all lanes, from arrays that lead with the lanes. The rest goes to the region around."""
         outs, tables, constant, keys, placements = arrays
         for v, place in zip(self.placed, placements, strict=True):
             one_copy = slices.plate.size == 1
@@ -172,14 +172,14 @@ class _End:
 
 @dataclasses.dataclass(frozen=True)
 class Entered:
-    """An input of a vmap: its array, the table that it is to one lane, and the axis that is mapped."""
+    """An input of a vmap: its array, the table that one lane sees, and the axis that is mapped."""
 
     array: Any
     form: Table | None
     axis: int | None
 
     def value(self, part: Any) -> Any:
-        """The input of one lane, by its slice of the array."""
+        """The input of one lane, from its slice of the array."""
         array = self.array if self.axis is None else part
         return array if self.form is None else self.form.like(array)
 
@@ -189,9 +189,9 @@ class _Slices:
 
     Attributes:
         plate: the lanes.
-        inside: variables with a copy a lane, and what each is to one lane.
-        whole: the way back, and which plate of theirs runs along the lanes.
-        promoted: variables of one lane, and what each is to all lanes.
+        inside: for each variable with one copy for each lane, the variable that one lane sees.
+        whole: the way back: the whole variable, and which of its plates runs along the lanes.
+        promoted: for each variable made in one lane, the variable of all lanes.
     """
 
     def __init__(self, plate: Plate) -> None:
@@ -201,7 +201,7 @@ class _Slices:
         self.promoted: dict[Variable, Variable] = {}
 
     def dying(self, ins: list[Any], body: Any, later: frozenset[Variable]) -> set[Variable]:
-        """Variables that lanes with a scan read, and nothing behind: they can be summed out in it."""
+        """Variables that lanes with a scan read, and that nothing reads later. They can be summed out in the scan."""
         if not any(map(is_loop, open_jaxpr(body)[0].eqns)):
             return set()
         return {v for x in ins for v in axes_of(x) if v in self.inside and v not in later}
@@ -221,7 +221,7 @@ class _Slices:
         return part
 
     def enter(self, x: Any, mapped: bool) -> Entered:
-        """An input, as one lane reads it."""
+        """An input, as one lane sees it."""
         if not is_table(x):
             return Entered(x, None, 0 if mapped else None)
         axes: PlateAxes = {}
@@ -238,7 +238,7 @@ class _Slices:
         return Entered(x.array, Table(x.array, axes, forms), len(x.axes) if mapped else None)
 
     def enter_factor(self, factor: Factor) -> tuple[Factor, int]:
-        """A factor over copies along the lane, and the axis of its table to map."""
+        """A factor over copies along the lanes, as one lane sees it, and the axis of its table to map."""
         root = self.plate.root()
         variables = []
         for v in factor.variables:
@@ -251,10 +251,10 @@ class _Slices:
         ) + at
 
     def leave(self, variable: Variable) -> Variable:
-        """What a variable of one lane is to the lanes together."""
+        """The variable of all lanes, from that of one lane."""
         if variable in self.whole:
             return self.whole[variable][0]
-        if self.plate.size == 1:  # one copy is no plate
+        if self.plate.size == 1:  # a single copy needs no plate
             return variable
         if variable not in self.promoted:
             plates = (self.plate, *variable.plates)

@@ -1,10 +1,10 @@
 r"""Exact marginalisation: a model without some of its discrete choices.
 
-``marginalize(model, "z")`` is a model of all other choices, with density $p(x) = \sum_z p(x, z)$. Drawing from it is
-drawing from the model. Scoring it walks the model once: $z$ is a table of its values (``tables``), density terms are
-factors over such tables (``factors``), and these are summed out (``elimination``). What depends on $z$ shows in the
-staged program, so nothing has to be declared. Copies along a ``vmap`` or a batch axis are summed one by one
-(``lanes``), a ``lax.scan`` is a Markov chain (``chains``), and branches are tables as well (``branches``).
+``marginalize(model, "z")`` is a model of all other choices, with density $p(x) = \sum_z p(x, z)$. Drawing from it means
+drawing from the model. Scoring it walks the model once. On that walk $z$ is a table of its values (``tables``), density
+terms are factors over such tables (``factors``), and the factors are summed out (``elimination``). The staged program
+shows what depends on $z$, so nothing has to be declared. Copies along a ``vmap`` or a batch axis are summed one by one
+(``lanes``). A ``lax.scan`` is a Markov chain (``chains``), and branches are tables as well (``branches``).
 
 This file is the transform. Its equation is scored in ``density``, by the handler in ``region``.
 """
@@ -51,7 +51,9 @@ def _chosen(
     chosen: list[Address] = []
     for address in addresses:
         found = [a for a in table if covers(address, a)]
-        if found != [address]:  # a wildcard or a scope: what can be summed out of it
+        if found != [
+            address
+        ]:  # a wildcard or a scope: take the choices in it that can be summed out
             found = [a for a in found if table[a].values is not None and not table[a].observed]
         if not found:
             raise unknown_choice(address, table, name)
@@ -83,22 +85,24 @@ def marginalize(
 ) -> F:
     r"""The model without some of its discrete choices: $p(x) = \sum_z p(x, z)$, exactly.
 
-    Choices may stand at the top, under ``vmap`` (each copy is summed by itself), in branches, in nested programs, and
-    in a ``lax.scan`` as a Markov chain of any order (the forward recursion, Rabiner 1989). Several at once are
-    eliminated in a greedy order (Obermeyer et al. 2019).
+    Choices may stand at the top level, under ``vmap`` (each copy is summed by itself), in branches, in nested programs,
+    and in a ``lax.scan``. In a scan they are a Markov chain of any order (the forward recursion, Rabiner 1989). Several
+    choices are eliminated in a greedy order (Obermeyer et al. 2019).
 
     Args:
         model: a model or a function with sites.
-        *addresses: the choices to sum out; wildcards as elsewhere.
-        joint: sum over all joint values of the copies of a choice, where copies meet; exponential in their number.
-        parallel: chains by an associative scan over time, $O(\log T)$ deep, in place of the sequential recursion.
+        *addresses: the choices to sum out. Wildcards work as elsewhere.
+        joint: sum over all joint values of the copies of a choice, where copies meet. That is exponential in their
+            number.
+        parallel: compose the steps of chains by an associative scan over time, of depth $O(\log T)$, in place of the
+            sequential recursion.
         max_terms: the largest table allowed, in joint values of the choices in it.
 
     Raises:
-        ModelError: where a choice cannot be summed out exactly, naming the equation that stands in the way; when the
-            model is scored, since only then values of the other choices are at hand.
+        ModelError: if a choice cannot be summed out exactly. The message names the equation that stands in the way. The
+            error comes when the model is scored, since only then the values of the other choices are known.
         DensityError: for a continuous choice.
-        AddressError: for an unknown one.
+        AddressError: for an unknown choice.
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist

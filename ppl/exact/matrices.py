@@ -14,7 +14,7 @@ from .families import Family, base_of
 
 
 class Wishart(Family):
-    r"""$c_1 \log |X| + \sum_{i \le j} c_{ij} X_{ij}$ for a positive definite matrix, a precision say."""
+    r"""$c_1 \log |X| + \sum_{i \le j} c_{ij} X_{ij}$ for a positive definite matrix, for instance a precision."""
 
     linear = True
     matrix = True
@@ -41,7 +41,7 @@ class Wishart(Family):
         return x
 
     def natural(self, c: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Degrees of freedom, and the rate matrix R of -tr(R X) / 2."""
+        """The degrees of freedom, and the rate matrix R of -tr(R X) / 2."""
         i, j = self.pairs.T
         rate = jnp.zeros((*c.shape[:-1], self.d, self.d), c.dtype)
         rate = rate.at[..., i, j].add(-c[..., 2:]).at[..., j, i].add(-c[..., 2:])
@@ -72,7 +72,7 @@ class Wishart(Family):
 
 
 class InverseWishart(Wishart):
-    r"""$c_1 \log |X| + \sum_{i \le j} c_{ij} (X^{-1})_{ij}$, a covariance."""
+    r"""$c_1 \log |X| + \sum_{i \le j} c_{ij} (X^{-1})_{ij}$ for a covariance."""
 
     linear = False
 

@@ -51,8 +51,8 @@ class Form:
     """The form of a message.
 
     Attributes:
-        leaves: shape and dtype of each leaf of the carry that it tells of.
-        num_values: number of joint values of finite choices; `None` of normal ones.
+        leaves: the shape and dtype of each leaf of the carry that the message describes.
+        num_values: the number of joint values of finite choices; `None` for normal choices.
     """
 
     leaves: tuple[tuple[tuple[int, ...], Any], ...]
@@ -60,7 +60,7 @@ class Form:
 
     @property
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """Of the arrays of a message."""
+        """The shapes and dtypes of the arrays of a message."""
         real = jnp.result_type(float)
         if self.num_values is None:
             n = sum(math.prod(s) for s, _ in self.leaves)
@@ -69,7 +69,7 @@ class Form:
         return [jax.ShapeDtypeStruct((self.num_values,), real), *tables]
 
     def certain(self, values: Sequence[Any]) -> list[jax.Array]:
-        """The message of a carry that is known."""
+        """The message of a carry whose value is known."""
         if self.num_values is None:
             mean = self._join(values)
             return [mean, jnp.zeros((mean.size, mean.size), mean.dtype)]
@@ -77,7 +77,7 @@ class Form:
         return [jnp.zeros(self.num_values), *tables]
 
     def draw(self, message: Sequence[jax.Array]) -> list[jax.Array]:
-        """The carry, as a function of a choice that is to be summed out."""
+        """The carry, as a function of a new choice that is to be summed out."""
         if self.num_values is None:
             mean, root = message
             noise = sample(HANDED, dist.Normal(0.0, 1.0).expand([mean.size]).to_event(1))
@@ -87,7 +87,7 @@ class Form:
         return [table[value] for table in tables]
 
     def laws(self, message: Sequence[jax.Array]) -> list[Any]:
-        """The law of each leaf of the carry; of finite choices, that of the number of their joint value."""
+        """The law of each leaf of the carry. For finite choices, the law of the index of their joint value."""
         if self.num_values is not None:
             return [dist.Categorical(logits=message[0])] * len(self.leaves)
         means, rows = self._apart(message[0]), self._apart(message[1])
@@ -101,7 +101,7 @@ class Form:
         ]
 
     def _join(self, leaves: Sequence[Any]) -> jax.Array:
-        """Leaves of a carry as one vector; more axes may follow their own."""
+        """The leaves of a carry as one vector. Further axes may follow their own."""
         parts = [
             jnp.reshape(x, (math.prod(s), *jnp.shape(x)[len(s) :]))
             for x, (s, _) in zip(leaves, self.leaves, strict=True)
@@ -122,20 +122,20 @@ def _covariance(rows: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Walked:
-    """Code with choices summed out, walked once with all others given."""
+    """Code with choices summed out, walked once with all other choices given."""
 
     region: Region
     outs: list[Any]
 
     def depends(self, i: int) -> bool:
-        """Whether an output depends on what is summed out."""
+        """Whether an output depends on choices that are summed out."""
         return is_table(self.outs[i]) or isinstance(self.outs[i], Lost)
 
     def hand_on(self, outs: Sequence[int]) -> tuple[Form, list[jax.Array]]:
         """The message of some outputs.
 
         Raises:
-            ModelError: if their law given the rest is neither normal nor finite.
+            ModelError: if the law of the outputs given the other choices is neither normal nor finite.
         """
         values = [self.outs[i] for i in outs]
         for x in values:
@@ -167,7 +167,7 @@ class Walked:
                     "choice, and compute what is wanted of it in the next step"
                 )
         form = Form(tuple((tuple(x.shape), np.dtype(x.dtype)) for x in values), None)
-        # The factor is quadratic in all of them together: so its values at all pairs of points say.
+        # The factor is quadratic in all of them jointly: its values at all pairs of points determine it.
         sizes = [v.family.d for v in chosen]
         grids = [v.family.grid.reshape(v.num_values, -1) for v in chosen]
         index = np.indices([len(g) for g in grids]).reshape(len(grids), -1)
@@ -183,7 +183,7 @@ class Walked:
         slopes = form._join([_slopes(x, chosen, sizes) for x in values])
         spread = jax.scipy.linalg.solve_triangular(factor, slopes.T, lower=True).T
         covariance = spread @ spread.T
-        # As much as it is rounded: also where leaves are copies of each other, or constant.
+        # The size of rounding errors: leaves may be copies of each other, or constant.
         ridge = 8 * jnp.finfo(covariance.dtype).eps * jnp.diagonal(covariance)
         ridge = ridge + jnp.finfo(covariance.dtype).tiny
         return form, [
@@ -220,12 +220,12 @@ def _finite(
 
 
 def _corner(x: Any) -> jax.Array:
-    """A table of normal choices where all are at the first point, zero."""
+    """A table of normal choices at the first point, zero, of all of them."""
     return x.array[(0,) * len(x.axes)] if is_table(x) else x
 
 
 def _slopes(x: Any, chosen: list[Variable], sizes: list[int]) -> jax.Array:
-    """The derivative of an affine function, by each number of each choice; the axis of these comes last."""
+    """The derivative of an affine function by each number of each choice. The axis of these comes last."""
     found = []
     for v, d in zip(chosen, sizes, strict=True):
         if not isinstance(x, Table) or v not in x.axes:
@@ -233,7 +233,7 @@ def _slopes(x: Any, chosen: list[Variable], sizes: list[int]) -> jax.Array:
             continue
         along = jnp.moveaxis(x.array, list(x.axes).index(v), -1)
         along = along[(0,) * (len(x.axes) - 1)]
-        found.append(along[..., 1 : 1 + d] - along[..., :1])  # after zero come the unit vectors
+        found.append(along[..., 1 : 1 + d] - along[..., :1])  # the unit vectors come after zero
     return jnp.concatenate(found, -1)
 
 
@@ -247,11 +247,11 @@ def walked(
     """Walk code with choices summed out.
 
     Args:
-        jaxpr: the code, in which they are choices as all others.
+        jaxpr: the code. In it these are choices like all others.
         args: its arguments.
-        given: nested dict of `Given`, every other choice.
-        addresses: paths of the choices that are summed out, besides what is handed on.
-        options: how.
+        given: a nested dict with a `Given` for every other choice.
+        addresses: the addresses of the choices that are summed out, besides those handed on.
+        options: how they are summed out.
     """
     targets = frozenset((*addresses, (HANDED,)))
 
@@ -272,7 +272,7 @@ def walked(
 
 
 def blank(jaxpr: Any, addresses: tuple[tuple[str, ...], ...]) -> dict[str, Any]:
-    """Something given at every choice of code that is not summed out, for shapes."""
+    """Placeholders at every choice of code that is not summed out, for shapes."""
     gone = {HANDED, *(".".join(a) for a in addresses)}
     return unflatten(
         {

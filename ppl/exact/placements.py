@@ -1,7 +1,7 @@
-"""Where the points of a continuous choice are put: about its prior's mean, where the choices before it are likely.
+"""Where the points of a continuous choice are placed: around its prior mean, at likely values of the choices before it.
 
-The density is known from its values at the points wherever they are. But in single precision it is known well only near
-them.
+The values at the points determine the density wherever the points are. But in single precision the density is accurate
+only near them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tables import apply, axes_of, is_table
 
 
 def placed(region: Region, site: Site, family: Family) -> Placement:
-    """The points of a choice by the moments of its prior."""
+    """The points of a choice, placed by the moments of its prior."""
 
     def moments(operands: Any) -> Any:
         return site.at(operands).over_lanes(lambda payload: family.moments(payload["d"]))

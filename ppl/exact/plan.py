@@ -19,8 +19,8 @@ class Options:
     """How choices are summed out.
 
     Attributes:
-        joint: sum over all joint values of the copies of a choice, whatever they read.
-        parallel: chains by an associative scan.
+        joint: whether to sum over all joint values of the copies of a choice, whatever they read.
+        parallel: whether to compose the steps of chains by an associative scan.
         max_terms: the largest table allowed.
     """
 
@@ -34,12 +34,12 @@ class Elimination:
     """How one choice is summed out.
 
     Attributes:
-        distribution: its law.
-        num_values: how many values, or points, its table has.
-        copies: sizes of the axes along which copies are summed one by one.
-        family: of a continuous choice.
-        joint: copies that are summed over all their joint values, or integrated jointly.
-        chain: of a choice that a scan hands on: the order, the number of steps, and whether they are composed in a
+        distribution: the name of its law.
+        num_values: the number of values, or points, of its table.
+        copies: the sizes of the axes along which copies are summed one by one.
+        family: the family of a continuous choice.
+        joint: the number of copies that are summed over all their joint values, or integrated jointly.
+        chain: for a choice that a scan hands on: the order, the number of steps, and whether they are composed in a
             tree. The order is zero if no step hands it on.
     """
 
@@ -56,13 +56,13 @@ class Plan:
     """What one marginalisation sums out, and how.
 
     Attributes:
-        targets: addresses of the choices.
-        options: as asked for.
-        limit: of tables, and an account of them.
-        semiring: what a sum is.
+        targets: the addresses of the choices.
+        options: the options that were asked for.
+        limit: the limit on tables, and an account of them.
+        semiring: the kind of sum.
         filtering: whether derivatives are those of filtering (``chains``).
-        together: normal choices of which the copies are integrated jointly.
-        rules: what was found, by dotted address.
+        together: the normal choices whose copies are integrated jointly.
+        rules: the rules found, by dotted address.
     """
 
     targets: frozenset[Address]

@@ -1,10 +1,15 @@
-r"""The choices that were summed out, back: their posterior given all others.
+r"""Recovery of the choices that were summed out: their posterior given all others.
 
-The log density of a marginalised program, $\log Z(w) = \log \sum_z \exp(\log p(x, z) + w_z)$, is differentiated by
-numbers $w$ added to the log density of each value of each choice. With logarithms of sums the gradient is the
-posterior probability of each value; with maxima it is the indicator of the most probable configuration (for a chain:
-Viterbi 1967); and with a sum whose derivative is defined as one random term it is the indicator of an exact joint
-draw (for a chain: forward filtering, backward sampling). One recursion serves all three; see ``elimination``.
+Add numbers $w$ to the log density of each value of each choice. The log density of the marginalised program is then
+$\log Z(w) = \log \sum_z \exp(\log p(x, z) + w_z)$. Its gradient by $w$ recovers the choices. What the gradient is
+depends on the kind of sum:
+
+- With logarithms of sums, it is the posterior probability of each value.
+- With maxima, it is the indicator of the most probable configuration (for a chain: Viterbi 1967).
+- With a sum whose derivative is defined as one random term, it is the indicator of an exact joint draw (for a chain:
+forward filtering, backward sampling).
+
+One recursion serves all three; see ``elimination``.
 """
 
 from __future__ import annotations
@@ -36,15 +41,15 @@ MOMENTS = ("marginals", "filtered")
 def posterior(
     program: Program, key: jax.Array, given: Mapping[str, Given], sites: str
 ) -> dict[str, Any]:
-    """What was summed out of a staged program, given all its other choices, by dotted address.
+    """The choices that were summed out of a staged program, given all its other choices, by dotted address.
 
     Args:
         program: a program with choices summed out.
-        key: random key, for draws.
+        key: a random key, for draws.
         given: every other choice, by dotted address.
-        sites: ``"sample"`` (one joint draw), ``"viterbi"`` (the most probable values), ``"marginals"``
-            (probabilities, an axis of values last; of continuous choices the mean) or ``"filtered"`` (the same of
-            the choices in a scan, given the steps up to their own).
+        sites: ``"sample"`` for one joint draw, ``"viterbi"`` for the most probable values, ``"marginals"`` for
+            probabilities, with the axis of values last (for continuous choices the mean), or ``"filtered"`` for the
+            same of the choices in a scan, given the steps up to their own.
     """
     code, args = program.code()
     table = summed_out(code.jaxpr)
@@ -61,7 +66,7 @@ def posterior(
 
 
 def _form(info: SiteInfo) -> tuple[int, ...]:
-    """Shape of the numbers that are added: one a value of a discrete choice, one a number of a continuous one."""
+    """The shape of the numbers that are added: one a value of a discrete choice, one a number of a continuous one."""
     return (*info.shape, len(info.values)) if info.values is not None else info.shape
 
 
@@ -83,7 +88,7 @@ def _value(info: SiteInfo, found: jax.Array, family: Family | None, sites: str) 
 def restored(
     program: Program, given: Mapping[str, Given], found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the program records when the choices that were summed out are known: its derived values."""
+    """The derived values that the program records, once the choices that were summed out are known."""
     code, args = program.code()
     entries = {**given, **{a: Given(v, checked=True) for a, v in found.items()}}
     _, records, _ = interpret(code.jaxpr, args, Whole("value"), None, unflatten(entries))

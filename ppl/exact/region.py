@@ -1,9 +1,9 @@
 """The handler of exact sums: a program is walked with tables in place of the choices that are summed out.
 
-A value that depends on such a choice is a table of its values (``tables``). A density term that does is a factor; all
-others add up to a constant. The interpreter asks this handler at every equation: an equation on tables is applied to
-each of their entries, a part of the program without tables and without choices to be summed out is left to the
-handler of the other choices, and control flow around the rest has rules of its own, ``RULES``.
+A value that depends on such a choice is a table of its values (``tables``). A density term that depends on one is a
+factor. All other terms add up to a constant. The interpreter asks this handler at every equation. An equation on tables
+is applied to each of their entries. A part of the program without tables, and without choices to be summed out, is left
+to the handler of the other choices. Control flow around the rest has rules of its own, ``RULES``.
 
 The rules stand in files of their own: sites in ``choices``, ``jax.vmap`` in ``lanes``, ``cond`` in ``branches``,
 ``scan`` in ``chains``.
@@ -33,27 +33,27 @@ from .tables import Plate, Variable, equation, is_table, variables_of
 
 
 class Lost:
-    """A value that depends on a choice which is gone; an error if anything reads it."""
+    """A value that depends on a choice which has been summed out. It is an error if anything reads it."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
 
 class Region(Handler):
-    """The walk through one region of a program: its factors, and what it knows without them.
+    """The walk through one region of a program: its factors, and the rest of its density.
 
-    A region is where equations share their axes: the program, one lane, one step of a scan, a branch.
+    A region is a part in which equations share their axes: the program, one lane, one step of a scan, or a branch.
 
     Attributes:
         plan: what is summed out.
         kept: the handler of the choices that are kept.
-        outside: variables that are read after the region.
-        known: variables by address; branches share them.
-        factors: density terms that are tables.
+        outside: the variables that are read after the region.
+        known: the variables by address. Branches share them.
+        factors: the density terms that are tables.
         constant: the sum of all other density terms.
-        keys: of the variables, for draws.
-        placements: of the continuous variables.
-        created: variables that the region made.
+        keys: the keys of the variables, for draws.
+        placements: the placements of the continuous variables.
+        created: the variables made in the region.
         shared: for each site whose density is known only together with that of others, the plates of its axes.
     """
 
@@ -78,14 +78,14 @@ class Region(Handler):
     # --- the walk ---
 
     def walk(self, jaxpr: Any, args: Any, context: Context) -> tuple[list[Any], Records]:
-        """Outputs and records of a jaxpr on tables; its density goes into the factors and the constant."""
+        """The outputs and records of a jaxpr on tables. Its density goes into the factors and the constant."""
         inside = dataclasses.replace(context, handler=self, frame=None)
         return walk(jaxpr, args, inside)[:2]
 
     def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
         sited = eqn_holds_sites(eqn)
         lost = next((x for x in ins if isinstance(x, Lost)), None)
-        if lost is not None:  # what follows from it is lost, too; only a record may be
+        if lost is not None:  # what depends on it is lost, too; only records may be lost
             if sited and not is_record(eqn):
                 raise ModelError(lost.why)
             return [lost] * len(eqn.outvars), {}, {}
@@ -101,7 +101,7 @@ class Region(Handler):
         return [_cast(o, v.aval) for o, v in zip(outs, eqn.outvars, strict=True)], records, {}
 
     def read_later(self, context: Context) -> frozenset[Variable]:
-        """The variables that are read after the equation that the walk is at."""
+        """The variables that are read after the current equation."""
         assert context.frame is not None
         return self.outside | frozenset(variables_of(context.frame.later()))
 
@@ -124,7 +124,10 @@ class Region(Handler):
         variables: Iterable[Variable] | None = None,
         may_stay: frozenset[Variable] = frozenset(),
     ) -> None:
-        """Sum out variables (all, if None); of those that ``may_stay``, what others have to go before does."""
+        """Sum out variables; all of them if None.
+
+        Variables that ``may_stay`` stay if others have to be summed out before them.
+        """
         if variables is None:
             variables = {v for f in self.factors for v in f.variables}
         scales = {v: place.log_scale(v.family) for v, place in self.placements.items()}
@@ -134,12 +137,12 @@ class Region(Handler):
         )
 
     def log_density(self) -> jax.Array:
-        """The log density, when everything is summed out."""
+        """The log density, after everything is summed out."""
         self.finish()
         return self.constant + sum((f.total() for f in self.factors), 0.0)
 
     def distribute(self, records: Records, prefix: int) -> Records:
-        """The records with the densities of sites that share a choice, each at the last of them.
+        """The records with the densities of sites that share a choice, each at the last of these sites.
 
         All choices are summed out. The records begin at an address of length ``prefix``.
         """
@@ -157,7 +160,7 @@ class Region(Handler):
         return records
 
     def refuse_shared(self, where: str) -> None:
-        """Refuse densities by site where they are not known by themselves."""
+        """Refuse densities by site if they are not known site by site."""
         if self.shared:
             names = ", ".join(repr(".".join(a)) for a in self.shared)
             raise DensityError(
@@ -216,7 +219,7 @@ def _scope(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[
 def _marginal(
     region: Region, eqn: Any, ins: list[Any], context: Context
 ) -> tuple[list[Any], Records]:
-    """What is summed out further inside is summed out together: sums commute."""
+    """Choices that are summed out further inside are summed out together with these: sums commute."""
     more = {(*context.prefix, *a) for a in eqn.params["addresses"]}
     region.plan = dataclasses.replace(region.plan, targets=region.plan.targets | more)
     return walk(eqn.params["jaxpr"], ins, context)[:2]

@@ -15,7 +15,7 @@ from weft.ppl.stage.sites import Site
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """A choice of which the value is known, and what of it was given."""
+    """A choice with a known value, and the part of it that was given."""
 
     value: Any
     given: Any
@@ -25,7 +25,7 @@ jax.tree_util.register_dataclass(Filled, ["value", "given"], [])
 
 
 def filled(records: Records, given: dict[str, Any]) -> dict[str, Any]:
-    """The entries of choices that were recorded, with what was given of them."""
+    """Entries of choices from their records, each with the part that was given."""
     return {
         name: Filled(node["value"], given.get(name))
         if is_site_record(node)
@@ -36,7 +36,7 @@ def filled(records: Records, given: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Score(Handler):
-    """The density of choices that are all known; with ``drawn``, of what was not given of them."""
+    """The density of choices that are all known. With ``drawn``, the density of the parts that were not given."""
 
     drawn: bool = False
     records = False

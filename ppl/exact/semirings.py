@@ -1,4 +1,4 @@
-"""Three sums over a table of logarithms: the logarithm of the sum, the largest term, one drawn in proportion."""
+"""Three semirings over tables of logarithms: the log of the sum, the largest term, and one term drawn in proportion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Semiring = Callable[[jax.Array, int, Any], jax.Array]
 
 
 def log_sum(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
-    r"""$\log \sum \exp$ along an axis; its derivatives are finite where all terms are zero, too."""
+    r"""$\log \sum \exp$ along an axis. Its derivatives are finite even if all terms are zero."""
     top = jax.lax.stop_gradient(jnp.max(table, axis, keepdims=True))
     top = jnp.where(jnp.isfinite(top), top, 0)
     return _log(jnp.sum(jnp.exp(table - top), axis)) + jnp.squeeze(top, axis)
@@ -34,7 +34,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def best(table: jax.Array, axis: int, key: Any = None) -> jax.Array:
-    """The largest term; the derivative is one at the first that is largest."""
+    """The largest term. The derivative is one at the first of the largest terms."""
     return jnp.max(table, axis)
 
 
@@ -53,7 +53,7 @@ best.defvjp(_best_forward, _chosen)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def drawn(table: jax.Array, axis: int, key: Any) -> jax.Array:
-    """The log of the sum; the derivative is one at one term, drawn in proportion to the terms."""
+    """The log of the sum. The derivative is one at a single term, drawn in proportion to the terms."""
     return log_sum(table, axis)
 
 
@@ -63,7 +63,7 @@ def _drawn_forward(table: jax.Array, axis: int, key: Any) -> Any:
     up_to = jnp.cumsum(weights, axis)
     total = jnp.take(up_to, jnp.array([-1]), axis)
     u = jax.random.uniform(key, total.shape, table.dtype)
-    # Rounding must not lead past the last value that is possible.
+    # Rounding must not lead past the last possible value.
     index = jnp.sum((up_to <= u * total) & (up_to < total), axis)
     return log_sum(table, axis), (index, table.shape[axis])
 

@@ -1,12 +1,12 @@
-r"""Values as tables over choices: the arithmetic below exact marginalisation.
+r"""Values as tables over choices: the arithmetic beneath exact marginalisation.
 
 A choice $z$ that is summed out has no value while a program is scored. What is computed from it is a function of it.
-Such a function is kept as a ``Table``: an array with one leading axis for every choice it depends on, then its own
-axes. Any JAX equation is applied to tables by ``jax.vmap`` over the leading axes, so nothing has to be known of it.
+Such a function is kept as a ``Table``: an array with one leading axis for every choice it depends on, followed by its
+own axes. Any JAX equation is applied to tables by ``jax.vmap`` over the leading axes, so nothing has to be known of it.
 
-A choice of shape $(N,)$ is $N$ choices $z_1 \ldots z_N$. A table over all of them would have $V^N$ entries. But where
-every element of a value reads at most the copy with its own index (the value is *diagonal*), $V$ evaluations with all
-copies set to the same value say everything. That an equation keeps values diagonal is proved from what is known of it
+A choice of shape $(N,)$ is $N$ choices $z_1 \ldots z_N$. A table over all of them would have $V^N$ entries. But a value
+may be *diagonal*: every element reads at most the copy with its own index. Then $V$ evaluations, with all copies set to
+the same value, determine it. Batch-axis propagation proves that an equation keeps values diagonal
 (``analysis.independence``). For every other equation the copies are *entangled*, which is an error.
 """
 
@@ -56,14 +56,14 @@ class Plate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variable:
-    """A choice that is summed out, one for every index of its plates.
+    """A choice that is summed out, once for every index of its plates.
 
     Attributes:
-        address: dotted address of its site.
-        num_values: how many values it may take.
+        address: the dotted address of its site.
+        num_values: the number of values it may take.
         plates: the axes of its copies.
-        family: of a continuous choice, which is integrated out; its table is over points (``families``).
-        number: variables are ordered by it.
+        family: the family of a continuous choice, which is integrated out. Its table is over points (``families``).
+        number: variables are ordered by this number.
     """
 
     address: str
@@ -91,9 +91,9 @@ class Table:
     """A value that depends on choices which are summed out, at each of their values.
 
     Attributes:
-        array: leads with one axis for each variable, in the order of their numbers; then come the value's own axes.
-        axes: the variables, and which of the value's own axes are their plates.
-        forms: what kind of function the value is of continuous variables.
+        array: has one leading axis for each variable, in the order of their numbers, then the value's own axes.
+        axes: the variables, each with the positions of its plates among the value's own axes.
+        forms: which function of the continuous variables the value is.
     """
 
     __slots__ = ("array", "axes", "forms")
@@ -109,7 +109,7 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the value, without the axes of the table."""
+        """The shape of the value, without the axes of the table."""
         return tuple(jnp.shape(self.array))[len(self.axes) :]
 
     @property
@@ -141,20 +141,20 @@ def num_terms(variables: Iterable[Variable]) -> int:
 class Entangled(ModelError):
     """Copies of a choice meet in one equation, or a table would be too large.
 
-    ``addresses`` are those of normal choices, of which the copies could be integrated jointly.
+    ``addresses`` are those of normal choices whose copies could be integrated jointly.
     """
 
     addresses: frozenset[str] = frozenset()
 
 
 class Limit:
-    """How large a table may become, and an account of those that were summed.
+    """How large a table may become, and an account of the tables that were summed.
 
     Attributes:
         max_terms: the limit.
-        terms: for every choice the entries of all tables that were summed over it.
-        largest: entries of the largest of them, copies counted once.
-        lanes: sizes of the vmaps that the walk is in.
+        terms: for every choice, the number of entries of all tables that were summed over it.
+        largest: the number of entries of the largest of them, with copies counted once.
+        lanes: the sizes of the vmaps around the walk.
     """
 
     def __init__(self, max_terms: int) -> None:
@@ -166,7 +166,7 @@ class Limit:
 
     @contextlib.contextmanager
     def repeated(self, times: int, lanes: tuple[int, ...] = ()) -> Iterator[None]:
-        """What is counted inside happens so many times; zero, if it is done only to see what would happen."""
+        """Count everything inside this many times; zero times if it is only a trial."""
         before = self._times, self.lanes
         self._times, self.lanes = self._times * times, (*self.lanes, *lanes)
         try:
@@ -195,7 +195,7 @@ class Limit:
 
 
 def apply(f: Callable[..., Any], limit: Limit, *args: Any) -> Any:
-    """``f(*args)`` where leaves of ``args`` may be tables; leaves of what it returns then are, too."""
+    """``f(*args)``, where leaves of ``args`` may be tables. Leaves of the result then are tables, too."""
     leaves, treedef = jax.tree.flatten(args, is_leaf=is_table)
     if not any(map(is_table, leaves)):
         return f(*args)
@@ -214,7 +214,7 @@ def apply(f: Callable[..., Any], limit: Limit, *args: Any) -> Any:
 
 
 def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
-    """One equation without sites."""
+    """Apply one equation without sites to operands that may be tables."""
     variables = variables_of(ins)
     if not variables:
         return bind(eqn, ins)
@@ -231,7 +231,7 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
 
 
 def _plate_axes(eqn: Any, ins: list[Any], variables: list[Variable]) -> list[PlateAxes]:
-    """For each result of an equation the variables it depends on, and where their plates are."""
+    """For each result of an equation, the variables it depends on, and the positions of their plates."""
     out_axes: list[PlateAxes] = [{} for _ in eqn.outvars]
     for variable in variables:
         aligned: list[list[int | None]] = [[] for _ in eqn.outvars]
@@ -255,7 +255,7 @@ def _bind(eqn: Any, *args: Any) -> list[Any]:
 
 
 def _trim(array: Any, variables: list[Variable], axes: PlateAxes, forms: Forms) -> Any:
-    """A result that leads with all ``variables``; those that it does not depend on are dropped."""
+    """A result that leads with all ``variables``, without those that it does not depend on."""
     for i in reversed(range(len(variables))):
         if variables[i] not in axes:
             array = jax.lax.index_in_dim(array, 0, i, keepdims=False)
@@ -278,7 +278,7 @@ def _entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> Entangle
 
 
 def forms_of(eqn: Any, ins: list[Any], variables: list[Variable]) -> Forms:
-    """What kind of function of continuous choices the results are; what is not known is left out."""
+    """Which functions of continuous choices the results are. Unknown ones are left out."""
     forms: Forms = {}
     normal = {v for v in variables if v.family is not None and v.family.quadratic}
     if normal:
@@ -295,5 +295,5 @@ def forms_of(eqn: Any, ins: list[Any], variables: list[Variable]) -> Forms:
 
 
 def is_affine(x: Any) -> bool:
-    """Whether a value is an affine function of the normal choices it depends on."""
+    """Whether a value is an affine function of the normal choices that it depends on."""
     return all(v in x.forms for v in axes_of(x) if v.family is not None and v.family.quadratic)
