@@ -100,7 +100,7 @@ ALIGNED = {  # function of a (3, 4) array, the axis of the copies, where its res
     "sum": (lambda x: x.sum(0), COLUMNS, [0]),
     "sum along": (lambda x: x.sum(0), ROWS, None),
     "argmax": (lambda x: jnp.argmax(x, 1), ROWS, [0]),
-    "generic reduce": (lambda x: lax.reduce(x, 0.0, jnp.logaddexp, (0,)), COLUMNS, None),
+    "generic reduce": (lambda x: lax.reduce(x, 0.0, jnp.logaddexp, (0,)), COLUMNS, [0]),
     "generic reduce along": (lambda x: lax.reduce(x, 0.0, jnp.logaddexp, (0,)), ROWS, None),
     "custom derivative": (with_derivative(lambda x: 2.0 * x, lambda x: 2.0), ROWS, [0]),
     "scan along": (lambda x: lax.scan(lambda c, r: (c, r + 1.0), 0.0, x)[1], ROWS, None),

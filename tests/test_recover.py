@@ -123,6 +123,33 @@ def test_against_the_exact_posterior(name: str, options: dict[str, Any]) -> None
     same(log_terms[at], [log_terms.max()])
 
 
+@gen
+def read_by_every_step():
+    """A choice from before a scan of which no step makes a choice."""
+    level = sample("level", Normal(0.0, 1.0))
+    z = sample("z", dist.Categorical(probs=jnp.array([0.2, 0.3, 0.5])))
+
+    def step(x, _):
+        sample("y", Normal(x + level, 2.0))
+        return 0.5 * x, None
+
+    lax.scan(step, 1.0 * z, length=3)
+
+
+def test_a_choice_that_a_scan_reads_and_does_not_make() -> None:
+    """Draws have the exact law: chi-square of three values."""
+    y, prior = np.array([0.4, -1.0, 2.0]), np.array([0.2, 0.3, 0.5])
+    terms = np.log(prior)
+    for z in range(3):
+        terms[z] += stats.norm.logpdf(y, z * 0.5 ** np.arange(3), 2.0).sum()
+    p = np.exp(terms - np.logaddexp.reduce(terms))
+    marginal = marginalize(read_by_every_step, "z")
+    target = marginal().given({"y": jnp.array(y)})
+    same(target.log_density({"level": 0.0}), np.logaddexp.reduce(terms) + stats.norm.logpdf(0.0))
+    found = recover(KEY, marginal, copies(target, {"level": jnp.zeros(())}, 2, 2000)).derived["z"]
+    assert chi_square(np.asarray(found).ravel(), np.arange(3), p) > 1e-7
+
+
 def test_hidden_markov_model_of_reference() -> None:
     """Filtering and smoothing, expected transition counts, best path and its score of `ssm/hmm5.json` to 1e-8.
 

@@ -116,6 +116,15 @@ def _reduce(eqn: Any, places: Places) -> Places:
     return [place - sum(a < place for a in axes)] * len(eqn.outvars)
 
 
+@_rule("reduce")
+def _generic_reduce(eqn: Any, places: Places) -> Places:
+    """By any function of two numbers. Operands come first, then as many initial values without axes."""
+    place, axes = _one(places), eqn.params["dimensions"]
+    if place in axes:
+        raise Unaligned(f"reduces over their axis {place}")
+    return [place - sum(a < place for a in axes)] * len(eqn.outvars)
+
+
 def _along(eqn: Any, places: Places, axis: int) -> Places:
     place = _one(places)
     if place == axis:

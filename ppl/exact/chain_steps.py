@@ -74,7 +74,8 @@ class Steps:
         born = {**state.born, **dict.fromkeys(inner.created, step)}
         key = next((k for v in inner.created if (k := inner.keys.get(v)) is not None), None)
         for i, v in enumerate(state.born):
-            inner.keys[v] = None if key is None else jax.random.fold_in(key, i + 1)
+            if key is not None:  # else the step makes no choice, and these are from before the scan
+                inner.keys[v] = jax.random.fold_in(key, i + 1)
         kept = set(variables_of(slots)) | (set(state.born) if link else set())
         entered = frozenset(v for v, t in state.born.items() if t < 0)
         inner.finish(set(born) - kept, entered)
@@ -131,7 +132,8 @@ class Steps:
             region.factors.append(state.alpha)
         key = next((f.key for f in (*rest, *reversed(first)) if f.key is not None), None)
         for i, v in enumerate(state.born):
-            region.keys[v] = None if key is None else jax.random.fold_in(key, 2**31 + i)
+            if key is not None:
+                region.keys[v] = jax.random.fold_in(key, 2**31 + i)
             if v in state.placements:
                 region.placements[v] = state.placements[v]
             if v not in region.created:
