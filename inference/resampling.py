@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 Draw = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " m"]]
-"""The function of a scheme: from a key, log weights that need not be normalised, and a number to so many ancestors."""
+"""The function of a scheme: from a key, log weights (normalised or not), and a number to that many ancestors."""
 
 
 class Resampling(eqx.Module):

@@ -26,7 +26,7 @@ from weft.ppl.stage.errors import AddressError, WeftError
 
 Stats = dict[str, Array]
 Record = dict[str, dict[str, Any]]
-"""Of "choices", "derived" and "active": values by address."""
+"""For each of "choices", "derived" and "active", the values by address."""
 
 
 class ChainsState(State):

@@ -5,7 +5,7 @@ next. This leaves the law of paths given the observations invariant, for every `
 Holenstein 2010). But all paths soon share one ancestor. Two ways make early steps move all the same:
 
 - ancestor sampling (Lindsten, Jordan and Schon 2014) draws anew, at each step, from which particle the given path
-descends: `A_t ~ W_{t-1}^i m_t(x_t* | x_{t-1}^i) G_t(x_{t-1}^i, x_t*)`;
+  descends: `A_t ~ W_{t-1}^i m_t(x_t* | x_{t-1}^i) G_t(x_{t-1}^i, x_t*)`;
 - backward sampling (Whiteley 2010) draws the next path from its end, by the same weights.
 
 Both need a carry in which nothing random outlives a step except the step's own choices.

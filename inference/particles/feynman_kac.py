@@ -32,7 +32,7 @@ ATTRIBUTES: dict[str, type] = {
     "keeps_lineage": bool,
     "panel_shape": tuple,
 }
-"""What the optional attributes of a model, and the number of its steps, hold."""
+"""The types of the optional attributes of a model, and of its number of steps."""
 
 
 class FeynmanKac(Noun):

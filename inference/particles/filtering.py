@@ -34,7 +34,7 @@ from .filter import Filter
 from .panels import Panel
 
 Proposal = Callable[[Any, Int[Array, ""], dict[str, Any]], Program]
-"""A proposal: from the carry, the step and what is observed there to a program over latent choices of the step."""
+"""A proposal: a function from the carry, the step and its observations to a program over latent choices of the step."""
 
 
 class filtering(Module):

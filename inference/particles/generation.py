@@ -44,7 +44,7 @@ class Generation(eqx.Module):
 
 
 Choose = Callable[[PRNGKeyArray | None, Int[Array, ""], Generation, Any], Int[Array, " particle"]]
-"""How ancestors are chosen: from a key, the step to come, the generation before, and where a given path goes."""
+"""Chooses ancestors: a function of a key, the coming step, the last generation, and the next point of a given path."""
 
 
 def first_generation(

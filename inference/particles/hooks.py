@@ -20,10 +20,10 @@ import numpy as np
 from weft.ppl.stage.errors import ModelError
 
 NEAR = 0.8
-"""From this similarity of names on, a method that takes the arguments of a hook is taken for that hook, misspelt."""
+"""A method whose name is this similar to a hook's, and that takes its arguments, counts as that hook misspelt."""
 
 VERY_NEAR = 0.9
-"""From this one on, whatever its arguments are."""
+"""A method whose name is this similar counts as misspelt, whatever its arguments are."""
 
 
 def check_hooks(model: eqx.Module, base: type[eqx.Module], attributes: Mapping[str, type]) -> None:

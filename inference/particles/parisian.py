@@ -36,7 +36,7 @@ from .smc import smc
 from .smoothing import drawn_back, genealogy
 
 Functional = Callable[[dict[str, Any] | None, dict[str, Any], Int[Array, ""]], Any]
-"""One term of a sum: of the choices of the step before (None at the first), those of the step, and its number."""
+"""One term of a sum: a function of the last step's choices (None at first), this step's choices, and its number."""
 
 
 def paris(

@@ -17,7 +17,7 @@ from .ancestral_tree import AncestralTree
 from .history import History, along_lineages
 
 FEW_ANCESTORS = 10
-"""So many are too few to tell a variance from."""
+"""With fewer ancestors than this, there are too few to estimate a variance."""
 
 
 @storage.result_type("sequential particles")

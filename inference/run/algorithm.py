@@ -5,11 +5,11 @@ An algorithm is an Equinox module of settings. `init` makes its state, `step` ad
 for one data set, in plain JAX. The rest is written once, here:
 
 - **Compilation.** `run` stages the target anew at every call, outside compiled code. It passes it to two functions of
-this module that `eqx.filter_jit` compiles. Arrays that the model captured travel as operands, and the rest compares by
-structure. So new data of the same shape compile nothing, and a global that was bound again is never outdated.
+  this module that `eqx.filter_jit` compiles. Arrays that the model captured travel as operands, and the rest compares
+  by structure. So new data of the same shape compile nothing, and a global that was bound again is never outdated.
 - **Chunks.** Iterations run in compiled chunks, which the host starts one after another. Progress, interruption and
-checkpoints happen between chunks. The key of an iteration is `fold_in(key, iteration)`, so the division into chunks
-changes no result.
+  checkpoints happen between chunks. The key of an iteration is `fold_in(key, iteration)`, so the division into chunks
+  changes no result.
 - **Tracing.** Called under `jit` or `vmap` (over data sets, say), `run` is one scan and shows no progress.
 """
 

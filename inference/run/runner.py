@@ -23,7 +23,7 @@ from weft.ppl.stage.compat import Tracer
 State = TypeVar("State")
 
 FIRST_CHUNK = 8
-"""Iterations of the first chunk, before anything is known of their cost."""
+"""The number of iterations of the first chunk, when their cost is still unknown."""
 
 CHUNK_SECONDS = 0.2
 """How long a chunk should take: the bar moves five times a second, and the host costs nothing."""

@@ -17,7 +17,7 @@ from weft.ppl.stage.jaxprs import Place, flow, states_derivative, wiring
 # --- powers of one choice ---------------------------------------------------------------------------------------------
 
 UNKNOWN: Any = object()
-"""Of an operand that is some other function of the choice."""
+"""The power of an operand that is another function of the choice."""
 _KEEPS = frozenset(["broadcast_in_dim", "reshape", "squeeze", "copy", "copy_p"])
 
 
@@ -119,7 +119,7 @@ logistic mul neg pad real reduce_precision reduce_sum reshape rev scatter-add sc
 sqrt square squeeze stack sub tanh tile transpose triangular_solve unstack
 """
 SMOOTH = frozenset(_SMOOTH.split())
-"""Equations that are analytic where they are defined; of others (floor, say) a derivative does not tell all."""
+"""Primitives that are analytic where they are defined. For others (floor) a derivative does not tell everything."""
 
 
 def reads(jaxpr: Any, flags: Sequence[bool], names: set[str] | None = None) -> list[bool]:

@@ -19,7 +19,7 @@ from weft.ppl.stage.compat import Literal, Tracer, bind, inner_jaxprs, open_jaxp
 from weft.ppl.stage.jaxprs import is_call, run
 
 SMALL = 1 << 14
-"""Elements up to which this is done."""
+"""The largest number of elements for which this is done."""
 
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "lt": np.less,

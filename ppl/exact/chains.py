@@ -30,7 +30,7 @@ from .region import Region, rule
 from .tables import Entangled, axes_of, variables_of
 
 MAX_ORDER = 4
-"""Steps tried before a chain is said to have no order."""
+"""The number of steps that are tried before a chain counts as having no order."""
 
 
 @rule(scan_p)

@@ -53,7 +53,7 @@ FACTORS: dict[type[Family], dict[str, Any]] = {
     Wishart: {"precision_matrix": cholesky_of_inverse},
     InverseWishart: {"covariance_matrix": jnp.linalg.cholesky},
 }
-"""Parameters of a multivariate normal that a matrix is conjugate to, and how its ``scale_tril`` follows from them."""
+"""The parameter of a multivariate normal that a matrix is conjugate to, and how ``scale_tril`` follows from it."""
 
 
 CONJUGATE: dict[type[Family], dict[tuple[str, str], tuple[float, bool]]] = {

@@ -14,10 +14,10 @@ What "sum" means is a parameter, the semiring (Li and Eisner 2009, "First- and s
 2020, "Torch-Struct", section 4):
 
 - With logarithms of sums the result is the log evidence. Its gradient by a factor is the posterior probability of each
-entry.
+  entry.
 - With maxima the result is the score of the best configuration. The gradient is that configuration.
 - The derivative of a sum may also be *defined* as one draw, made with probability proportional to the terms. The
-gradient is then an exact joint draw from the posterior.
+  gradient is then an exact joint draw from the posterior.
 """
 
 from __future__ import annotations

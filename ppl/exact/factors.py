@@ -47,7 +47,7 @@ class Factor:
 
 
 PROBE = "~probe"
-"""The site of a factor that is zero, and there for its derivative only."""
+"""The site of a factor that is zero everywhere and serves for its derivative only."""
 
 
 def labels_of(term: Table) -> list[Plate | None]:

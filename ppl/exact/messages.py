@@ -43,7 +43,7 @@ from .scores import Score
 from .tables import Entangled, Limit, Table, Variable, is_affine, is_table, variables_of
 
 HANDED = "handed on"
-"""Name of the choice by which a step reads what was handed on to it."""
+"""The name of the choice through which a step reads the message of the step before."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ depends on the kind of sum:
 - With logarithms of sums, it is the posterior probability of each value.
 - With maxima, it is the indicator of the most probable configuration (for a chain: Viterbi 1967).
 - With a sum whose derivative is defined as one random term, it is the indicator of an exact joint draw (for a chain:
-forward filtering, backward sampling).
+  forward filtering, backward sampling).
 
 One recursion serves all three; see ``elimination``.
 """
@@ -35,7 +35,7 @@ from .semirings import best, drawn, log_sum
 SUMS = {"sample": drawn, "marginals": log_sum, "filtered": log_sum, "viterbi": best}
 
 MOMENTS = ("marginals", "filtered")
-"""Those that give probabilities and means, not values."""
+"""The kinds of recovery that give probabilities and means, not values."""
 
 
 def posterior(

@@ -191,7 +191,7 @@ def addresses(variables: Iterable[Variable]) -> str:
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 Rule = Callable[[Region, Any, list[Any], Context], tuple[list[Any], Records]]
-"""From a region, an equation that holds sites, its operands and the context to outputs and records."""
+"""A function from a region, an equation with sites, its operands and the context to outputs and records."""
 
 RULES: dict[Any, Rule] = {}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 Semiring = Callable[[jax.Array, int, Any], jax.Array]
-"""A sum: from a table, an axis and a key to the table without the axis."""
+"""A kind of sum: a function from a table, an axis and a key to the table without the axis."""
 
 
 def log_sum(table: jax.Array, axis: int, key: Any = None) -> jax.Array:

@@ -77,7 +77,7 @@ class Variable:
 
 
 PlateAxes = dict[Variable, tuple[int, ...]]
-"""For each variable that a value depends on: which of the value's own axes are its plates."""
+"""For each variable that a value depends on, which of the value's own axes are its plates."""
 
 Forms = dict[Variable, tuple[float, bool]]
 """What kind of function of continuous choices a value is, where that is known.

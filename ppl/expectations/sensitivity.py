@@ -1,4 +1,4 @@
-"""Interventions on the keys of single choices of an estimator, for sensitivity analyses.
+"""Intervene on the keys of single choices of an estimator, for sensitivity analyses.
 
 An expectation is a function of keys, one for each address. A ``Probe`` can be in force while an estimator is traced. It
 lists the choices of the estimator. And it can replace the keys of one address, while all others stay as they were. A

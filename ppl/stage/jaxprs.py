@@ -195,7 +195,7 @@ def _shard_map(eqn: Any) -> Wiring:
 
 Values = dict[Any, Any]
 Equation = Callable[[Any, list[Any]], "Sequence[Any] | None"]
-"""Gives the results of an equation from its operands' values; None, if it leaves the equation as it is."""
+"""Gives the results of an equation from the values of its operands; None to decline."""
 
 
 def read(v: Any, values: Values) -> Any:

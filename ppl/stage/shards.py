@@ -94,7 +94,7 @@ def _is_anonymous(eqn: Any) -> bool:
 
 
 MIXED = "made of the rows of one shard"
-"""Said of an axis that is neither whole nor goes along the rows."""
+"""Describes an axis that is neither whole nor an axis of rows."""
 
 
 class _Found(NamedTuple):

@@ -39,7 +39,7 @@ class Split(NamedTuple):
 
 
 WHOLE = Split()
-"""The split of an axis that every shard has as it is."""
+"""The split of an axis that every shard has whole."""
 
 
 def own_part(value: jax.Array, splits: Sequence[Split]) -> jax.Array:

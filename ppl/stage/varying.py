@@ -33,7 +33,7 @@ def listed(eqn: Any) -> str:
 
 
 Mixed = frozenset[tuple[str, str]]
-"""Over which axes of the mesh a value differs from shard to shard, and the choice that makes it differ, if one does."""
+"""The mesh axes over which a value differs from shard to shard, each with the choice that makes it differ, if any."""
 
 
 def refuse_mixed(
