@@ -37,8 +37,8 @@ class LawReport(Printed):
     Attributes:
         law: the law, in words.
         rows: the comparisons.
-        threshold: a comparison beyond so many standard errors is refused. It is a quantile of Student's t, by
-            Bonferroni's inequality for all rows together.
+        threshold: a comparison that is off by more standard errors than this is refused. It is a quantile of Student's
+            t, by Bonferroni's inequality for all rows together.
         false_alarm: the probability, at most, that a correct sampler is refused.
         num_runs: the number of independent runs of the sampler.
         notes: further remarks.

@@ -20,9 +20,9 @@ class random_walk(AdaptiveKernel):
     """Random-walk Metropolis: a normal step in all directions, accepted by the ratio of the densities.
 
     Attributes:
-        scale: the standard deviation of the step over the flattened position: one number, `(n,)` numbers, or an `(n,
-            n)` covariance. With None a warm-up searches for the first one. A warm-up begins at the given scale and ends
-            with `(n,)` standard deviations, or with a covariance.
+        scale: the standard deviation of the step over the flattened position: one number, `(n,)` numbers, or an
+            `(n, n)` covariance. With None a warm-up searches for the first one. A warm-up begins at the given scale and
+            ends with `(n,)` standard deviations, or with a covariance.
         target_acceptance: the mean acceptance probability that a warm-up tunes the scale to. The best value is 0.234 in
             many dimensions, 0.44 in one.
         dense_mass: whether a warm-up estimates a full covariance.

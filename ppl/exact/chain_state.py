@@ -83,7 +83,7 @@ class State:
 
 @dataclasses.dataclass
 class Step:
-    """What one step, or several together, leave behind besides the state.
+    """What one step, or several together, leave behind in addition to the state.
 
     Attributes:
         ys: the outputs.

@@ -165,7 +165,7 @@ def _certify_conjugate(v: Variable, leaves: list[Any], read: list[int], d: Any, 
 def _certify_matrix(
     v: Variable, eqn: Any, read: list[int], d: Any, site: Site, context: Context
 ) -> None:
-    """A multivariate normal with a multiple of the matrix as covariance, or precision, by its Cholesky factor."""
+    """A multivariate normal whose covariance or precision is a multiple of the matrix, by its Cholesky factor."""
     known, frame = FACTORS[type(v.family)], context.frame
     assert frame is not None
     if isinstance(d, dist.MultivariateNormal) and read == [d.scale_tril]:

@@ -11,9 +11,9 @@ choices this is the Kalman filter, for finite ones the forward recursion. With o
 the mixture Kalman filter (Chen and Liu 2000; Doucet, de Freitas, Murphy and Russell 2000, "Rao-Blackwellised particle
 filtering").
 
-A message is a list of arrays. Of a carry that is an affine function of normal choices it is the mean of its leaves,
-joined into one vector, and a root of their covariance. Of a function of finite choices it is the log probabilities of
-their joint values, and each leaf at each of them.
+A message is a list of arrays. If the carry is an affine function of normal choices, these are the mean of its leaves,
+joined into one vector, and a root of their covariance. If it is a function of finite choices, they are the log
+probabilities of the choices' joint values, and each leaf at each of these values.
 """
 
 from __future__ import annotations

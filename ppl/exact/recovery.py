@@ -66,7 +66,10 @@ def posterior(
 
 
 def _form(info: SiteInfo) -> tuple[int, ...]:
-    """The shape of the numbers that are added: one a value of a discrete choice, one a number of a continuous one."""
+    """The shape of the numbers that are added.
+
+    There is one for each value of a discrete choice, and one for each number of a continuous choice.
+    """
     return (*info.shape, len(info.values)) if info.values is not None else info.shape
 
 

@@ -261,12 +261,14 @@ def evaluate_inside(
     """Evaluate an equation with a function in place of each jaxpr inside it, which may give extra arrays.
 
     Args:
-        eqn: a call, a loop of known length, or branches. A derivative that a call states is lost.
-        ins: values of its operands.
-        body: ``body(k, args)`` gives the results of the k-th jaxpr, and more: arrays, alike for all branches.
+        eqn: a call, a loop of known length, or branches. A custom derivative of a call is lost.
+        ins: the values of its operands.
+        body: ``body(k, args)`` gives the results of the k-th jaxpr, and extra arrays. All branches must give extra
+            arrays of the same form.
 
     Returns:
-        The results, and what there was besides: of the branch that is taken, stacked over the rounds of a loop.
+        The results and the extra arrays. The latter are those of the branch taken; in a loop they are stacked over the
+        rounds.
     """
     what, params = kind(eqn), eqn.params
 
