@@ -236,3 +236,18 @@ def test_refusals() -> None:
 
     with pytest.raises(ModelError, match="hands on consts and carry only"):
         filtering()(marginalize(sequence, "slope")().given({"y": Y}))
+
+    @gen
+    def forgotten() -> None:
+        """The first state is summed out, and the steps replace it by states that are kept."""
+        first = sample("first", dist.Bernoulli(0.3))
+
+        def step(z: Any, _: Any) -> Any:
+            z = sample("z", dist.Bernoulli(0.2 + 0.5 * z))
+            sample("y", Normal(1.0 * z, 0.3))
+            return z, None
+
+        series(step, first)
+
+    with pytest.raises(ModelError, match="hands on another law of 'first' than the steps do"):
+        filtering()(marginalize(forgotten, "first")().given({"y": Y}))

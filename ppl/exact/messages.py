@@ -144,7 +144,8 @@ class Walked:
         values = [x if is_table(x) else jnp.asarray(x) for x in values]
         region, chosen = self.region, variables_of(values)
         region.finish({v for f in region.factors for v in f.variables} - set(chosen))
-        alpha = multiply([f for f in region.factors if f.variables])
+        left = [f for f in region.factors if f.variables]
+        alpha = multiply(left) if left else Factor(jnp.zeros(()), ())  # nothing is: one joint value
         names = " and ".join(dict.fromkeys(repr(v.address) for v in chosen if v.address != HANDED))
         if alpha.scale is not None:
             raise ModelError(f"filtering: {names} is scaled, and so has no law to be handed on")
