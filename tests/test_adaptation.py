@@ -241,6 +241,32 @@ def test_what_does_not_adapt_stays() -> None:
         kernels.barker(adapt=False)
     with pytest.raises(WeftError, match="adapt is True, False or 'step_size'"):
         kernels.barker(0.1, adapt="mass")  # pyright: ignore
+    for size in (0, -1.0, np.zeros(1)):
+        with pytest.raises(WeftError, match="a step size is a positive number"):
+            kernels.random_walk(size) if np.ndim(size) == 0 else kernels.nuts(size)
+    for kernel in (kernels.hmc(np.full(1, 0.3)), kernels.barker(np.full(1, 0.3))):
+        with pytest.raises(WeftError, match=r"one number, got shape \(1,\)"):
+            mcmc(kernel, num_samples=2).run(KEY, skewed().given(), progress=False)
+
+
+class Shift(kernels.Kernel):
+    """A kernel of a user, who branches on numbers that nobody made arrays."""
+
+    share: float = 0.5
+    noise: float = 0.0
+
+    def move(self, key: Any, choices: Any, target: Any) -> Any:
+        if self.noise > 0:
+            raise AssertionError
+        return choices, {"acceptance_rate": jnp.float32(self.share)}
+
+
+def test_floats_of_a_users_kernel_stay_numbers() -> None:
+    moving = kernels.block(kernels.barker(0.1), "a")
+    draws = mcmc(kernels.cycle(Shift(), moving), 3, 2, 3).run(KEY, skewed().given(), progress=False)
+    np.testing.assert_array_equal(draws.stats["acceptance_rate_0"], 0.5)
+    settings: Any = mcmc(kernels.cycle(Shift(), moving)).traced()
+    assert isinstance(settings.kernel.kernels[1].kernel.step_size, jax.Array)
 
 
 @gen

@@ -44,6 +44,15 @@ def test_names_that_are_loaded_later_are_there(package: object) -> None:
         _ = package.marginalise  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("package", [weft, weft.ppl], ids=lambda p: p.__name__)
+def test_a_star_brings_the_names_that_are_loaded_later(package: object) -> None:
+    code = f"from {package.__name__} import *; print(*(n for n in dir() if n[0] != '_'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = set(run.stdout.split())
+    assert {"gen", "marginalize", "expect", "gradients"} <= names
+    assert "TYPE_CHECKING" not in names
+
+
 def test_a_file_is_read_without_further_imports(tmp_path: object) -> None:
     code = f"""
 import jax, numpyro.distributions as dist, weft

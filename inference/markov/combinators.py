@@ -27,6 +27,8 @@ from .kernel import Choices, Info, Kernel, chosen, entered, idling, pooled, unch
 class Combinator(Kernel):
     """Base of the kernels made of kernels. A warm-up tunes the settings of their parts."""
 
+    keeps_floats = False
+
     @abc.abstractmethod
     def warm(
         self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None

@@ -8,9 +8,11 @@ from typing import Any, Literal, Self
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.run.adaptation import Adaptation, AdaptationState, MassLayout, Phase
 from weft.ppl import Target
+from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
 from weft.ppl.stage.modules import Noun
 
@@ -86,6 +88,8 @@ class AdaptiveKernel(DensityKernel):
         adapt: what a warm-up tunes: step size and inverse mass (True), `"step_size"` alone, or nothing (False).
     """
 
+    keeps_floats = False
+
     target_acceptance: Any = eqx.field(kw_only=True)
     dense_mass: bool = eqx.field(static=True, default=False, kw_only=True)
     adapt: bool | Literal["step_size"] = eqx.field(static=True, default=True, kw_only=True)
@@ -96,6 +100,10 @@ class AdaptiveKernel(DensityKernel):
             raise WeftError(f"{who}: adapt is True, False or 'step_size', got {self.adapt!r}")
         if not self.adapt and self.scales()[0] is None:
             raise WeftError(f"{who}: adapt=False keeps the step size that is given: give one")
+        step_size = self.scales()[0]
+        known = eqx.is_array_like(step_size) and not isinstance(step_size, Tracer)
+        if known and not np.all(np.asarray(step_size) > 0):
+            raise WeftError(f"{who}: a step size is a positive number, got {step_size}")
 
     @abc.abstractmethod
     def scales(self) -> tuple[Any, Any]:
@@ -121,6 +129,11 @@ class AdaptiveKernel(DensityKernel):
             raise WeftError(
                 f"{who}: there is no step size. Give one, {who}(0.1, ...), or let a warm-up find it: "
                 "mcmc(kernel, num_warmup=500), then kernel.adapted(draws) has it"
+            )
+        if jnp.shape(step_size):
+            raise WeftError(
+                f"{type(self).__name__}: the step size is one number, got shape {jnp.shape(step_size)}; "
+                "an inverse mass gives each coordinate its scale"
             )
         return step_size
 

@@ -92,6 +92,8 @@ class slice_sampler(DensityKernel):
         Neal (2003), Slice sampling, figures 3 and 5.
     """
 
+    keeps_floats = False
+
     width: Any = 1.0
     max_expansions: int = 10
     max_shrinkage: int = 100

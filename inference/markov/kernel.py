@@ -39,7 +39,14 @@ Info = dict[str, Array]
 
 
 class Kernel(Module):
-    """Base of the kernels: settings, one move, and the settings that a warm-up tunes (none by default)."""
+    """Base of the kernels: settings, one move, and the settings that a warm-up tunes (none by default).
+
+    Attributes:
+        keeps_floats: whether Python floats among the settings stay Python floats, so that `if self.scale > 0` may
+            stand in a method. If not, samplers trace them, and another value needs no new compilation.
+    """
+
+    keeps_floats = True
 
     @abc.abstractmethod
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:

@@ -52,8 +52,15 @@ class Algorithm(Printed, Loop):
         return self
 
     def traced(self) -> Self:
-        """The settings with their Python floats as arrays, so that another value of one needs no new compilation."""
-        return jax.tree.map(lambda x: jnp.asarray(x) if type(x) is float else x, self)
+        """The settings with their Python floats as arrays, so that another value of one needs no new compilation.
+
+        A setting with a true attribute `keeps_floats` stays as it is. Its methods may branch on its numbers.
+        """
+        return jax.tree.map(
+            lambda x: jnp.asarray(x) if type(x) is float else x,
+            self,
+            is_leaf=lambda x: getattr(x, "keeps_floats", False),
+        )
 
     def cheap_settings(self) -> Algorithm:
         """Cheaper settings, tried first.

@@ -23,6 +23,10 @@ def on_first_use(
     """
 
     def getattr_(name: str) -> Any:
+        if (
+            name == "__all__"
+        ):  # asked by `from package import *`, which is to bring the later names, too
+            return [n for n in dir_() if not n.startswith("_") and n != "TYPE_CHECKING"]
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         where = names[name]
