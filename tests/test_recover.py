@@ -150,6 +150,35 @@ def test_a_choice_that_a_scan_reads_and_does_not_make() -> None:
     assert chi_square(np.asarray(found).ravel(), np.arange(3), p) > 1e-7
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_chain_in_steps_of_a_chain_and_lanes_that_are_none(parallel: bool) -> None:
+    """Evidence by enumeration. A step composed in a tree keeps the past that a scan within it reads."""
+    law, gain = np.array([[0.8, 0.2], [0.4, 0.6]]), [1.0, 3.0]
+    y = np.array([[0.3, -1.2], [0.7, 2.1]])
+
+    @gen
+    def model():
+        jax.vmap(lambda _: sample("none", dist.Bernoulli(0.3)))(jnp.zeros(0))
+
+        def step(z, g):
+            def inner(z, _):
+                z = sample("z", dist.Categorical(probs=jnp.array(law)[z]))
+                sample("y", Normal(z * g, 1.0))
+                return z, None
+
+            return lax.scan(inner, z, length=2)
+
+        lax.scan(step, 0, jnp.array(gain))
+
+    terms = []
+    for zs in itertools.product(range(2), repeat=4):
+        means = np.reshape(zs, (2, 2)) * np.array(gain)[:, None]
+        prior = sum(np.log(law[a, b]) for a, b in zip((0, *zs), zs, strict=False))
+        terms.append(prior + stats.norm.logpdf(y, means).sum())
+    target = marginalize(model, "z", "none", parallel=parallel)().given({"y": jnp.array(y)})
+    same(target.log_density({}), np.logaddexp.reduce(terms))
+
+
 def test_hidden_markov_model_of_reference() -> None:
     """Filtering and smoothing, expected transition counts, best path and its score of `ssm/hmm5.json` to 1e-8.
 

@@ -121,7 +121,7 @@ def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Table:
     else:
         index = np.zeros((1, copies), int)
         values = np.broadcast_to(listed.reshape(-1, *(1,) * len(shape)), (len(listed), *shape))
-        axes = tuple(i for i, size in enumerate(shape) if size > 1)
+        axes = tuple(i for i, size in enumerate(shape) if size != 1)
     variable = _variable(region, site, context, len(values), axes, None, copies if joint else 1)
     value = Table(np.asarray(values, spec.dtype), {variable: axes})
     _prior(region, eqn, site, context, value)
@@ -168,7 +168,7 @@ def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table
                 f"copies of {name!r} ({spec.label}) meet; only normal choices can be integrated jointly"
             )
         joint, family, copies = math.prod(copies), Gaussian(math.prod(shape)), ()
-    axes = tuple(i for i, size in enumerate(copies) if size > 1)
+    axes = tuple(i for i, size in enumerate(copies) if size != 1)
     variable = _variable(region, site, context, family.num_points, axes, family, joint)
     plan.limit.check([variable], f"the choice {name!r}")
     region.placements[variable] = placement = placed(region, site, family)
