@@ -94,17 +94,12 @@ def _check_values(model: Any, base: type, attributes: Mapping[str, type]) -> Non
                 f"{shown} is called by position as {signature_of(base, name)}: give the function in the field these "
                 "arguments, without self"
             )
-        if name in methods or name in attributes:
-            continue
+        if name not in methods and name not in attributes:
 
-        def near(hook: str, value: Any = value) -> float:
-            if hook in attributes:
+            def near(hook: str, value: Any = value) -> float:
                 return NEAR if type(value) is attributes[hook] else np.inf
-            if not callable(value):
-                return np.inf
-            return NEAR if _binds(value, methods[hook]) else VERY_NEAR
 
-        _refuse_near(shown, name, base, {**attributes, **methods}, near)
+            _refuse_near(shown, name, base, attributes, near)
 
 
 @functools.cache

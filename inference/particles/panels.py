@@ -68,7 +68,9 @@ class Panel(FeynmanKac):
         jaxpr, shapes = jax.make_jaxpr(arrays, return_shape=True)(jnp.int32(0))
         mapped = tuple(reads(jaxpr, [True]))
         axes = [0 if m else None for m in mapped]
-        rows = jax.vmap(jax.extend.core.jaxpr_as_fun(jaxpr), out_axes=axes)(jnp.arange(size))
+        rows = jax.vmap(jax.extend.core.jaxpr_as_fun(jaxpr), out_axes=axes)(
+            jnp.arange(size, dtype=jnp.int32)
+        )
         models = eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), rows), rest[0])
         return cls(models, mapped, log_shared, size)
 
