@@ -911,3 +911,20 @@ def test_conditions_inside_and_outside_agree() -> None:
     dropped = {"y": observed(HOLES, where=SEEN, missing="drop")}
     with pytest.raises(ObservationError, match=r"missing='drop'.*'y'.*given\(\).*impute"):
         condition(groups, dropped)().shapes()
+
+
+def test_what_is_missing_may_be_traced_beside_known_values() -> None:
+    @gen
+    def model() -> None:
+        mu = sample("mu", dist.Normal(0.0, 2.0))
+        sample("y", dist.Gamma(jnp.exp(mu), 1.0).expand([3]))
+
+    y, where = jnp.array([1.0, jnp.nan, -1.0]), jnp.array([True, False, False])
+
+    def density(where: Any) -> Any:
+        target = model().given({"y": observed(y, where=where, missing="drop")})
+        return target.log_density({"mu": 0.5})
+
+    right = logn(0.5, 0.0, 2.0) - 1.0 - math.lgamma(math.exp(0.5))
+    np.testing.assert_allclose(jax.jit(density)(where), right, rtol=1e-5)
+    np.testing.assert_allclose(density(where), right, rtol=1e-5)

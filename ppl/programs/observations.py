@@ -129,7 +129,8 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
         raise ObservationError(_shapes(info, value.shape, site))
     known = not isinstance(value, Tracer)
     seen = None if where is None or isinstance(where, Tracer) else np.asarray(where)
-    if data and known:
+    told = known and not isinstance(where, Tracer)  # what is missing is known, too
+    if data and told:
         _check_nan(info, np.asarray(value), seen, site)
     if not _castable(value.dtype, info.dtype):
         if not known:
@@ -137,7 +138,7 @@ def _fit(info: SiteInfo, value: Any, where: Any, drop: Any, model: str, data: bo
                 f"{site}: values of dtype {value.dtype} for a site of dtype {info.dtype}; cast them first"
             )
         _check_cast(info, np.asarray(value), seen, site)
-    if data and known:
+    if data and told:
         _check_support(info, np.asarray(value), seen, site)
     if where is not None:
         value = _fill(value, where)
