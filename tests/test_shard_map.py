@@ -550,6 +550,23 @@ def test_refused_by_name(body: Any, two_devices: list[jax.Device]) -> None:
         over_shards(body)(X).simulate(KEY)
 
 
+def test_one_row_of_a_shard_or_one_choice(two_devices: list[jax.Device]) -> None:
+    """With one row a shard, its axis has the size of one choice that all rows share. Only what a site reads tells."""
+
+    def shared(x):
+        return x + sample("z", dist.Normal(jnp.zeros(1), 1.0))
+
+    def along(x):
+        z = jax.vmap(lambda _: sample("z", dist.Normal(0.0, 1.0)))(x)
+        return sample("y", dist.Normal(x + z, 1.0))
+
+    one_each = X[: jax.device_count()]
+    with pytest.raises(ModelError, match="site 'z': a shard has one row, and nothing tells"):
+        over_shards(shared)(one_each).simulate(KEY)
+    expected, found = (f(one_each).simulate(KEY).choices for f in (gen(along), over_shards(along)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, 1e-6), expected, found)
+
+
 def test_results_that_are_not_the_same_on_all_shards(two_devices: list[jax.Device]) -> None:
     def body(x):
         return jnp.sum(jax.vmap(lambda x: sample("z", dist.Normal(0.0, 1.0)) + 0 * x)(x))

@@ -69,6 +69,7 @@ def refuse_mixed(
                 "part of their pairs. Gather one of them first (jax.lax.all_gather)"
             )
         _refuse_parts(f"site {site!r}", "reads", join(values), own)
+        _refuse_one_row(site, eqn, join(values))
         return [join(values) | {(a, site) for a in own}]
 
     first = [frozenset((a, "") for split in spec for a in split.axes) for spec in ins]
@@ -91,6 +92,18 @@ def _refuse_parts(who: str, does: str, value: Mixed, allowed: Sequence[str]) -> 
                 f"{who} in a shard_map {does} what depends on {what} of one shard along {axis!r}, but is one choice "
                 "for all shards. Draw it under jax.vmap over the rows, or reduce what it reads over all shards first "
                 "(jax.lax.psum)"
+            )
+
+
+def _refuse_one_row(site: str, eqn: Any, value: Mixed) -> None:
+    """Refuse a batch axis of size one that may be the single row of a shard, or one choice that its row meets."""
+    varies, spec = {axis for axis, _ in value}, eqn.params["spec"]
+    for size, split in zip(spec.shape, spec.split, strict=False):
+        if size == 1 < split.shards and varies.isdisjoint(split.axes):
+            raise ModelError(
+                f"site {site!r}: a shard has one row, and nothing tells whether the site's batch axis of size 1 goes "
+                "along the rows. If it does, draw one row at a time: jax.vmap(lambda x: sample(name, ...))(rows). If "
+                "it does not, draw the choice outside of the shard_map"
             )
 
 
