@@ -372,3 +372,14 @@ def test_refused(case: str) -> None:
     refused, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         refused()
+
+
+def test_double_precision(x64: None) -> None:
+    """The same panel under 64-bit numbers, against the exact evidence."""
+    target = panel().given({**DATA, "slope": 0.8})
+    found = smc(filtering(), 10_000).run(KEY, target, progress=False)
+    assert found.log_evidence.dtype == np.float64
+    exact = sum(lane_evidence(lane, 0.8) for lane in range(LANES)) + float(log_shared(0.8))
+    error = float(found.log_evidence_variance) ** 0.5
+    assert error < 0.1
+    assert abs(found.log_evidence - exact) < 5.5 * error
