@@ -1,8 +1,8 @@
 """Filtering: the Feynman-Kac model of a program whose scan holds the observations.
 
-The program is split at the scan (`weft.ppl.splitting`). A particle is one run of it up to some step: choices before the
-scan, the carry, the choices of the step. Each step draws its latent choices, from the program or from a proposal `q`,
-and weighs
+The program is split at the scan (`weft.ppl.scans.splitting`). A particle is one run of it up to some step: choices
+before the scan, the carry, the choices of the step. Each step draws its latent choices, from the program or from a
+proposal `q`, and weighs
 
     G_t = p(x_t, y_t | carry_{t-1}) / q(x_t | carry_{t-1}, y_t).
 

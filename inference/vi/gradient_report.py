@@ -194,36 +194,16 @@ def gradient_report(
         )
     key = as_key(key)
     batches = Minibatches.make(batch, batch_size)
-    free, rest = partition(params)
-    if not jax.tree.leaves(free):
-        raise WeftError("gradient_report: the parameters hold no floating array to optimise")
-    moving, skeleton = pack(free)
-    others, rest_skeleton = pack(rest)
-    n, m = len(moving), len(others)
-
-    def value(key: PRNGKeyArray, *arrays: Array) -> Array:
-        free = skeleton.unpack(arrays[:n])
-        rest = rest_skeleton.unpack(arrays[n : n + m])
-        return objective(key, unwrap(eqx.combine(free, rest)), *batches.unpack(arrays[n + m :]))
-
-    arrays = [*moving, *others, *batches.example_arrays()]
+    value, values, num_free = _by_arrays(objective, params, batches)
+    arrays = [*values, *batches.example_arrays()]
     with probed(Probe()) as met:
         jax.eval_shape(value, key, *arrays)
     choices = met.choices
     addresses = tuple(choices)
-
-    def gradient(key: PRNGKeyArray, which: Any, *arrays: Array) -> list[Array]:
-        def loss(moving: list[Array]) -> Array:
-            with probed(Probe(addresses, which, salt=jnp.uint32(1))):
-                return value(key, *moving, *arrays[n:])
-
-        return jax.grad(loss)(list(arrays[:n]))
-
+    gradient = _gradient(value, addresses, num_free)
     code, captured = stage(gradient, [key, jnp.int32(0), *arrays])
     measured = _measure(
-        _Measured(code, captured, [*moving, *others], batches, len(addresses)),
-        key,
-        int(num_samples),
+        _Measured(code, captured, values, batches, len(addresses)), key, int(num_samples)
     )
     means, squares, good, mean = jax.tree.map(np.asarray, measured)
     if not good:
@@ -256,6 +236,43 @@ def gradient_report(
     return GradientReport(
         tuple(rows), variance, float(errors[-1]), signal, int(num_samples), int(num_samples - good)
     )
+
+
+def _by_arrays(
+    objective: Callable[..., Any], params: Any, batches: Minibatches
+) -> tuple[Callable[..., Array], list[Array], int]:
+    """The objective as a function of a key and arrays: those of the parameters, then those of a batch.
+
+    Also the arrays of the parameters, and the number of those that are optimised. They come first.
+    """
+    free, rest = partition(params)
+    if not jax.tree.leaves(free):
+        raise WeftError("gradient_report: the parameters hold no floating array to optimise")
+    moving, skeleton = pack(free)
+    others, rest_skeleton = pack(rest)
+    n, m = len(moving), len(others)
+
+    def value(key: PRNGKeyArray, *arrays: Array) -> Array:
+        free = skeleton.unpack(arrays[:n])
+        rest = rest_skeleton.unpack(arrays[n : n + m])
+        return objective(key, unwrap(eqx.combine(free, rest)), *batches.unpack(arrays[n + m :]))
+
+    return value, [*moving, *others], n
+
+
+def _gradient(
+    value: Callable[..., Array], addresses: tuple[str, ...], num_free: int
+) -> Callable[..., list[Array]]:
+    """The gradient of `value` as a function of a key, the index of the choice that is drawn again, and its arrays."""
+
+    def gradient(key: PRNGKeyArray, which: Any, *arrays: Array) -> list[Array]:
+        def loss(moving: list[Array]) -> Array:
+            with probed(Probe(addresses, which, salt=jnp.uint32(1))):
+                return value(key, *moving, *arrays[num_free:])
+
+        return jax.grad(loss)(list(arrays[:num_free]))
+
+    return gradient
 
 
 class _Measured(eqx.Module):

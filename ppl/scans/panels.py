@@ -36,7 +36,7 @@ from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
 from weft.ppl.transforms.rewriting import bind_marginal
 
-from .splitting import holds_scan, inlined
+from .cutting import holds_scan, inlined
 
 
 class Series(eqx.Module):

@@ -138,53 +138,14 @@ def _sample_spec(
     x64: bool,  # dtypes of draws depend on it, so it is part of the cache's key
 ) -> SiteSpec:
     arrays = [jax.ShapeDtypeStruct(*s) for s in shapes]
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    stated: dict[str, Any] = {}
-
-    def draw(key: Any, arrays: Any) -> Any:
-        d = skeleton.unpack(arrays)
-        for attribute in ("batch_shape", "event_shape", "has_rsample"):
-            stated[attribute] = getattr(d, attribute, None)
-        stated["takes_sample_shape"] = "sample_shape" in inspect.signature(d.sample).parameters
-        stated["discrete"] = is_discrete(d)
-        stated["implicit"] = not (stated["has_rsample"] or stated["discrete"]) and is_implicit(d)
-        return jnp.asarray(d.sample(key))
-
-    unsampled = ""
-    shape: tuple[int, ...] = ()
-    dtype: Any = None
-    try:
-        out = jax.eval_shape(draw, key, arrays)
-        shape, dtype = tuple(out.shape), out.dtype
-    except (NotImplementedError, ImportError) as e:
-        unsampled = str(e) or "it is improper"
-    except Exception as e:
-        if _built_by_vmap(skeleton, arrays):
-            raise ModelError(_BUILT_BY_VMAP.format(name=name, label=label)) from None
-        raise ModelError(
-            f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and "
-            f"log_prob(value): {type(e).__name__}: {e}"
-        ) from e
+    shape, dtype, stated, unsampled = _drawn(name, skeleton, arrays, label)
     batch_shape = stated.get("batch_shape")
     if batch_shape is None:
-        value = jax.ShapeDtypeStruct(shape, dtype)
-        density = jax.eval_shape(lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays)
-        batch_shape = density.shape
-        if tuple(batch_shape) != shape[: len(batch_shape)]:
-            raise ModelError(
-                f"site {name!r}: log_prob of {label} has shape {batch_shape}, which does not lead the shape "
-                f"{shape} of a draw"
-            )
+        batch_shape = _shape_of_density(name, skeleton, arrays, label, shape, dtype)
     else:
         expected = tuple(batch_shape) + tuple(stated["event_shape"])
         if not unsampled and shape != expected:
-            unsampled = f"its draws have shape {shape}, not the {expected} that it states"
-            if len(shape) > len(expected):
-                raise ModelError(
-                    _BUILT_BY_VMAP.format(name=name, label=label)
-                    + f" (it states batch_shape {tuple(batch_shape)} and event_shape {tuple(stated['event_shape'])}, "
-                    f"but a draw has shape {shape})"
-                )
+            unsampled = _not_as_stated(name, label, shape, stated)
         if unsampled:
             shape = expected
             dtype = (
@@ -207,6 +168,67 @@ def _sample_spec(
         num_distribution_arrays=len(arrays),
         unsampled=unsampled,
     )
+
+
+def _drawn(
+    name: str, skeleton: Skeleton, arrays: list[Any], label: str
+) -> tuple[tuple[int, ...], Any, dict[str, Any], str]:
+    """The shape and dtype of a draw, what the distribution states of itself, and why it cannot be drawn."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    stated: dict[str, Any] = {}
+
+    def draw(key: Any, arrays: Any) -> Any:
+        d = skeleton.unpack(arrays)
+        for attribute in ("batch_shape", "event_shape", "has_rsample"):
+            stated[attribute] = getattr(d, attribute, None)
+        stated["takes_sample_shape"] = "sample_shape" in inspect.signature(d.sample).parameters
+        stated["discrete"] = is_discrete(d)
+        stated["implicit"] = not (stated["has_rsample"] or stated["discrete"]) and is_implicit(d)
+        return jnp.asarray(d.sample(key))
+
+    try:
+        out = jax.eval_shape(draw, key, arrays)
+    except (NotImplementedError, ImportError) as e:
+        return (), None, stated, str(e) or "it is improper"
+    except Exception as e:
+        if _built_by_vmap(skeleton, arrays):
+            raise ModelError(_BUILT_BY_VMAP.format(name=name, label=label)) from None
+        raise ModelError(
+            f"site {name!r}: {label} cannot be sampled. A distribution is a pytree with sample(key) and "
+            f"log_prob(value): {type(e).__name__}: {e}"
+        ) from e
+    return tuple(out.shape), out.dtype, stated, ""
+
+
+def _shape_of_density(
+    name: str,
+    skeleton: Skeleton,
+    arrays: list[Any],
+    label: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> tuple[int, ...]:
+    """The batch shape of a distribution that states none: the shape of the log density of a draw."""
+    value = jax.ShapeDtypeStruct(shape, dtype)
+    density = jax.eval_shape(lambda v, a: skeleton.unpack(a).log_prob(v), value, arrays)
+    if tuple(density.shape) != shape[: len(density.shape)]:
+        raise ModelError(
+            f"site {name!r}: log_prob of {label} has shape {density.shape}, which does not lead the shape "
+            f"{shape} of a draw"
+        )
+    return density.shape
+
+
+def _not_as_stated(name: str, label: str, shape: tuple[int, ...], stated: dict[str, Any]) -> str:
+    """Why a distribution cannot be drawn whose draws have another shape than it states."""
+    batch_shape, event_shape = tuple(stated["batch_shape"]), tuple(stated["event_shape"])
+    expected = batch_shape + event_shape
+    if len(shape) > len(expected):
+        raise ModelError(
+            _BUILT_BY_VMAP.format(name=name, label=label)
+            + f" (it states batch_shape {batch_shape} and event_shape {event_shape}, but a draw has shape {shape})"
+        )
+    return f"its draws have shape {shape}, not the {expected} that it states"
 
 
 _BUILT_BY_VMAP = (
