@@ -63,7 +63,7 @@ def folded(
     order = None if found is None else _order(start, found[0])
     if order is None or found is None:
         return f(*args)
-    squeezed = jnp.reshape(operand, [n for n in start.shape if n > 1])
+    squeezed = jnp.reshape(operand, [n for n in start.shape if n != 1])
     return [jnp.transpose(squeezed, order).reshape(found[0].shape)]
 
 
@@ -94,7 +94,7 @@ def _order(start: np.ndarray, places: np.ndarray) -> tuple[int, ...] | None:
     """The transposition that reads an array's entries at some indices, up to axes of size one; None if none does."""
     if places.size != start.size:
         return None
-    squeezed = start.reshape([n for n in start.shape if n > 1])
+    squeezed = start.reshape([n for n in start.shape if n != 1])
     for order in itertools.permutations(range(squeezed.ndim)) if squeezed.ndim < 6 else ():
         if (squeezed.transpose(order).ravel() == places.ravel()).all():
             return order
