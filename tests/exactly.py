@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.expectations.gradients import marked_draw
-from weft.ppl.expectations.surrogates import mark_p
+from weft.ppl.expectations.marks import mark_p
 from weft.ppl.programs.handlers import Evaluate
 from weft.ppl.stage.compat import consts_first, needed
 from weft.ppl.stage.interpreter import interpret

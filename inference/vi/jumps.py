@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl.expectations.gradients import Reparam
+from weft.ppl.expectations.marks import mark_p
 from weft.ppl.expectations.sensitivity import PATH, Choice, Probe, probed
-from weft.ppl.expectations.surrogates import mark_p
 from weft.ppl.stage.compat import bind, open_jaxpr, where_in_source
 from weft.ppl.stage.jaxprs import Place, evaluate, evaluate_inside, flow, inside, kind, wiring
 from weft.ppl.stage.staging import Code, stage

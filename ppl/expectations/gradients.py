@@ -34,8 +34,8 @@ from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.implicit import follow
 from weft.ppl.stage.sites import Site, lane_shape
 
-from .surrogates import mark
-from .surrogates import with_baselines as with_baselines
+from .marks import mark
+from .marks import with_baselines as with_baselines
 
 
 class Strategy(eqx.Module):
