@@ -9,9 +9,13 @@ from weft.inference.results.diagnostics import (
     bfmi,
     describe,
     ess,
-    khat,
     mcse,
     rhat,
+)
+from weft.inference.results.weights import (
+    generalized_pareto,
+    khat,
+    khat_threshold,
     weighted_describe,
 )
 
@@ -238,7 +242,7 @@ def test_khat_finds_the_shape_of_exact_tails(k: float) -> None:
 # it does with probability .995 each, so that fewer than 180 of 200 has probability below 1e-15.
 def test_khat_alarms_are_rarely_false_and_rarely_missing() -> None:
     rng = np.random.default_rng(13)
-    limit = diagnostics.khat_threshold(2000)
+    limit = khat_threshold(2000)
     assert not any(khat(0.2 * rng.exponential(size=2000)) > limit for _ in range(200))
     assert sum(khat(1.2 * rng.exponential(size=2000)) > limit for _ in range(200)) >= 180
 
@@ -259,7 +263,7 @@ def test_khat_of_weights_without_a_tail() -> None:
 def test_generalized_pareto_of_many_draws() -> None:
     u = np.random.default_rng(15).random(100_000)
     for k in (-0.3, 0.4):
-        shape, scale = diagnostics.generalized_pareto(2.0 * (u**-k - 1) / k)
+        shape, scale = generalized_pareto(2.0 * (u**-k - 1) / k)
         assert shape == pytest.approx(k, abs=5.5 * (1 + k) / np.sqrt(1e5) + 1e-3)
         assert scale == pytest.approx(2.0, rel=0.03)
 

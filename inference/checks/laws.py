@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.inference.markov.kernel import idling, log_density
-from weft.inference.results.diagnostics import khat, khat_threshold
+from weft.inference.results.weights import khat, khat_threshold
 from weft.inference.results.draws import Draws
 from weft.inference.results.particles import Particles
 from weft.inference.run.algorithm import Algorithm

@@ -15,6 +15,7 @@ import numpy as np
 from weft.ppl.transforms.reparam import BASE
 
 from . import diagnostics
+from .weights import khat, khat_threshold
 
 MAX_RHAT = 1.01
 MIN_ESS = 400
@@ -281,7 +282,7 @@ def _weights(log_weights: np.ndarray) -> Finding:
     n = log_weights.size
     w = np.exp(log_weights - log_weights.max())
     ess = w.sum() ** 2 / np.square(w).sum()
-    k, limit = diagnostics.khat(log_weights), diagnostics.khat_threshold(n)
+    k, limit = khat(log_weights), khat_threshold(n)
     worth = f"{n} particles are worth {ess:.{0 if ess >= 10 else 1}f} independent draws"
     if math.isnan(k):
         return Finding(f"{worth}: too few for k-hat, which needs 21. Take more.")

@@ -16,10 +16,11 @@ from weft.inference.resampling import systematic
 from weft.ppl.stage.compat import Tracer, as_key
 from weft.ppl.stage.errors import WeftError
 
-from . import diagnostics, export, record, storage
+from . import export, record, storage
 from .draws import Draws
 from .result import Result, on_host, traced
 from .summary import Summary, summarise_particles
+from .weights import khat
 
 
 @storage.result_type("particles")
@@ -76,7 +77,7 @@ class Particles(Result):
     def khat(self) -> float:
         r"""The Pareto $\hat k$ of the weights. Above 0.7 they mislead."""
         self._check("khat()")
-        return diagnostics.khat(self.log_weights)
+        return khat(self.log_weights)
 
     def resample(self, key: PRNGKeyArray, num_samples: int | None = None) -> Particles:
         """Equally weighted particles, drawn from these by their weights.

@@ -18,6 +18,7 @@ from weft.ppl.stage.errors import AddressError
 
 from . import diagnostics
 from .diagnosis import Finding, judge_draws, judge_particles, label
+from .weights import weighted_describe
 
 _SCREEN = 24  # rows a table prints before it leaves some out
 
@@ -232,7 +233,7 @@ def summarise_particles(
     table = {}
     for address, values in numbers.items():
         mask = active.get(address) if address in choices else None
-        table[address] = diagnostics.weighted_describe(values, weights, mask, quantiles)
+        table[address] = weighted_describe(values, weights, mask, quantiles)
         if exact:
             table[address].pop("mcse")
     findings = judge_particles(table, lw, exact)
