@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.inference.markov.kernel import idling, log_density
-from weft.inference.results.weights import khat, khat_threshold
 from weft.inference.results.draws import Draws
 from weft.inference.results.particles import Particles
+from weft.inference.results.weights import khat, khat_threshold
 from weft.inference.run.algorithm import Algorithm
 from weft.ppl import Target
 from weft.ppl.stage.addresses import flatten

@@ -9,8 +9,8 @@ import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from weft.inference.results.weights import khat_threshold
 from weft.inference.results.storage import Saved, result_type, write
+from weft.inference.results.weights import khat_threshold
 from weft.inference.weighted.importance import importance
 from weft.ppl import Program, Target
 from weft.ppl.stage.compat import Tracer
