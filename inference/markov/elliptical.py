@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.exact.families import base_of
-from weft.ppl.programs.handlers import Evaluate, Free
+from weft.ppl.programs.handlers import Evaluate, EveryBranch, Free
 from weft.ppl.programs.traces import flat_records
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.errors import DensityError
@@ -124,15 +124,10 @@ class _Standardised:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Standardise(Handler):
+class _Standardise(EveryBranch):
     """Record `L^-1 (x - m)` of every latent choice."""
 
     latents: frozenset[str]
-    skip: frozenset[tuple[str, ...]] = frozenset()
-    every_branch = True
-
-    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
-        return dataclasses.replace(self, skip=self.skip | skip)
 
     def site(self, site: Site, key: Any, given: Any) -> Any:
         value = Evaluate(None).site(site, key, given)[0]
@@ -150,14 +145,11 @@ class _Standardise(Handler):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Colour(Handler):
+class _Colour(EveryBranch):
     """Latent choices come as standard normal numbers. The density is that of all other sites, and scales and masks."""
 
     latents: frozenset[str]
     record: bool = False
-    idle_branch: bool = False
-    skip: frozenset[tuple[str, ...]] = frozenset()
-    every_branch = True
 
     @property
     def records(self) -> bool:  # type: ignore[override]
@@ -165,9 +157,6 @@ class _Colour(Handler):
 
     def terms(self) -> dict[str, jax.Array]:
         return {"log_density": jnp.zeros(())}
-
-    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
-        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
 
     def site(self, site: Site, key: Any, given: Any) -> Any:
         if not isinstance(given, Free):

@@ -27,10 +27,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.results.draws import Draws
 from weft.inference.run.adaptation import Phase
 from weft.ppl import Target
-from weft.ppl.programs.handlers import Evaluate, Given, Unconstrain, bijection, expand, to_support
+from weft.ppl.programs.handlers import (
+    Evaluate,
+    EveryBranch,
+    Given,
+    Unconstrain,
+    bijection,
+    expand,
+    to_support,
+)
 from weft.ppl.stage.addresses import Address, covers, dotted, flatten, unflatten, unknown
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
-from weft.ppl.stage.interpreter import Handler, interpret
+from weft.ppl.stage.interpreter import interpret
 from weft.ppl.stage.modules import Module
 from weft.ppl.stage.sites import Site
 
@@ -152,19 +160,13 @@ jax.tree_util.register_dataclass(_Latent, ["given", "where"], [])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Proper(Handler):
+class _Proper(EveryBranch):
     """The density of choices that are all known. Idle latent choices keep their own terms."""
 
-    idle_branch: bool = False
-    skip: frozenset[tuple[str, ...]] = frozenset()
-    every_branch = True
     records = False
 
     def terms(self) -> dict[str, jax.Array]:
         return {"log_density": jnp.zeros(())}
-
-    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
-        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
 
     def site(self, site: Site, key: Any, given: Any) -> Any:
         latent = given if isinstance(given, _Latent) else None

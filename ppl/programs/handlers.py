@@ -260,8 +260,25 @@ def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return site.over_lanes(one, z)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EveryBranch(Handler):
+    """A handler that walks idle branches as well.
+
+    Attributes:
+        idle_branch: whether the branch that is walked is idle.
+        skip: the addresses in it that the branch taken has too.
+    """
+
+    idle_branch: bool = False
+    skip: frozenset[tuple[str, ...]] = frozenset()
+    every_branch = True
+
+    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
+        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
+
+
 @dataclasses.dataclass(frozen=True)
-class Unconstrain(Handler):
+class Unconstrain(EveryBranch):
     """The density of a target on R^n. Latent choices come as ``Free``, the others as ``Given``.
 
     An idle latent choice (in a branch that is not taken, or masked) keeps its own prior term. So the target stays
@@ -270,9 +287,6 @@ class Unconstrain(Handler):
     """
 
     record: bool = False
-    idle_branch: bool = False
-    skip: frozenset[tuple[str, ...]] = frozenset()
-    every_branch = True
 
     @property
     def records(self) -> bool:  # type: ignore[override]
@@ -280,9 +294,6 @@ class Unconstrain(Handler):
 
     def terms(self) -> dict[str, jax.Array]:
         return {"log_density": jnp.zeros(())}
-
-    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
-        return dataclasses.replace(self, idle_branch=True, skip=self.skip | skip)
 
     def site(
         self, site: Site, key: Any, given: Any
@@ -331,15 +342,10 @@ class Unconstrain(Handler):
 
 
 @dataclasses.dataclass(frozen=True)
-class ToUnconstrained(Handler):
+class ToUnconstrained(EveryBranch):
     """Records every latent choice on the unconstrained scale. Choices that are not given are drawn."""
 
     latents: frozenset[str]
-    skip: frozenset[tuple[str, ...]] = frozenset()
-    every_branch = True
-
-    def idle(self, skip: frozenset[tuple[str, ...]]) -> Handler:
-        return dataclasses.replace(self, skip=self.skip | skip)
 
     def site(
         self, site: Site, key: Any, given: Any
