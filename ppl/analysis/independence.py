@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from weft.ppl.stage.jaxprs import Axes, Place, through, wiring
-from weft.ppl.stage.primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS
+from weft.ppl.stage.primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
 
 
 class Unaligned(Exception):
@@ -69,12 +69,7 @@ _LEADING = Axes(_slice, lambda place, count: None if place is None else place + 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
+_rule = rules(_RULES)
 
 
 def _one(places: Places) -> int:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .compat import Literal, bind, inner_jaxprs, open_jaxpr, scan_sizes
+from .primitives import rules
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
@@ -103,14 +104,8 @@ Rule = Callable[[Any], "Wiring | None"]
 _RULES: dict[str, Rule] = {}
 
 
-def wired(*names: str) -> Callable[[Rule], Rule]:
-    """Register the wiring of the primitives with these names."""
-
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
+wired = rules(_RULES)
+"""Register the wiring of the primitives with these names."""
 
 
 def wiring(eqn: Any) -> Wiring | None:

@@ -5,6 +5,11 @@ A primitive that is in no list is unknown.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj
 convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1
@@ -31,3 +36,16 @@ REDUCTIONS = frozenset(_REDUCTIONS.split())
 
 CUMULATIVE = frozenset(["cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"])
 """They go along the axis that their parameter ``axis`` names."""
+
+
+def rules(table: dict[str, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
+    """A decorator ``rule(*names)``, which enters a rule in a table for the primitives with these names."""
+
+    def rule(*names: str) -> Callable[[Rule], Rule]:
+        def enter(f: Rule) -> Rule:
+            table.update(dict.fromkeys(names, f))
+            return f
+
+        return enter
+
+    return rule

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from .primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS
+from .primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
 
 _SHAPED = CUMULATIVE | {"rev", "sort", "reshard", "ppermute"}
 SHAPED = ELEMENTWISE - {"optimization_barrier"} | _SHAPED
@@ -107,15 +107,7 @@ class Ties:
 Pairs = list[tuple[Axes, Axes]]
 Rule = Callable[[Any, Any, Any], Pairs]
 RULES: dict[str, Rule] = {}
-
-
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        for name in names:
-            RULES[name] = rule
-        return rule
-
-    return register
+_rule = rules(RULES)
 
 
 def _without(axes: Axes, left_out: Sequence[int]) -> Axes:
