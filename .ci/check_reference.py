@@ -1,7 +1,8 @@
 """Check the built reference in site/api against the package: nothing that a docstring says may be lost on the way.
 
-Run by `make docs`. For every public name the page must show it, with a signature that has the parameters it really has,
-with every word of its docstring in order, and with every line of its examples in a block of code.
+Run by `make docs`. For every public name the page must show it once, with a signature that has the parameters it really
+has, with every word of its docstring in order, with every parameter explained, and with every line of its examples in a
+highlighted block of code. On all pages of the site every formula must be set.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from typing import Any
 SITE = Path(sys.argv[1] if len(sys.argv) > 1 else "site")
 MODULES = ["ppl", "inference", "inference.kernels", "inference.testing", "models.state_space"]
 # Hooks that the author of an algorithm overrides are explained once, under `Algorithm` (see mkdocs.yml).
-HOOKS = re.search(
-    r'filters: \["!\^_", "!\^\((.*?)\)\$",\s*"!\^\((.*?)\)\$"\]', Path("mkdocs.yml").read_text()
-)
+FILTERS = re.search(r'filters: \["!\^_", ([^\]]*)\]', Path("mkdocs.yml").read_text())
 VOID = {"area", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
 ADMONITIONS = {"references", "note", "warning"}
 WORD = re.compile(r"\w+")
+TEX = re.compile(r"\\[a-zA-Z(\[]+|\$[^$\n]+\$")
 
 
 class Node:
@@ -42,6 +42,13 @@ class Node:
         for child in self.inside:
             if isinstance(child, Node):
                 yield from child.nodes()
+
+    def own(self) -> Iterator[Node]:
+        """The elements inside that do not belong to another object of the reference."""
+        for child in self.inside:
+            if isinstance(child, Node) and not child.has("doc-object"):
+                yield child
+                yield from child.own()
 
     def text(self, *but: str) -> str:
         """The text inside, less what stands in elements of some tags or classes."""
@@ -85,6 +92,12 @@ def shown() -> tuple[dict[str, Node], list[str]]:
         for mark in (">>>", ":math:", ".. math::", "$$"):
             if mark in text:
                 wrong.append(f"{page}: {mark!r} stands outside of a block of code")
+        blocks = [n for n in root.nodes() if n.has("highlight") and not n.has("doc-signature")]
+        for block in blocks:
+            if not block.has("language-pycon"):
+                wrong.append(f"{page}: no example, but a block of code: {block.text().split()[:9]}")
+            elif not any(n.tag == "span" and n.attributes.get("class") for n in block.nodes()):
+                wrong.append(f"{page}: an example is not highlighted: {block.text().split()[:9]}")
         for node in root.nodes():
             source = (
                 node.attributes.get("src")
@@ -99,16 +112,30 @@ def shown() -> tuple[dict[str, Node], list[str]]:
                     f"{page}: {node.text()[:80].split()} became a box; it is no heading that Griffe knows"
                 )
             if node.has("doc-object"):
-                heading = next((n for n in node.nodes() if n.has("doc-heading")), None)
+                heading = next((n for n in node.own() if n.has("doc-heading")), None)
                 if heading is not None and "id" in heading.attributes:
+                    if heading.attributes["id"] in objects:
+                        wrong.append(f"{page}: shows {heading.attributes['id']} twice")
                     objects[heading.attributes["id"]] = node
     return objects, wrong
 
 
+def unset_formulas() -> Iterator[str]:
+    """What is left of TeX on any page: a command that was not understood, or a formula as plain text."""
+    for page in sorted(SITE.glob("**/index.html")):
+        root = Tree(page.read_text()).root
+        for text in [root.text("pre", "code", "script", "style", "math")] + [
+            n.text() for n in root.nodes() if n.tag == "math"
+        ]:
+            for found in TEX.finditer(text):
+                near = text[max(0, found.start() - 30) : found.end()]
+                yield f"{page}: not set as a formula: {found[0]!r} in {near!r}"
+
+
 def public() -> Iterator[tuple[str, Any]]:
     """Every public name that the reference must show, with the public methods that a class documents itself."""
-    assert HOOKS is not None, "mkdocs.yml names the hooks of algorithms under `filters`"
-    hooks = set(f"{HOOKS[1]}|{HOOKS[2]}".split("|"))
+    assert FILTERS is not None, "mkdocs.yml names the hooks of algorithms under `filters`"
+    hooks = set("|".join(re.findall(r"\((.*?)\)", FILTERS[1])).split("|"))
     for module in MODULES:
         names = importlib.import_module(f"weft.{module}")
         for name in dir(names):  # also what is loaded on first use
@@ -132,14 +159,7 @@ def public() -> Iterator[tuple[str, Any]]:
 
 def parts(node: Node) -> tuple[str, str, list[str]]:
     """The signature, the text and the blocks of code of one object, without those of its members."""
-
-    def own(node: Node) -> Iterator[Node]:
-        for child in node.inside:
-            if isinstance(child, Node) and not child.has("doc-object"):
-                yield child
-                yield from own(child)
-
-    inside = list(own(node))
+    inside = list(node.own())
     signature = next((n.text() for n in inside if n.has("doc-signature")), "")
     text = " ".join(n.text("math", "doc-children") for n in inside if n.has("doc-contents"))
     blocks = [n.text() for n in inside if n.tag == "pre"]
@@ -171,6 +191,20 @@ def faults(path: str, value: Any, node: Node) -> Iterator[str]:
             break
 
 
+def unexplained(path: str, value: Any, documented: dict[str, Any]) -> Iterator[str]:
+    """The parameters that neither the docstring explains, nor that of a public name to which it refers."""
+    doc = inspect.getdoc(value) or ""
+    beside = path.rpartition(".")[0]
+    names = [p for n in re.findall(r"`(\w+)`", doc) if (p := f"{beside}.{n}") in documented]
+    bases = inspect.getmro(value)[1:] if inspect.isclass(value) else ()
+    docs = [doc, *(inspect.getdoc(documented[n]) or "" for n in names)]
+    docs += [b.__doc__ or "" for b in bases if b.__module__.startswith("weft.")]
+    for name in parameters(value):
+        explained = rf"(?m)^ *(\*|`)*({name}|.*, {name})\b.*:|`[^`\n]*\b{name}\b[^`\n]*`"
+        if not any(re.search(explained, d) for d in docs):
+            yield f"{path}: its docstring does not explain {name!r}"
+
+
 def parameters(value: Any) -> list[str]:
     try:
         names = inspect.signature(value).parameters
@@ -182,8 +216,11 @@ def parameters(value: Any) -> list[str]:
 def main() -> int:
     """Print what is wrong; the exit status says whether anything is."""
     objects, wrong = shown()
+    wrong.extend(unset_formulas())
     checked = examples = 0
-    for path, value in public():
+    found = list(public())
+    documented = dict(found)
+    for path, value in found:
         if path not in objects:
             wrong.append(f"{path}: not in the reference")
             continue
@@ -192,6 +229,8 @@ def main() -> int:
             continue  # a second name, explained under the first
         examples += bool(doctest.DocTestParser().get_examples(inspect.getdoc(value) or ""))
         wrong.extend(faults(path, value, objects[path]))
+        if inspect.isclass(value) or (inspect.isfunction(value) and path.count(".") < 3):
+            wrong.extend(unexplained(path, value, documented))
     print(*wrong, sep="\n")
     print(f"{checked} public names checked, {examples} of them with examples: {len(wrong)} faults")
     return bool(wrong) or not examples

@@ -103,8 +103,34 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     paths = re.findall(r"`([\w.]+/[\w./-]*\.(?:py|txt|sh))", text)
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     missing = [p for p in paths if p.split("/")[0] in FOLDERS and not (ROOT / p).exists()]
+    alone = re.findall(r"`(\w+\.py)`", text)  # a file whose folder is named before
+    missing += [p for p in alone if not any(any((ROOT / f).rglob(p)) for f in FOLDERS)]
     missing += [x for x in links if not (page.parent / x).exists()]
     assert missing == [], f"{page.name} names files that are not there"
+
+
+def _resolves(path: str) -> bool:
+    """Whether a dotted path names a module, or something in one."""
+    found: object = weft
+    for i, name in enumerate(names := path.split(".")[1:]):
+        if not hasattr(found, name):
+            try:
+                importlib.import_module(".".join(["weft", *names[: i + 1]]))
+            except ImportError:
+                return False
+        found = getattr(found, name)
+    return True
+
+
+def test_dotted_paths_in_pages_and_docstrings_exist() -> None:
+    sources = [p for folder in FOLDERS[:3] for p in (ROOT / folder).rglob("*.py")]
+    missing = [
+        f"{file.relative_to(ROOT)}: {path}"
+        for file in [*PAGES, *sources]
+        for path in re.findall(r"`(weft(?:\.\w+)+)(?:\([^`]*)?`", file.read_text())
+        if path != "weft.json" and not _resolves(path)
+    ]
+    assert missing == []
 
 
 def test_every_file_with_references_is_found_from_its_paper() -> None:

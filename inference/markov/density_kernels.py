@@ -60,7 +60,12 @@ class DensityKernel(Kernel):
 
 
 class BoundKernel(Noun):
-    """A kernel, and the density that it leaves invariant."""
+    """A kernel, and the density that it leaves invariant. `kernel.on(log_density)` makes it.
+
+    Attributes:
+        kernel: the kernel.
+        log_density: the log density, a function of a position.
+    """
 
     kernel: DensityKernel
     log_density: LogDensity

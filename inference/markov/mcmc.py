@@ -54,6 +54,8 @@ class mcmc(ChainSampler):
         num_warmup: transitions in which the kernel adapts. They are discarded.
         thin: store every `thin`-th draw.
         keep: the addresses of the choices and derived values to store (`"*"` and `"**"` are wildcards); all by default.
+        generation: set by `run`. It grows if anything has changed that the kernel reads from outside, so that code
+            compiled before the change is not used again.
 
     Raises:
         WeftError: if there is nothing to sample, or a setting makes no sense.

@@ -44,11 +44,11 @@ class filtering(Module):
     (parameters, the first state) are drawn for each particle and travel with it. Choices and observations after the
     scan are a last step. Elements that are not observed (`observed(y, where=...)`, or data shorter than the scan) are
     drawn and do not weigh. In a model with choices summed out (`marginalize`) only the other choices are drawn. The
-    part of a summed-out chain that the carry holds is handed on as a law (`weft.ppl.messages`).
+    part of a summed-out chain that the carry holds is handed on as a law (`weft.ppl.exact.messages`).
 
-    A scan under one or several `jax.vmap` is a panel of series. Each lane has a filter of its own, with its own weights
-    and resamplings, and the evidences multiply. Choices outside of the vmap, which the series share, must be given
-    (`pmmh` and `smc2` infer them). No density may read choices of several series.
+    A scan under one or several `jax.vmap` is a panel of series. Each series has a filter of its own, with its own
+    weights and resamplings, and the evidences multiply. Choices outside of the vmap, which the series share, must be
+    given (`pmmh` and `smc2` infer them). No density may read choices of several series.
 
     Attributes:
         proposal: what draws the latent choices of a step. By default the model itself (the bootstrap filter). Or a

@@ -22,7 +22,7 @@ class History(eqx.Module):
         num_ancestors: the number of particles of step `since` from which those of the step descend; 0 if it is not
             known.
         since: an earlier step. It is the first one as long as many of its particles have descendants; see
-            `weft.inference.coalescence`.
+            `weft.inference.particles.coalescence`.
         collected: the values of `collect`, `(step, ...)`.
         tree: with `history="ancestors"`, the particles from which the last ones descend.
         ancestors: `(step, particle)`: from which particle of the previous step each descends. `None` without the full

@@ -2,11 +2,11 @@
 
 Given what they share, the series of a panel are independent. Each has particles, weights and resamplings of its own.
 The estimates of their evidences are independent and unbiased, so they multiply. With `v_l` the relative variance of the
-estimate of lane `l`,
+estimate of series `l`,
 
     Z = prod_l Z_l,    Var(Z) / Z^2 = prod_l (1 + v_l) - 1,    Var(log Z) = sum_l Var(log Z_l).
 
-A single filter for all series together would weigh by a product over the lanes, and would need exponentially many
+A single filter for all series together would weigh by a product over the series, and would need exponentially many
 particles.
 """
 
@@ -44,10 +44,11 @@ class Panel(FeynmanKac):
     its own particles instead.
 
     Attributes:
-        models: the models as one, whose arrays lead with the lane where they differ; of several vmaps, lanes of lanes.
-        mapped: which arrays do.
-        log_shared: log density of what is given outside of the lanes.
-        size: number of lanes.
+        models: the models of all series as one. Its arrays lead with the series where these differ. Under several vmaps
+            it is a panel again.
+        mapped: which arrays lead with the series.
+        log_shared: the log density of what is given outside of the vmap.
+        size: the number of series.
     """
 
     models: Any
@@ -57,7 +58,7 @@ class Panel(FeynmanKac):
 
     @classmethod
     def of(cls, make: Callable[[Array], Any], size: int, log_shared: Array) -> Panel:
-        """A panel, from a function of a lane's index that makes the lane's model."""
+        """A panel, from a function that makes the model of the series with a given index."""
         rest: list[Any] = []
 
         def arrays(index: Array) -> Any:
@@ -75,7 +76,7 @@ class Panel(FeynmanKac):
         return cls(models, mapped, log_shared, size)
 
     def map(self, f: Callable[..., Any], *xs: Any) -> Any:
-        """`f(model, *xs)` for every lane. `xs` lead with the lane."""
+        """`f(model, *xs)` for every series. `xs` lead with the series."""
         arrays, rest = eqx.partition(self.models, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
 
@@ -85,11 +86,11 @@ class Panel(FeynmanKac):
         axes = [0 if m else None for m in self.mapped]
         return jax.vmap(one, (axes, *(0 for _ in xs)), axis_size=self.size)(leaves, *xs)
 
-    def at(self, lane: int) -> Any:
-        """The model of one lane."""
+    def at(self, index: int) -> Any:
+        """The model of one series."""
         arrays, rest = eqx.partition(self.models, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
-        own = [x[lane] if m else x for x, m in zip(leaves, self.mapped, strict=True)]
+        own = [x[index] if m else x for x, m in zip(leaves, self.mapped, strict=True)]
         return eqx.combine(jax.tree.unflatten(structure, own), rest)
 
     def init(self, key: PRNGKeyArray, /) -> tuple[Any, Array]:
@@ -107,7 +108,8 @@ class Panel(FeynmanKac):
     def engine(self, settings: smc, /) -> PanelSMC:
         if settings.history == "ancestors":
             raise WeftError(
-                "smc: history='ancestors' makes room as a run goes on, which cannot be done for lanes: take 'full'"
+                "smc: history='ancestors' makes room as a run goes on, which cannot be done for several series at "
+                "once: take 'full'"
             )
         return PanelSMC(settings, self)
 
@@ -160,17 +162,17 @@ def _keys(key: PRNGKeyArray, size: int) -> PRNGKeyArray:
 
 @storage.result_type("lane particles")
 class PanelParticles(SequentialParticles):
-    """Particles of all lanes together. Each is one particle of each lane, drawn by weight, so weights are equal.
+    """Particles of all series of a panel. Each is one particle of each series, drawn by weight, so weights are equal.
 
-    The fields of `path` have the axis of the lanes after that of the step. `path.log_increments`, summed over both, is
-    the log evidence minus the log density of given values outside of the lanes. The weights of each lane are in the
-    values that `collect` made of them, and in the full history. `log_evidence_variance` is the sum over lanes.
+    The fields of `path` have the axis of the series after that of the step. `path.log_increments`, summed over both, is
+    the log evidence minus the log density of given values outside of the vmap. The weights of each series are in the
+    values that `collect` made of them, and in the full history. `log_evidence_variance` is the sum over the series.
     """
 
     def along(self, tree: Any) -> Any:
-        """The entries of arrays (step, lane, particle, ...) along the paths to each lane's last particles.
+        """The entries of arrays (step, series, particle, ...) along the paths to each series' last particles.
 
-        The result has the axes (lane, particle, step, ...).
+        The result has the axes (series, particle, step, ...).
 
         Args:
             tree: for instance `path.particles`.
@@ -198,14 +200,16 @@ class PanelParticles(SequentialParticles):
         since, least = np.asarray(self.path.since[-1]), int(np.min(self.path.num_ancestors))
         worst = np.unravel_index(np.argmin(ess), ess.shape)
         fewest = np.unravel_index(np.argmin(roots), roots.shape)
-        step, lane = int(worst[0]), _named(worst[1:])
+        step, series = int(worst[0]), _named(worst[1:])
         times = np.asarray(self.path.resampled).sum(0)
         lines = [
             title,
-            f"{roots.size} lanes with a filter each, {len(ess)} steps, resampled before {times.min()} to "
-            f"{times.max()}; smallest effective sample size {ess[worst]:.3g} (lane {lane}, step {step}); the last "
-            f"particles descend from {roots[fewest]} of those of step {since[fewest]}, or more (lane {_named(fewest)})",
-            f"Each lane's particles were drawn by its last weights, and are worth {ess[-1].min():.3g} or more.",
+            f"{roots.size} series with a filter each, {len(ess)} steps, resampled before {times.min()} to "
+            f"{times.max()}; smallest effective sample size {ess[worst]:.3g} (series {series}, step {step}); the last "
+            f"particles descend from {roots[fewest]} of those of step {since[fewest]}, or more (series "
+            f"{_named(fewest)})",
+            "The particles of each series were drawn by its last weights, and are worth "
+            f"{ess[-1].min():.3g} or more.",
         ]
         if least < FEW_ANCESTORS:
             lines.append(
@@ -214,7 +218,7 @@ class PanelParticles(SequentialParticles):
             )
         if ess[worst] < max(10.0, 0.01 * self.num_particles):
             lines.append(
-                f"Lane {lane} degenerated at step {step}: take more particles, or a better proposal there."
+                f"Series {series} degenerated at step {step}: take more particles, or a better proposal there."
             )
         return "\n".join(lines)
 
@@ -224,7 +228,7 @@ def _named(index: Any) -> str:
 
 
 class PanelState(State):
-    """The states of the lanes' runs, `(lane, ...)`, and the key by which their last particles are combined."""
+    """The states of the runs of all series, `(series, ...)`, and the key by which their last particles are combined."""
 
     iteration: Int[Array, ""]
     states: Any
@@ -253,7 +257,7 @@ class PanelSMC(Algorithm):
             had = init.states.iteration.shape[0]
             if had != self.panel.size:
                 raise WeftError(
-                    f"smc: the run to be resumed had {had} lanes, this model has {self.panel.size}"
+                    f"smc: the run to be resumed had {had} series, this model has {self.panel.size}"
                 )
 
         def one(engine: Any, key: PRNGKeyArray, *state: Any) -> Any:
@@ -270,7 +274,7 @@ class PanelSMC(Algorithm):
         return PanelState(state.iteration + 1, states, state.key)
 
     def _each(self, f: Callable[..., Any], *xs: Any) -> Any:
-        """Apply `f` to the engine of each lane."""
+        """Apply `f` to the engine of each series."""
         return self.panel.map(lambda model, *xs: f(self._engine(model), *xs), *xs)
 
     def _engine(self, model: FeynmanKac) -> Algorithm:
@@ -311,15 +315,15 @@ class PanelSMC(Algorithm):
         bad = np.argwhere(~np.isfinite(np.asarray(path.log_increments)))
         if not len(bad):
             return
-        lane, model = bad[0][1:], self.panel
-        for index in lane:
+        series, model = bad[0][1:], self.panel
+        for index in series:
             model = model.at(int(index))
-        one = jax.tree.map(lambda x: x[(slice(None), *lane)], path)
+        one = jax.tree.map(lambda x: x[(slice(None), *series)], path)
         try:
             dataclasses.replace(self.settings, model=model)._check_weights(one)
         except DensityError as e:
             sizes = " by ".join(map(str, self.panel.panel_shape))
-            raise DensityError(f"lane {_named(lane)} of {sizes}: {e}") from None
+            raise DensityError(f"series {_named(series)} of {sizes}: {e}") from None
 
 
 def _evidences(state: Any) -> Array:

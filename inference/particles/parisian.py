@@ -60,7 +60,8 @@ def paris(
         scan: the argument given to `filtering`.
 
     Returns:
-        The values of the functional, summed and averaged. For series under a vmap there is one for each, `(lane, ...)`.
+        The values of the functional, summed and averaged. For series under a vmap there is one for each, `(series,
+        ...)`.
 
     Raises:
         WeftError: if the run kept no history, or a choice stands outside the scan.

@@ -1,18 +1,15 @@
-"""Results in one file: arrays and a description of how they nest, nothing executable.
+"""Results in one file: arrays, and a description of how they nest. Nothing in it can be executed.
 
-A file is a zip archive of ``.npy`` arrays, so ``numpy.load`` opens it too, and one entry
+A file is a zip archive. It holds arrays in the format ``.npy``, so ``numpy.load`` can open it, and an entry
 ``weft.json``:
-
-.. code-block:: json
 
     {"format": 1, "kind": "draws", "type": "weft.inference.results.draws.Draws", "meta": {},
      "tree": {"dict": [["choices", {"dict": [["mu", {"array": "..."}]]}]]}}
 
-Dicts, lists, tuples, numbers, strings, None, arrays and random keys are rebuilt as they were, to
-the bit and to the dtype. Any other pytree, such as a module of parameters, is stored as its leaves,
-and read into a template of the same structure (``like=``): no file can name code to run. A file is
-written under another name and renamed when complete: an interrupted `save` leaves the old file as
-it was.
+Dicts, lists, tuples, numbers, strings, None, arrays and random keys are rebuilt as they were, to the bit and to the
+dtype. Any other pytree, such as a module of parameters, is stored as its leaves. It is read into a template of the same
+structure (``like=``), so that no file can name code to run. A file is written under another name, and renamed when it
+is complete. So an interrupted `save` leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -48,10 +45,10 @@ class Saved(NamedTuple):
     """What a file holds.
 
     Attributes:
-        kind: which type of result wrote it, by the name that the type registered under.
+        kind: the name under which the type of the result registered.
         tree: the arrays, nested as they were given.
-        meta: what else was noted, as JSON knows it.
-        path: where it was read.
+        meta: what else was noted, as JSON can hold it.
+        path: the file that it was read from.
         type: the full name of the class that wrote it, for messages. Empty in files of early versions.
     """
 
@@ -68,13 +65,13 @@ _types: dict[str, type[Any]] = {}
 
 
 def result_type(kind: str) -> Callable[[type[R]], type[R]]:
-    """Register a class of results, where it is defined: `load` reads the files that it writes.
+    """Register a class of results where it is defined, so that `load` reads the files that it writes.
 
-    The class has a method `from_saved(saved, target)`, which rebuilds a result from a `Saved`, and
-    a method `save(path)`, which calls `write(path, kind, ...)`.
+    The class has a method `save(path)`, which calls `write(path, kind, ...)`. And it has a method
+    `from_saved(saved, target)`, which rebuilds a result from a `Saved`.
 
     Args:
-        kind: the name of the class in files. It is for good: old files carry it.
+        kind: the name of the class in files. It must never change, since old files carry it.
 
     Returns:
         A class decorator that leaves the class as it is.
@@ -113,10 +110,10 @@ def result_type(kind: str) -> Callable[[type[R]], type[R]]:
 
 
 def kind_of(cls: type[Any]) -> str:
-    """The name that a class registered under.
+    """The name under which a class registered.
 
     Raises:
-        StorageError: if it did not.
+        StorageError: if it did not register.
     """
     for kind, known in _types.items():
         if known is cls:
@@ -137,25 +134,25 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
-    """Read what `.save(path)` of a result wrote.
+    """Read the result that `result.save(path)` wrote.
 
     Args:
         path: the file.
-        target: the target the result belongs to. A file holds no code, hence no model: without it
-            the arrays, tables and exports are there, but not what scores or predicts
-            (`log_likelihood` in ArviZ, say).
-        like: for a `Fit` whose parameters are more than dicts, lists and tuples of arrays (modules,
-            say): parameters of the same structure, shapes and dtypes, or another such `Fit`.
+        target: the target of the result. A file holds no code, and so no model. Without a target the result has its
+            arrays, tables and exports, but cannot score or predict. So it has no `log_likelihood` for ArviZ, for
+            example.
+        like: a template for a `Fit` whose parameters are not only dicts, lists and tuples of arrays, but modules, for
+            example. It is another such `Fit`, or parameters of the same structure, shapes and dtypes.
 
     Returns:
-        `Draws`, `Particles`, `SequentialParticles`, `Fit` or any other result that has registered
-        (`result_type`), equal to what was saved. Arrays that this JAX configuration cannot hold (64
-        bits without `jax.enable_x64`) come as NumPy arrays.
+        The result as it was saved: `Draws`, `Particles`, `SequentialParticles`, `Fit`, or any other type that has
+        registered (`result_type`). Arrays of 64 bits are NumPy arrays unless JAX is set to hold them
+        (`jax_enable_x64`).
 
     Raises:
         FileNotFoundError: if there is no such file.
-        StorageError: if it is not a Weft file, is damaged, comes from a later format, or holds a
-            type that has not registered (the message names the module to import).
+        StorageError: if the file is not one of Weft, is damaged, has a later format, or holds a type that has not
+            registered. In the last case the message names the module to import.
         WeftError: if it was written for another target.
 
     Examples:
@@ -181,18 +178,18 @@ def load(path: PathLike, target: Any = None, like: Any = None) -> Any:
 
 
 def write(path: PathLike, kind: str, tree: Any, meta: Mapping[str, Any] | None = None) -> None:
-    """Write one result, all or nothing: the file appears, or replaces the old one, when complete.
+    """Write one result. The file appears, or replaces the old one, only when it is complete.
 
     Args:
-        path: the file; its folder must exist.
-        kind: the name that the type of the result registered under.
-        tree: dicts (keys are strings), lists, tuples, arrays, random keys, numbers, strings, None;
-            other pytrees by leaves.
-        meta: anything that JSON can say.
+        path: the file. Its folder must exist.
+        kind: the name under which the type of the result registered.
+        tree: dicts with strings as keys, lists, tuples, arrays, random keys, numbers, strings and None. Other pytrees
+            are stored as their leaves.
+        meta: anything that JSON can hold.
 
     Raises:
-        StorageError: if no type has registered under this name, if the path is a folder or its
-            folder is missing, under tracing, or for a leaf of another type.
+        StorageError: if no type has registered under this name, if the path is a folder, if its folder is missing,
+            under tracing, or for a leaf of another type.
     """
     if kind not in _types:
         raise StorageError(
@@ -237,12 +234,12 @@ def read(path: PathLike, like: Any = None) -> Saved:
 
     Args:
         path: the file.
-        like: template for the parts that are no plain containers, see `load`.
+        like: a template for the parts that are no plain containers, as in `load`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        StorageError: if it is not a Weft file, is damaged, comes from a later format, or if the
-            template does not fit.
+        StorageError: if the file is not one of Weft, is damaged or has a later format, or if the template does not
+            fit.
     """
     where = os.fspath(path)
     if not os.path.exists(path):

@@ -34,9 +34,10 @@ def over_auxiliary(
 class hvi(elbo):
     r"""The bound of hierarchical variational inference: an ELBO whose guide has auxiliary choices `u`.
 
-        HVI = E_q [ log p(x, y) - log (q(u, x) / r(u | x)) ]  <=  ELBO of the marginal guide q(x).
+    $$\mathrm{HVI} = \mathbb{E}_q\left[ \log p(x, y) - \log \frac{q(u, x)}{r(u \mid x)} \right]$$
 
-    It is the ELBO with `marginal(guide, keep=target.latents, by=importance(r, 1))` as its guide.
+    It is at most the ELBO of the marginal guide $q(x)$, whose density has no closed form. It is computed as the ELBO
+    with `marginal(guide, keep=target.latents, by=importance(r, 1))` as its guide.
 
     Attributes:
         target: a target, or a function `(params, *batch) -> Target`.
@@ -44,6 +45,7 @@ class hvi(elbo):
         reverse: `r`, a function `(params, choices, *batch) -> Program` from the latent choices to a program over the
             others. `None` is the guide's own law of them before it draws `x`.
         num_samples: the number of draws that are averaged.
+        sticking_the_landing: refused here, since the guide's density is an estimate.
 
     References:
         Ranganath, Tran and Blei (2016), equation 5.
@@ -81,13 +83,14 @@ class hvi(elbo):
 class iwhvi(hvi):
     r"""The importance-weighted hierarchical bound: `hvi` with `M` auxiliary particles.
 
-        IWHVI_M = E [ log p(x, y) - log 1/M sum_j q(u_j, x) / r(u_j | x) ],
+    $$\mathrm{IWHVI}_M = \mathbb{E}\left[ \log p(x, y) - \log \frac{1}{M} \sum_{j=1}^M
+    \frac{q(u_j, x)}{r(u_j \mid x)} \right]$$
 
-    where `u_1` is the draw from which `x` came, and the others are draws of `r`. The bound rises to the ELBO of the
-    marginal guide as `M` grows.
+    Here $u_1$ is the draw from which $x$ came, and the others are draws of $r$. The bound rises to the ELBO of the
+    marginal guide as $M$ grows.
 
     Attributes:
-        num_auxiliary: `M`.
+        num_auxiliary: the number $M$ of particles. The other settings are those of `hvi`.
 
     References:
         Sobolev and Vetrov (2019), equation 6.
@@ -103,11 +106,16 @@ class iwhvi(hvi):
 class diwhvi(iwelbo):
     r"""The doubly importance-weighted hierarchical bound: `iwelbo` with the guide of `iwhvi`.
 
-        DIWHVI = E [ log 1/K sum_k p(x_k, y) / (1/M sum_j q(u_kj, x_k) / r(u_kj | x_k)) ]
+    $$\mathrm{DIWHVI} = \mathbb{E}\left[ \log \frac{1}{K} \sum_{k=1}^K p(x_k, y) \Big/
+    \frac{1}{M} \sum_{j=1}^M \frac{q(u_{kj}, x_k)}{r(u_{kj} \mid x_k)} \right]$$
 
     Attributes:
-        num_particles: `K`.
-        num_auxiliary: `M`.
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program` that draws the latent choices and others.
+        num_particles: the number $K$ of draws of the latent choices.
+        vimco: as in `iwelbo`.
+        dreg: refused here, since the guide's density is an estimate.
+        num_auxiliary: the number $M$ of particles for the auxiliary choices of each draw.
         reverse: `r`, as for `hvi`.
 
     References:

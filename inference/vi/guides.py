@@ -52,9 +52,9 @@ def mean_field(
 ) -> tuple[Model, dict[str, Any]]:
     r"""A guide of independent normals on the unconstrained scale.
 
-        z_k ~ N(loc_k, scale_k^2),    x = T(z),
+    $$z_k \sim N(\mathrm{loc}_k, \mathrm{scale}_k^2), \qquad x = T(z)$$
 
-    for each element, where `T` is NumPyro's bijection to the support of the choice. A discrete choice with values
+    for each element $k$, where $T$ is NumPyro's bijection to the support of the choice. A discrete choice with values
     `0, ..., K - 1` has a categorical law with free logits. Its gradient is by the score function, unless
     `with_gradients(guide, {"z": gradients.enum})` says otherwise.
 
@@ -112,12 +112,15 @@ def full_rank(
 ) -> tuple[Model, dict[str, Any]]:
     r"""A guide that is a normal of any covariance over all choices, on the unconstrained scale.
 
-        z ~ N(loc, L L'),    x = T(z),
+    $$z \sim N(\mathrm{loc}, L L^\top), \qquad x = T(z)$$
 
-    where `L` is lower triangular, `n` by `n`, in the order of `target.unconstrain().flat.addresses`. The site at
-    address `a` draws `z_a ~ N(loc_a + L_{a,<a} eps_{<a}, L_aa L_aa')`. Here
-    `eps_{<a} = L_{<a,<a}^-1 (z_{<a} - loc_{<a})` are the standardised choices before it. The product of these
-    conditionals is exactly the joint normal.
+    Here $L$ is lower triangular, $n \times n$, in the order of `target.unconstrain().flat.addresses`. The site at
+    address $a$ draws its elements given the choices before it, in standardised form $\varepsilon_{<a}$:
+
+    $$z_a \sim N(\mathrm{loc}_a + L_{a,<a}\, \varepsilon_{<a},\; L_{aa} L_{aa}^\top), \qquad
+    \varepsilon_{<a} = L_{<a,<a}^{-1} (z_{<a} - \mathrm{loc}_{<a})$$
+
+    The product of these conditionals is exactly the joint normal.
 
     Args:
         target: the target.
@@ -174,11 +177,12 @@ def low_rank(
 ) -> tuple[Model, dict[str, Any]]:
     r"""A guide that is a normal of low-rank plus diagonal covariance, on the unconstrained scale.
 
-        z = loc + W f + d e,    f ~ N(0, I_r),  e ~ N(0, I_n),    cov z = W W' + diag(d^2).
+    $$z = \mathrm{loc} + W f + d\, e, \qquad f \sim N(0, I_r), \quad e \sim N(0, I_n), \qquad
+    \mathrm{Cov}(z) = W W^\top + \mathrm{diag}(d^2)$$
 
-    The site at address `a` draws from the conditional given the choices before it. Given these, the factors are normal,
-    with precision `I + sum_k w_k w_k' / d_k^2` and shift `sum_k w_k (z_k - loc_k) / d_k^2`. No `n` by `n` matrix is
-    formed. A draw with its density takes `O(n r^3)` operations and `O(n r^2)` memory.
+    The site at address $a$ draws from the conditional given the choices before it. Given these, the factors $f$ are
+    normal, with precision $I + \sum_k w_k w_k^\top / d_k^2$ and shift $\sum_k w_k (z_k - \mathrm{loc}_k) / d_k^2$. No
+    $n \times n$ matrix is formed. A draw with its density takes $O(n r^3)$ operations and $O(n r^2)$ memory.
 
     Args:
         target: the target.
@@ -228,7 +232,8 @@ def structured(
 ) -> tuple[Model, dict[str, Any]]:
     r"""A guide in the shape of the model: each choice depends linearly on those that its site reads.
 
-        z_a = loc_a + sum_{b in reads(a)} W_ab (z_b - loc_b) + scale_a eps_a,    x = T(z).
+    $$z_a = \mathrm{loc}_a + \sum_{b\ \mathrm{read\ by}\ a} W_{ab} (z_b - \mathrm{loc}_b) + \mathrm{scale}_a\,
+    \varepsilon_a, \qquad x = T(z)$$
 
     This is a linear-Gaussian network on the unconstrained scale. Its arrows are those of the model among its latent
     choices, which the staged program shows. Scales are free and depend on nothing. The rules are:
@@ -341,13 +346,14 @@ def flow(
 ) -> tuple[Model, dict[str, Any]]:
     r"""A guide that is an autoregressive spline flow over all unconstrained elements.
 
-        z_k = loc_k + scale_k u_k,
-        u_k = shift_k(u_<k) + exp(log_scale_k(u_<k)) s_k(eps_k; u_<k),    eps_k ~ N(0, 1),
+    $$z_k = \mathrm{loc}_k + \mathrm{scale}_k u_k, \qquad
+    u_k = m_k(u_{<k}) + e^{l_k(u_{<k})}\, s_k(\varepsilon_k; u_{<k}), \qquad \varepsilon_k \sim N(0, 1)$$
 
-    where `s_k` is a monotone rational-quadratic spline. One masked network, with a hidden layer and a linear skip,
-    gives shift, log scale and spline. Every normal is in the family, by the skip alone. With enough units and bins the
-    flow comes near to any law of `z`. There is only one layer: several layers of the same order make up a map of the
-    same kind, and only such a map is a product over sites. The flow begins as the independent normals of `mean_field`.
+    Here $m_k$ is a shift, $l_k$ a log scale, and $s_k$ a monotone rational-quadratic spline. One masked network, with a
+    hidden layer and a linear skip, gives shift, log scale and spline. Every normal is in the family, by the skip alone.
+    With enough units and bins the flow comes near to any law of `z`. There is only one layer: several layers of the
+    same order make up a map of the same kind, and only such a map is a product over sites. The flow begins as the
+    independent normals of `mean_field`.
 
     A density takes one pass of the network. A draw computes its elements in sequence, at the cost of one pass in all.
 

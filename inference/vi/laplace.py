@@ -27,11 +27,11 @@ def laplace(
 ) -> tuple[Model, dict[str, Any]]:
     r"""The normal at the mode of the unconstrained density, with the inverse of its curvature.
 
-        z ~ N(z*, H^-1),    z* = argmax log p(z),    H = - d^2 log p / dz^2 at z*,
+    $$z \sim N(z^*, H^{-1}), \qquad z^* = \mathrm{arg\,max}_z \log p(z), \qquad H = -\nabla^2 \log p(z^*)$$
 
-    where `p(z)` includes the Jacobians of the bijections. L-BFGS, and then Newton's method, find the mode. `H` is `n`
-    by `n`; automatic differentiation computes it, and it is inverted in double precision. The result is the guide of
-    `full_rank` at these parameters. It is ready to use, and a good start for `fit`.
+    Here $p(z)$ includes the Jacobians of the bijections. L-BFGS, and then Newton's method, find the mode. Automatic
+    differentiation computes the $n \times n$ matrix $H$, and it is inverted in double precision. The result is the
+    guide of `full_rank` at these parameters. It is ready to use, and a good start for `fit`.
 
     Args:
         target: the target.

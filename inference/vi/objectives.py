@@ -130,9 +130,9 @@ class Objective(Noun):
 class elbo(Objective):
     r"""The evidence lower bound.
 
-    Let `p` be the target and `q` a guide with parameters `phi`. Both are programs. Then
+    Let $p$ be the target and $q_\phi$ a guide with parameters $\phi$. Both are programs. Then
 
-        ELBO(phi) = E_q [ log p(x, y) - log q(x) ]  <=  log p(y).
+    $$\mathrm{ELBO}(\phi) = \mathbb{E}_{q_\phi}[\log p(x, y) - \log q_\phi(x)] \le \log p(y).$$
 
     Called with a key it gives an unbiased estimate. The gradient of this estimate with respect to the parameters is an
     unbiased estimate of the gradient of the ELBO, by the strategy of each site of the guide.
@@ -142,8 +142,9 @@ class elbo(Objective):
         guide: a function `(params, *batch) -> Program`.
         num_samples: the number of draws of the guide that are averaged. With two or more, score terms have
             leave-one-out baselines.
-        sticking_the_landing: leave the explicit dependence of `log q` on the parameters out of the gradient (Roeder et
-            al. 2017). That part has mean zero. Without it the variance vanishes where the guide is the posterior.
+        sticking_the_landing: whether to leave the explicit dependence of $\log q_\phi$ on the parameters out of the
+            gradient (Roeder et al. 2017). That part has mean zero. Without it the variance vanishes where the guide is
+            the posterior.
 
     References:
         Jordan et al. (1999); Kingma and Welling (2014), equation 3, for the reparametrised
@@ -193,14 +194,15 @@ def log_weights(objective: Objective, num_particles: int, params: Any, *batch: A
 class iwelbo(Objective):
     r"""The importance-weighted bound.
 
-        IWELBO_K(phi) = E [ log 1/K sum_i w_i ],   w_i = p(x_i, y) / q(x_i),   x_i ~ q,
+    $$\mathrm{IWELBO}_K(\phi) = \mathbb{E}\left[ \log \frac{1}{K} \sum_{i=1}^K w_i \right],
+    \qquad w_i = \frac{p(x_i, y)}{q_\phi(x_i)}, \quad x_i \sim q_\phi$$
 
-    It is at least the ELBO, and rises to `log p(y)` as `K` grows.
+    It is at least the ELBO, and rises to $\log p(y)$ as $K$ grows.
 
     Attributes:
         target: a target, or a function `(params, *batch) -> Target`.
         guide: a function `(params, *batch) -> Program`.
-        num_particles: `K`.
+        num_particles: the number $K$ of draws.
         vimco: whether score terms have baselines. The baseline of a draw is the bound with the weight of that draw
             replaced by the geometric mean of the others (Mnih and Rezende 2016).
         dreg: whether the gradients of the guide are doubly reparametrised (Tucker et al. 2019). Their relative noise
@@ -285,14 +287,18 @@ def _require_exact(guide: Program, option: str) -> None:
 
 
 class renyi(Objective):
-    r"""The variational Rényi bound, `1 / (1 - alpha) log E_q [w^(1 - alpha)]`, from `K` draws.
+    r"""The variational Rényi bound, estimated from $K$ draws.
 
-    For `alpha` in (0, 1) it lies between the log evidence (`alpha = 0`) and the ELBO (`alpha` near 1). With finitely
-    many draws it is biased towards the ELBO. Negative values of `alpha` are allowed.
+    $$\frac{1}{1 - \alpha} \log \mathbb{E}_{q_\phi}[w^{1 - \alpha}], \qquad w = \frac{p(x, y)}{q_\phi(x)}$$
+
+    For $\alpha$ in (0, 1) it lies between the log evidence ($\alpha = 0$) and the ELBO ($\alpha$ near 1). With finitely
+    many draws it is biased towards the ELBO. Negative values of $\alpha$ are allowed.
 
     Attributes:
-        alpha: the order.
-        num_particles: `K`.
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        alpha: the order $\alpha$, any number but 1.
+        num_particles: the number $K$ of draws.
 
     References:
         Li and Turner (2016), equation 14.

@@ -30,17 +30,17 @@ class Windows(eqx.Module):
 class plateau(eqx.Module):
     r"""A rule that stops a fit as soon as the bound no longer rises.
 
-    After every `window` steps the mean of the last `window` estimates is compared with that of the `window` before. The
-    fit stops if the difference `d` is at most
+    After every `window` steps the mean of the last `window` estimates is compared with the mean of the `window`
+    estimates before. The fit stops if it has risen by no more than
 
-        max(tolerance, z s),    s^2 = v_1 / n_1 + v_2 / n_2,
+    $$\max(\mathrm{tolerance}, z s), \qquad s^2 = \frac{v_1}{n_1} + \frac{v_2}{n_2},$$
 
-    where `v` and `n` are the variances and the counts of the finite estimates in the two windows. Estimates are
-    independent given the parameters. At one decision, a bound that rises by `delta` in a window is stopped with
-    probability `Phi(z - delta / s)`. A level bound is stopped with probability `Phi(z)`, by default 0.977. So slow
-    progress is seen if the window is long enough that the noise of its mean is smaller than the progress.
+    where $v_i$ and $n_i$ are the variances and the counts of the finite estimates in the two windows. Estimates are
+    independent given the parameters. So a bound that rises by $\delta$ in a window is stopped, at one decision, with
+    probability $\Phi(z - \delta / s)$. A level bound is stopped with probability $\Phi(z)$, by default 0.977. Slow
+    progress is seen if the window is so long that the noise of its mean is smaller than the progress.
 
-    Decisions depend on the iteration alone. Progress bars and interruptions change nothing.
+    Decisions depend on the estimates alone. Progress bars and interruptions change nothing.
 
     Attributes:
         window: the number of steps in a window. The first decision comes after two windows.

@@ -26,10 +26,9 @@ FLAT_RATE, FALLING_RATE = 0.01, 0.02
 class variational(Printed, Module):
     r"""An algorithm that fits a guide to a target: `fit`, with its settings in one value.
 
-        phi* = argmax over phi of  E [ objective(target, guide)(key, phi) ].
-
-    The default objective is the ELBO, so the guide minimises KL(q || p). Like every algorithm it runs on any target,
-    also under `jit`, and under `vmap` over data sets.
+    It looks for the parameters that maximise $\mathbb{E}[\mathrm{objective}(\mathrm{key}, \phi)]$. The default
+    objective is the ELBO, so the guide comes to minimise $\mathrm{KL}(q_\phi \,\|\, p)$. Like every algorithm it runs
+    on any target, also under `jit`, and under `vmap` over data sets.
 
     Attributes:
         guide: a function `params -> Program` that draws exactly the target's latent choices; or, without `params`, a

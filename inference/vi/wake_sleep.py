@@ -48,10 +48,15 @@ class _Weighted(Objective):
 
 
 class wake_theta(_Weighted):
-    r"""The model's part of reweighted wake-sleep: `sum_i w_i log p_theta(x_i, y)`, with draws and weights fixed.
+    r"""The model's part of reweighted wake-sleep, $\sum_i w_i \log p_\theta(x_i, y)$.
 
-    Its gradient is that of the log evidence, with a bias of order 1 / `num_particles`. Discrete choices of the guide
-    need no strategy.
+    The draws $x_i$ of the guide and their normalised weights $w_i$ do not move with the parameters. The gradient is
+    that of the log evidence, with a bias of order 1 / `num_particles`. Discrete choices of the guide need no strategy.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: the number of draws of the guide.
 
     References:
         Bornschein and Bengio (2015), equation 5.
@@ -62,10 +67,16 @@ class wake_theta(_Weighted):
 
 
 class wake_phi(_Weighted):
-    r"""The guide's part of reweighted wake-sleep: `sum_i w_i log q_phi(x_i)`, with draws and weights fixed.
+    r"""The guide's part of reweighted wake-sleep, $\sum_i w_i \log q_\phi(x_i)$.
 
-    To maximise it is to minimise the forward divergence KL(p(x | y) || q), with a bias of order 1 / `num_particles`. So
-    the guide comes to cover the posterior.
+    The draws $x_i$ and their normalised weights $w_i$ do not move with the parameters. To maximise the objective is to
+    minimise the forward divergence $\mathrm{KL}(p(x \mid y) \,\|\, q_\phi)$, with a bias of order 1 / `num_particles`.
+    So the guide comes to cover the posterior.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: the number of draws of the guide.
 
     References:
         Bornschein and Bengio (2015), equation 7.
@@ -80,7 +91,13 @@ forward_kl = wake_phi
 
 
 class rws(_Weighted):
-    r"""Reweighted wake-sleep: `wake_theta + wake_phi` from the same draws."""
+    r"""Reweighted wake-sleep: the sum of `wake_theta` and `wake_phi`, from the same draws.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: the number of draws of the guide.
+    """
 
     def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
         both = jax.vmap(lambda x: target.log_density(x) + guide.log_density(x))(choices)
@@ -88,10 +105,12 @@ class rws(_Weighted):
 
 
 class sleep_phi(Objective):
-    r"""The sleep phase: `E_{x, y ~ p} [log q_phi(x | y)]`, with data that are drawn from the model.
+    r"""The sleep phase of wake-sleep: $\mathbb{E}_{x, y \sim p}[\log q_\phi(x \mid y)]$, for data drawn from the model.
 
-    The guide is amortised: it is a function `(params, data, *batch) -> Program`. `data` is a nested dict like the
-    target's `observed`.
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: an amortised guide, a function `(params, data, *batch) -> Program`. `data` is a nested dict like the
+            target's `observed`.
 
     References:
         Hinton et al. (1995); Bornschein and Bengio (2015), equation 9.
@@ -120,10 +139,16 @@ class sleep_phi(Objective):
 
 
 class eubo(_Weighted):
-    r"""An estimate of the evidence upper bound `E_{p(x | y)} [log p(x, y) - log q(x)]`, to be minimised.
+    r"""An estimate of the evidence upper bound, $\mathbb{E}_{p(x \mid y)}[\log p(x, y) - \log q_\phi(x)]$.
 
-    The mean over the posterior is taken by normalised weights. So the estimate is biased downwards, and is no bound by
-    itself. Beside the ELBO it says how far apart guide and posterior are.
+    The mean over the posterior is taken with the normalised weights of draws of the guide. So the estimate is biased
+    downwards, and is not itself a bound. Its distance from the ELBO says how far apart guide and posterior are. A guide
+    that is fitted by it is fitted with `minimize=True`.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: the number of draws of the guide.
     """
 
     def value(self, target: Target, guide: Program, choices: Any, weights: Array) -> Array:
@@ -132,10 +157,15 @@ class eubo(_Weighted):
 
 
 class log_variance(_Weighted):
-    r"""Minus half the variance of `log w` over draws of the guide, with the draws fixed.
+    r"""Minus half the variance of the log weights $\log p(x_i, y) - \log q_\phi(x_i)$ of draws of the guide.
 
-    Its maximum is zero, where all weights are equal. Its gradient is that of the ELBO with the best constant baseline.
-    It needs no strategy.
+    The draws do not move with the parameters. The maximum is zero: there all weights are equal. The gradient is that of
+    the ELBO with the best constant baseline. No choice needs a strategy.
+
+    Attributes:
+        target: a target, or a function `(params, *batch) -> Target`.
+        guide: a function `(params, *batch) -> Program`.
+        num_particles: the number of draws of the guide.
 
     References:
         Richter et al. (2020), "VarGrad", proposition 1.

@@ -20,14 +20,15 @@ from .proposals import live
 
 
 class enumeration(Algorithm):
-    """Exact inference by scoring every joint value of the latent choices.
+    r"""Exact inference by scoring every joint value of the latent choices.
 
-    Let `S` be the product of the supports of all latent elements. The weights are `p(x, y)` for each `x` in `S`, and
+    The particles are all joint values $x$ of the latent choices. Their weights are $p(x, y)$. The log evidence is
+    exact:
 
-        log_evidence = logsumexp(log_weights) = log sum_x p(x, y)
+    $$\log p(y) = \log \sum_x p(x, y)$$
 
-    is exact. A choice that is idle (in a branch not taken) would be counted once for each of its values. So its terms
-    are divided by the number of its values.
+    A choice that is idle (in a branch not taken) would be counted once for each of its values. So its terms are divided
+    by the number of its values.
 
     Attributes:
         max_terms: more joint values than this are refused.

@@ -22,18 +22,17 @@ from .proposals import check_proposal, log_ratio, may_idle
 
 
 class importance(Algorithm):
-    """Importance sampling.
+    r"""Importance sampling.
 
-    Particles `x_i ~ q` are drawn independently from the proposal. Their weights are `w_i = p(x_i) / q(x_i)`, where `p`
-    is the unnormalised density of the target. The mean of the weights is an unbiased estimate of the evidence. Its
-    logarithm is
+    Let $\gamma$ be the unnormalised density of the target. $N$ particles are drawn independently from the proposal $q$.
+    Their mean weight is an unbiased estimate of the evidence:
 
-        log_evidence = logsumexp(log_weights) - log(num_particles).
+    $$x_i \sim q, \qquad w_i = \frac{\gamma(x_i)}{q(x_i)}, \qquad \hat Z = \frac{1}{N} \sum_{i=1}^N w_i$$
 
     Attributes:
         proposal: a program that draws exactly the target's latent choices; or a function from the target to such a
             program; or `None` for the prior.
-        num_particles: the number of particles.
+        num_particles: the number $N$ of particles.
         batch_size: the most particles that are drawn at once. It bounds memory. The result does not depend on it.
         grad: the gradient strategy (`weft.gradients`) of the choice among the particles. It is used where `normalize`
             stands in an expectation. `None` is the score function.

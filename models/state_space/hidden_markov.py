@@ -26,9 +26,10 @@ from .forward_backward import Chain, FilteredStates, SmoothedStates, ViterbiPath
 
 
 class HiddenMarkov(Distribution):
-    """A series of observations of a hidden Markov model, with the states summed out.
+    r"""A series of observations of a hidden Markov model, with the states summed out.
 
-        z_0 ~ initial,    z_t ~ transition[z_{t-1}],    y_t ~ emission given z_t,
+    $$z_0 \sim \mathrm{initial}, \qquad z_t \sim \mathrm{transition}[z_{t-1}], \qquad
+    y_t \sim \mathrm{emission\ given}\ z_t$$
 
     There are K states, and times are t = 0, ..., T - 1. The first state emits the first observation. The value is y, of
     shape (T, *event). The density is that of the observations alone.

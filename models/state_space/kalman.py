@@ -35,7 +35,12 @@ from . import timewise
 
 
 class Gaussian(NamedTuple):
-    """The law of a state, or of the state at each time."""
+    """The normal law of a state, or of the state at each time.
+
+    Attributes:
+        mean: shape (n,), or (T, n).
+        covariance: shape (n, n), or (T, n, n).
+    """
 
     mean: Float[Array, "*t n"]
     covariance: Float[Array, "*t n n"]

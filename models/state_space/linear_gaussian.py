@@ -27,9 +27,9 @@ from .kalman import FilteredGaussian, Gaussian, Observation, SmoothedGaussian, T
 
 
 class LinearGaussian(Distribution):
-    """A series of observations of a linear-Gaussian state-space model, with the states integrated out.
+    r"""A series of observations of a linear-Gaussian state-space model, with the states integrated out.
 
-        x_0 ~ N(m0, P0),    x_t = A x_{t-1} + b + N(0, Q),    y_t = C x_t + d + N(0, R),
+    $$x_0 \sim N(m_0, P_0), \qquad x_t = A x_{t-1} + b + N(0, Q), \qquad y_t = C x_t + d + N(0, R)$$
 
     States have n dimensions, observations have m, and times are t = 0, ..., T - 1. The first state emits the first
     observation. The value is y, of shape (T, m). The density is that of the observations alone.

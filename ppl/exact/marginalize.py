@@ -1,4 +1,4 @@
-r"""Exact marginalisation: a model without some of its discrete choices.
+r"""Exact marginalisation: a model without some of its choices, which are summed or integrated out.
 
 ``marginalize(model, "z")`` is a model of all other choices, with density $p(x) = \sum_z p(x, z)$. Drawing from it means
 drawing from the model. Scoring it walks the model once. On that walk $z$ is a table of its values (``tables``), density
@@ -83,7 +83,10 @@ def marginalize(
     parallel: bool = False,
     max_terms: int = 1_000_000,
 ) -> F:
-    r"""The model without some of its discrete choices: $p(x) = \sum_z p(x, z)$, exactly.
+    r"""The model without some of its choices, which are summed out exactly: $p(x) = \sum_z p(x, z)$.
+
+    The choices $z$ are discrete with finitely many values. Or they are continuous with a conjugate prior: normal, beta,
+    gamma, inverse-gamma, Dirichlet, Wishart and inverse-Wishart choices are integrated out in closed form.
 
     Choices may stand at the top level, under ``vmap`` (each copy is summed by itself), in branches, in nested programs,
     and in a ``lax.scan``. In a scan they are a Markov chain of any order (the forward recursion, Rabiner 1989). Several
@@ -92,16 +95,16 @@ def marginalize(
     Args:
         model: a model or a function with sites.
         *addresses: the choices to sum out. Wildcards work as elsewhere.
-        joint: sum over all joint values of the copies of a choice, where copies meet. That is exponential in their
-            number.
-        parallel: compose the steps of chains by an associative scan over time, of depth $O(\log T)$, in place of the
-            sequential recursion.
+        joint: whether to sum over all joint values of the copies of a choice, where copies meet. That is exponential in
+            their number.
+        parallel: whether to compose the steps of chains by an associative scan over time, of depth $O(\log T)$, in
+            place of the sequential recursion.
         max_terms: the largest table allowed, in joint values of the choices in it.
 
     Raises:
         ModelError: if a choice cannot be summed out exactly. The message names the equation that stands in the way. The
-            error comes when the model is scored, since only then the values of the other choices are known.
-        DensityError: for a continuous choice.
+            error comes when the model is scored, since the values of the other choices are known only then.
+        DensityError: for a continuous choice whose distribution has no closed form.
         AddressError: for an unknown choice.
 
     Examples:

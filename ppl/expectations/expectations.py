@@ -29,7 +29,13 @@ SAMPLES = "weft samples"
 
 
 class Expectation(Noun):
-    """The estimator that ``expect`` makes. Call it as ``estimator(key, *args)``."""
+    """The estimator that ``expect`` makes. Call it as ``estimator(key, *args)``.
+
+    Attributes:
+        function: the function of which it estimates the mean.
+        num_samples: as in ``expect``.
+        max_terms: as in ``expect``.
+    """
 
     function: Callable[..., Any]
     num_samples: int = eqx.field(static=True, default=1)

@@ -23,7 +23,13 @@ from .handlers import Given, expand
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """Values for a part of a site. ``observed`` makes it."""
+    """Values for a part of a site. ``observed`` makes it.
+
+    Attributes:
+        value: an array of the site's shape.
+        where: booleans, true where the value is observed.
+        missing: what becomes of the other elements, ``"impute"`` or ``"drop"``.
+    """
 
     value: Any
     where: Any

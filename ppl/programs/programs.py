@@ -33,6 +33,11 @@ class Program(printing.Printed):
 
     Its leaves are the traced arguments and one scalar. ``jax.vmap(model)`` gives that scalar a batch axis. Such a
     program is the product of independent copies, one for each index of the axis.
+
+    Attributes:
+        leaves: the traced arguments, and the scalar last.
+        skeleton: the model and the rest of its arguments.
+        name: the name of the model, in messages.
     """
 
     __slots__ = ("leaves", "name", "skeleton")

@@ -31,7 +31,10 @@ from .specs import SiteSpec
 class Axis:
     """One axis of a recorded choice.
 
-    Its kind tells what made it: ``jax.vmap`` ("lanes"), ``lax.scan`` ("scan") or the distribution ("batch").
+    Attributes:
+        size: its length.
+        name: its name, from ``axis_name`` of ``jax.vmap`` or from ``dims`` of a site; None if it has none.
+        kind: what made it: ``"lanes"`` for ``jax.vmap``, ``"scan"`` for ``lax.scan``, ``"batch"`` for the distribution.
     """
 
     size: int

@@ -227,6 +227,14 @@ def noncentered(model: F, *addresses: str) -> F:
     The value of ``x`` itself is recorded in ``derived``. The non-centred form cures the funnel of hierarchical models
     with few data in each group. With many data the centred form mixes better.
 
+    Args:
+        model: a model or a function with sites.
+        *addresses: the sites to rewrite; wildcards are allowed.
+
+    Raises:
+        ModelError: if a distribution has no non-centred form.
+        AddressError: for an unknown address.
+
     Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, noncentered, sample

@@ -165,6 +165,10 @@ def replay(model: F, trace: Trace | Mapping[str, Any]) -> F:
 
     Choices at the same addresses are fixed, as by ``do``. Other choices are free.
 
+    Args:
+        model: a model or a function with sites.
+        trace: a trace of any program, or a nested dict of choices.
+
     Examples:
         >>> import jax, numpyro.distributions as dist
         >>> from weft import gen, replay, sample
@@ -249,6 +253,10 @@ def rewrite_in_scope(function: Callable[..., Any], name: str, args: Any, kwargs:
 
 def scope(model: F, name: str) -> F:
     """Put all choices of a function under a name.
+
+    Args:
+        model: a model or a function with sites.
+        name: the name. Afterwards the choice ``"x"`` has the address ``"name.x"``.
 
     Examples:
         >>> import jax, numpyro.distributions as dist
