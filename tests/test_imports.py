@@ -1,9 +1,11 @@
-"""What an import loads: the language does not load what it does not need."""
+"""What an import loads, and what it sets: the language does not load what it does not need."""
 
+import os
 import subprocess
 import sys
 import types
 
+import jaxlib
 import pytest
 
 import weft
@@ -68,3 +70,39 @@ def test_a_function_is_found_before_the_file_of_its_name() -> None:
     assert weft.ppl.marginalize.__name__ == "marginalize"
     assert not isinstance(weft.ppl.marginalize, types.ModuleType)
     assert isinstance(weft.ppl.gradients, types.ModuleType)
+
+
+# Rows of squares of a matrix-vector product: jaxlib 0.10.2 gives 1065369600 for the last of them (jax-ml/jax#39103).
+LAST_ROW = """
+def last_row(n):
+    i = jnp.arange(n, dtype=float)
+    rows = jnp.stack((i, 0 * i, 0 * i), axis=1)
+    return float(jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(rows)[-1])
+"""
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+def outcome(code: str, flags: str = "") -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "XLA_FLAGS": flags}
+    code = f"import os, jax, jax.numpy as jnp\n{LAST_ROW}\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+
+
+def test_sums_over_many_rows_are_right_after_the_import() -> None:
+    run = outcome("import weft; print(last_row(32_769) == 32_768**2)")
+    assert run.stdout.split() == ["True"]
+    assert "RuntimeWarning" not in run.stderr
+
+
+def test_a_flag_that_is_set_is_left_alone() -> None:
+    run = outcome("import weft; print(os.environ['XLA_FLAGS'])", f"{FLAG}=-dot")
+    assert run.stdout.split() == [f"{FLAG}=-dot"]
+
+
+def test_that_jax_has_started_before_the_import_is_said() -> None:
+    run = outcome("jax.devices(); import weft")
+    affected = (0, 10, 2) <= jaxlib.version.__version_info__[:3] < (0, 13)
+    assert ("RuntimeWarning: jaxlib" in run.stderr) == affected
+    assert ("Import weft before the first computation" in run.stderr) == affected

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import jax
 import jax.extend
 import jax.numpy as jnp
+import jaxlib
+from jax._src.xla_bridge import backends_are_initialized
 from jax.core import ShapedArray as ShapedArray
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
@@ -22,6 +26,33 @@ from jax.lax import cond_p as cond_p
 from jax.lax import scan_p as scan_p
 from jax.lax import while_p as while_p
 from jax.sharding import NamedSharding
+
+
+def keep_sums_from_ynnpack() -> None:
+    """Set the flag of XLA that keeps sums on a CPU right, if XLA has not started yet.
+
+    From version 0.10.2 on jaxlib hands sums to YNNPACK. Where a fused computation has some ten thousand rows or more,
+    the result can be wrong, and nothing is said (jax-ml/jax#39103). A log evidence by importance sampling was off by 2.
+    The flag is left as it is if it is set already. Other versions of jaxlib may not know it, and would not start.
+
+    Warns:
+        RuntimeWarning: if XLA has started, on a CPU, without the flag.
+    """
+    flag = "--xla_cpu_experimental_ynn_fusion_type"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag in flags or not (0, 10, 2) <= jaxlib.version.__version_info__[:3] < (0, 13):
+        return
+    if not backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=-reduce".strip()
+    elif jax.default_backend() == "cpu":
+        warnings.warn(
+            f"jaxlib {jaxlib.version.__version__} gives wrong sums over large arrays on a CPU "
+            "(https://github.com/jax-ml/jax/issues/39103). Weft sets a flag of XLA that avoids it, but JAX has "
+            "started already. Import weft before the first computation, or start Python with "
+            f'XLA_FLAGS="{flag}=-reduce"',
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def is_jaxpr(x: Any) -> bool:
