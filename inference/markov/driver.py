@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from weft.inference.results.draws import Draws
+from weft.inference.results.result import Record as Record
 from weft.inference.run import adaptation
 from weft.inference.run.adaptation import Phase
 from weft.inference.run.algorithm import Algorithm, State
@@ -25,8 +26,6 @@ from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import AddressError, WeftError
 
 Stats = dict[str, Array]
-Record = dict[str, dict[str, Any]]
-"""For each of "choices", "derived" and "active", the values by address."""
 
 
 class ChainsState(State):

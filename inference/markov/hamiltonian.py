@@ -27,7 +27,7 @@ from weft.ppl.stage.errors import AddressError, DensityError, WeftError
 from . import gradient_kernels as kernels
 from .density_kernels import DensityKernel
 from .driver import ChainSampler, ChainsState, Record, Stats
-from .initialisation import InitStrategy, Start, check_init, explain
+from .initialisation import ChainStart, InitStrategy, check_init, explain
 
 if TYPE_CHECKING:
     from blackjax.mcmc.hmc import HMCInfo, HMCState
@@ -181,9 +181,9 @@ class HamiltonianSampler(ChainSampler):
             )
 
 
-def _start(state: ChainsState) -> Start:
+def _start(state: ChainsState) -> ChainStart:
     chains: Any = state.chains
-    return Start(chains.position, chains.logdensity, chains.logdensity_grad)
+    return ChainStart(chains.position, chains.logdensity, chains.logdensity_grad)
 
 
 class nuts(HamiltonianSampler):

@@ -21,7 +21,7 @@ from weft.ppl.stage.errors import AddressError, DensityError, WeftError
 from weft.ppl.stage.modules import Module
 
 
-class Start(eqx.Module):
+class ChainStart(eqx.Module):
     """Points to begin at, with or without a leading axis of chains.
 
     Attributes:
@@ -55,7 +55,7 @@ class InitStrategy(Module):
 
     def __call__(
         self, key: PRNGKeyArray, target: Target, num_chains: int, init: Any = None
-    ) -> Start:
+    ) -> ChainStart:
         """Find a point for each chain.
 
         Args:
@@ -80,12 +80,12 @@ class InitStrategy(Module):
         def from_prior(key: PRNGKeyArray, tries: Array) -> Array:
             return space.init(key)
 
-        def find(key: PRNGKeyArray, given: dict[str, Array]) -> Start:
-            def attempt(source: Any, tries: Array) -> Start:
+        def find(key: PRNGKeyArray, given: dict[str, Array]) -> ChainStart:
+            def attempt(source: Any, tries: Array) -> ChainStart:
                 point = source(jax.random.fold_in(key, tries), tries)
                 if given:
                     point = _overlay(point, given, target, space)
-                return Start(point, *jax.value_and_grad(space.log_density)(point))
+                return ChainStart(point, *jax.value_and_grad(space.log_density)(point))
 
             shapes = jax.eval_shape(lambda: attempt(from_box, jnp.int32(0)))
             start = jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)

@@ -23,7 +23,7 @@ from .initialisation import InitStrategy, check_init
 from .kernel import Choices, Info, Kernel, entered, log_density, unchanged
 
 
-class Place(NamedTuple):
+class Chain(NamedTuple):
     """Where a chain is: its choices, and whether it found a first point with positive density."""
 
     choices: Choices
@@ -98,25 +98,25 @@ class mcmc(ChainSampler):
         self.require_kept(target.sites)
         check_init(init, target, self.num_chains)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        place = Place(target.latent_shapes(), jnp.bool_(True))
+        chain = Chain(target.latent_shapes(), jnp.bool_(True))
 
-        def once(key: PRNGKeyArray, place: Place) -> Any:
-            tuning = self._tuning(key, place.choices, target)
-            return self.transition(key, place, target, tuning, phase(jnp.int32(0), self.num_warmup))
+        def once(key: PRNGKeyArray, chain: Chain) -> Any:
+            tuning = self._tuning(key, chain.choices, target)
+            return self.transition(key, chain, target, tuning, phase(jnp.int32(0), self.num_warmup))
 
-        jax.eval_shape(once, key, place)
+        jax.eval_shape(once, key, chain)
 
     def prepare(self, target: Target) -> mcmc:
         return dataclasses.replace(self, generation=generation_of(self.kernel))
 
-    def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Place, Any]:
-        places = Place(*self._start(key, target, init))
+    def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Chain, Any]:
+        chains = Chain(*self._start(key, target, init))
         rest = jax.random.fold_in(key, self.num_chains)  # the keys below are those of the chains
 
         def one(chain: Array, choices: Choices) -> Any:
             return self._tuning(jax.random.fold_in(rest, chain), choices, target)
 
-        return places, jax.vmap(one)(jnp.arange(self.num_chains), places.choices)
+        return chains, jax.vmap(one)(jnp.arange(self.num_chains), chains.choices)
 
     def _tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
         return self.kernel.tuning(key, choices, target) if self.num_warmup else None
@@ -136,8 +136,8 @@ class mcmc(ChainSampler):
         )
 
     def transition(
-        self, key: PRNGKeyArray, chain: Place, target: Target, tuning: Any, now: Phase
-    ) -> tuple[Place, Info, Any]:
+        self, key: PRNGKeyArray, chain: Chain, target: Target, tuning: Any, now: Phase
+    ) -> tuple[Chain, Info, Any]:
         if tuning is None:
             after, info = self.kernel.move(key, chain.choices, target)
         else:
@@ -149,9 +149,9 @@ class mcmc(ChainSampler):
                 f"{who} must report scalars, 'acceptance_rate' among them; it reports "
                 f"{ {k: x.shape for k, x in info.items()} }"
             )
-        return Place(unchanged(chain.choices, after, who), chain.valid), info, tuning
+        return Chain(unchanged(chain.choices, after, who), chain.valid), info, tuning
 
-    def record(self, chain: Place, target: Target) -> tuple[Record, Info]:
+    def record(self, chain: Chain, target: Target) -> tuple[Record, Info]:
         # Everything is given, so the key draws nothing.
         trace, lp = target.generate(jax.random.key(0), chain.choices)
         return record(target, trace), {"lp": lp}

@@ -138,7 +138,7 @@ def _expectation(
     return jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), statistics)
 
 
-class Path(NamedTuple):
+class Chain(NamedTuple):
     """Where a chain is: the path that the next iteration takes, and the path as it is stored, with the estimate."""
 
     reference: Any
@@ -210,10 +210,10 @@ class parisian_gibbs(ChainSampler):
         require_markov(model, "parisian_gibbs")
         self.require_kept([*target.sites, "sum"])
 
-    def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Path, None]:
+    def begin(self, key: PRNGKeyArray, target: Target, init: Any) -> tuple[Chain, None]:
         model = self.filter(target)
 
-        def one(key: PRNGKeyArray) -> Path:
+        def one(key: PRNGKeyArray) -> Chain:
             run_key, path_key = jax.random.split(key)
             found = smc(self.filter, self.num_particles, history="full").run(
                 run_key, target, progress=False
@@ -221,16 +221,16 @@ class parisian_gibbs(ChainSampler):
             _, all_of_them = genealogy(found, self.filter.scan, "parisian_gibbs")
             reference = model.each_series(_drawn, path_key, all_of_them)
             shapes = jax.eval_shape(lambda: self._iterate(key, model, reference)[1])
-            return Path(reference, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+            return Chain(reference, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
         return jax.vmap(one)(jax.random.split(key, self.num_chains)), None
 
     def transition(
-        self, key: PRNGKeyArray, chain: Path, target: Target, tuning: None, now: Phase
-    ) -> tuple[Path, Stats, None]:
-        return Path(*self._iterate(key, self.filter(target), chain.reference)), {}, None
+        self, key: PRNGKeyArray, chain: Chain, target: Target, tuning: None, now: Phase
+    ) -> tuple[Chain, Stats, None]:
+        return Chain(*self._iterate(key, self.filter(target), chain.reference)), {}, None
 
-    def record(self, chain: Path, target: Target) -> tuple[Record, Stats]:
+    def record(self, chain: Chain, target: Target) -> tuple[Record, Stats]:
         return {"choices": chain.found["path"], "derived": {"sum": chain.found["sum"]}}, {}
 
     def _iterate(self, key: PRNGKeyArray, model: Any, reference: Any) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ class Draws(Result):
             here always counts.
         stats: statistics of the sampler, arrays (chain, draw), under ArviZ's names: "lp", "acceptance_rate",
             "diverging", "energy", "tree_depth", "n_steps", "step_size", "reached_max_treedepth".
-        target: the target that was sampled. It is a `Record` if the draws were read from a file without the target.
+        target: the target that was sampled, or a `TargetRecord` if the draws were read from a file without it.
         warmup: what the warm-up found, as arrays that lead with the chain: "step_size", "inverse_mass" (of a cycle or a
             mixture in dicts by the index of the part), and the number of "divergences".
 

@@ -36,7 +36,7 @@ class Particles(Result):
             leads that of the choice.
         log_weights: unnormalised, of shape (particle,).
         log_evidence: the logarithm of an unbiased estimate of the evidence.
-        target: the target that was sampled. It is a `Record` if the particles were read from a file without the target.
+        target: the target that was sampled, or a `TargetRecord` if the particles were read from a file without it.
         log_evidence_variance: the variance of `log_evidence`, if the algorithm estimates it. Otherwise it is taken from
             the weights, 1/ESS - 1/N.
         exact: whether the particles are all values of an enumeration, with their probabilities.

@@ -1,6 +1,6 @@
 """Records: what is left of a target in a file, its sites and data but not its model.
 
-A result that was read from a file has a `Record` in the place of its target. Tables and exports read the same
+A result that was read from a file has a `TargetRecord` in the place of its target. Tables and exports read the same
 attributes from either.
 """
 
@@ -15,7 +15,7 @@ from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.structure import Axis, SiteInfo
 
 
-class Record(eqx.Module):
+class TargetRecord(eqx.Module):
     """The description of a target: `sites`, `observed`, `latents`, `name`.
 
     Attributes:
@@ -46,7 +46,7 @@ class Record(eqx.Module):
 
 def name_of(target: Any) -> str | None:
     """The name of the model behind a target, if it has one."""
-    if isinstance(target, Record):
+    if isinstance(target, TargetRecord):
         return target.name
     return getattr(getattr(target, "program", None), "name", None)
 
@@ -77,7 +77,7 @@ def to_meta(target: Any) -> dict[str, Any] | None:
     }
 
 
-def from_meta(meta: dict[str, Any] | None, observed: dict[str, Any]) -> Record | None:
+def from_meta(meta: dict[str, Any] | None, observed: dict[str, Any]) -> TargetRecord | None:
     """The record that `to_meta` described."""
     if meta is None:
         return None
@@ -88,7 +88,7 @@ def from_meta(meta: dict[str, Any] | None, observed: dict[str, Any]) -> Record |
             entry[field] = tuple(entry[field])
         entry["axes"] = tuple(Axis(*axis) for axis in entry["axes"])
         table.append(SiteInfo(**entry))
-    return Record(observed, tuple(table), meta["name"], tuple(meta["latents"]))
+    return TargetRecord(observed, tuple(table), meta["name"], tuple(meta["latents"]))
 
 
 def check_fits(target: Any, meta: dict[str, Any] | None, where: str) -> None:

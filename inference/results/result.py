@@ -21,6 +21,9 @@ from weft.ppl.stage.modules import Noun
 from . import export, record, storage
 from .summary import Summary
 
+Record = dict[str, dict[str, Any]]
+"""For each of "choices", "derived" and "active", the values by address."""
+
 PRINTED = 5_000_000
 """So many numbers are summarised when a result is printed: it takes some seconds."""
 
@@ -33,7 +36,7 @@ class Result(Noun):
         derived: nested dict of values that `deterministic` recorded.
         active: a tree like `choices`, of booleans. It is False where a choice does not count. The shape of the booleans
             leads that of the choice. A choice that is absent here always counts.
-        target: the target that was sampled. It is a `Record` if the result was read from a file without the target.
+        target: the target that was sampled, or a `TargetRecord` if the result was read from a file without it.
     """
 
     choices: eqx.AbstractVar[dict[str, Any]]

@@ -33,7 +33,7 @@ Before = Callable[[str], Vector]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Latent:
     """A latent choice, as far as it is known before the guide runs.
 
     Attributes:
@@ -67,7 +67,7 @@ class PushForward(eqx.Module):
 
     law: Law
     support: Any
-    place: Place = eqx.field(static=True)
+    latent: Latent = eqx.field(static=True)
 
     has_rsample: ClassVar[bool] = True
     is_discrete: ClassVar[bool] = False
@@ -75,17 +75,17 @@ class PushForward(eqx.Module):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The batch axes of the choice."""
-        return self.place.batch_shape
+        return self.latent.batch_shape
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """The axes that the support ties together."""
-        return self.place.event_shape
+        return self.latent.event_shape
 
     def sample(self, key: PRNGKeyArray) -> Array:
         """A draw."""
-        z = self.law.sample(key).reshape(self.place.shape)
-        return jnp.asarray(biject_to(self.support)(z)).astype(self.place.dtype)
+        z = self.law.sample(key).reshape(self.latent.shape)
+        return jnp.asarray(biject_to(self.support)(z)).astype(self.latent.dtype)
 
     def log_prob(self, value: Array) -> Array:
         """The log density for each index of the batch axes. Each element is conditioned on those before it."""
@@ -130,7 +130,7 @@ class Parts:
         return self.addresses[: self.addresses.index(address)]
 
 
-class Family(eqx.Module):
+class GuideFamily(eqx.Module):
     """A family of laws: for each choice, the law of its unconstrained elements given the choices before it."""
 
     def law(self, params: Any, address: str, before: Before) -> Law:
@@ -143,24 +143,24 @@ class Guide(Noun):
 
     Attributes:
         family: the family.
-        places: the choices, in order.
+        latents: the choices, in order.
         index: the latent elements of sites that are observed in part.
         target: the target, if supports have to be found when the guide runs.
     """
 
-    family: Family
-    places: tuple[Place, ...] = eqx.field(static=True)
+    family: GuideFamily
+    latents: tuple[Latent, ...] = eqx.field(static=True)
     index: dict[str, Array]
     target: Target | None
 
     def __call__(self, params: Any, *batch: Any) -> dict[str, Any]:
         """Draw the choices and return them. Arguments besides the parameters are not used."""
         return unflatten(
-            self.scope(unwrap(params), unflatten({p.address: p for p in self.places}), {})
+            self.scope(unwrap(params), unflatten({p.address: p for p in self.latents}), {})
         )
 
     def scope(
-        self, params: Any, places: dict[str, Any], outer: dict[str, Array]
+        self, params: Any, latents: dict[str, Any], outer: dict[str, Array]
     ) -> dict[str, Array]:
         """Draw the choices of one scope, given those that were drawn before it. All are by dotted address."""
         drawn: dict[str, Array] = {}
@@ -169,38 +169,38 @@ class Guide(Noun):
         def before(address: str) -> Vector:
             if address not in elements:
                 seen = {**outer, **drawn}
-                support = self.support(self.place(address), seen)
+                support = self.support(self.latent(address), seen)
                 z = jnp.asarray(biject_to(support).inv(seen[address])).reshape(-1)
                 elements[address] = z[self.index[address]] if address in self.index else z
             return elements[address]
 
-        for name, place in places.items():
+        for name, latent in latents.items():
             seen = {**outer, **drawn}
-            if isinstance(place, Place):
-                law = self.law(params, place, before, seen)
-                drawn[place.address] = sample(name, law, dims=place.dims)
+            if isinstance(latent, Latent):
+                law = self.law(params, latent, before, seen)
+                drawn[latent.address] = sample(name, law, dims=latent.dims)
             else:
-                drawn |= sample(name, gen(self.scope)(params, place, seen))
+                drawn |= sample(name, gen(self.scope)(params, latent, seen))
         return drawn
 
-    def law(self, params: Any, place: Place, before: Before, seen: dict[str, Array]) -> Any:
+    def law(self, params: Any, latent: Latent, before: Before, seen: dict[str, Array]) -> Any:
         """The distribution of one choice."""
-        if place.num_values is not None:
-            return dist.Categorical(logits=params["logits"][place.address])
-        law = self.family.law(params, place.address, before)
-        if place.address in self.index:
-            law = Among(law, self.index[place.address], place.size)
-        return PushForward(law, self.support(place, seen), place)
+        if latent.num_values is not None:
+            return dist.Categorical(logits=params["logits"][latent.address])
+        law = self.family.law(params, latent.address, before)
+        if latent.address in self.index:
+            law = Among(law, self.index[latent.address], latent.size)
+        return PushForward(law, self.support(latent, seen), latent)
 
-    def place(self, address: str) -> Place:
-        """The place of a choice, by its address."""
-        return next(p for p in self.places if p.address == address)
+    def latent(self, address: str) -> Latent:
+        """A choice by its address."""
+        return next(p for p in self.latents if p.address == address)
 
-    def support(self, place: Place, seen: Mapping[str, Array]) -> Any:
+    def support(self, latent: Latent, seen: Mapping[str, Array]) -> Any:
         """The support of a choice. If it depends on earlier choices or on arguments, the model gives it."""
-        return self.find_support(place, seen) if place.support is None else place.support.value
+        return self.find_support(latent, seen) if latent.support is None else latent.support.value
 
-    def find_support(self, place: Place, seen: Mapping[str, Array]) -> Any:
+    def find_support(self, latent: Latent, seen: Mapping[str, Array]) -> Any:
         """The support of a choice, found by a run of the target's model in which all choices are given."""
         assert self.target is not None
         code, args = self.target.program.code()
@@ -212,9 +212,9 @@ class Guide(Noun):
             if address in given:
                 value = jnp.where(expand(given[address].where, value), given[address].value, value)
             given[address] = Given(value)
-        handler = FindSupport(place.address, [])
+        handler = FindSupport(latent.address, [])
         _, records, _ = interpret(code.jaxpr, args, handler, None, unflatten(given))
-        leaves = dict(flat_records(records))[place.address]["leaves"]
+        leaves = dict(flat_records(records))[latent.address]["leaves"]
         return jax.tree.unflatten(handler.structure[0], leaves)
 
 

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array
 
-from .factorised import Before, Family, Parts
-from .laws import Chain, Diagonal, Factored, Law, Triangular, Vector, told_of_factor
+from .factorised import Before, GuideFamily, Parts
+from .laws import Diagonal, Factored, Law, MarkovChain, Triangular, Vector, told_of_factor
 from .splines import Autoregressive
 
 
-class MeanField(Family):
+class MeanField(GuideFamily):
     """Independent normals."""
 
     def law(self, params: Any, address: str, before: Before) -> Law:
         return Diagonal(_loc(params, address), params["scale"][address].reshape(-1))
 
 
-class FullRank(Family):
+class FullRank(GuideFamily):
     """A normal of any covariance. `parts` gives the place of each choice in the vector."""
 
     parts: Parts = eqx.field(static=True)
@@ -36,7 +36,7 @@ class FullRank(Family):
         return Triangular(loc, tril[part, part])
 
 
-class LowRank(Family):
+class LowRank(GuideFamily):
     """A normal whose covariance is a diagonal plus a few factors."""
 
     parts: Parts = eqx.field(static=True)
@@ -54,7 +54,7 @@ class LowRank(Family):
         return Factored(_loc(params, address), scale, factor[part], precision, shift)
 
 
-class Structured(Family):
+class Structured(GuideFamily):
     """A linear-Gaussian network.
 
     Attributes:
@@ -73,11 +73,11 @@ class Structured(Family):
             told = jnp.einsum("sij,sj->si", weights[parent], read.reshape(lanes, -1))
             loc = loc + told.reshape(-1)
         if address in self.chains:
-            return Chain(loc, scale, weights[address], self.chains[address])
+            return MarkovChain(loc, scale, weights[address], self.chains[address])
         return Diagonal(loc, scale)
 
 
-class Flow(Family):
+class Flow(GuideFamily):
     """An autoregressive spline flow; see `Autoregressive`."""
 
     parts: Parts = eqx.field(static=True)

@@ -25,7 +25,7 @@ from .minibatches import Minibatches, warn_unscaled
 from .parameters import constrained as constrained
 from .parameters import fixed as fixed
 from .parameters import unwrap
-from .starts import Start
+from .starts import FitStart
 from .stopping import plateau
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def fit(
     key = as_key(key)
     batches = Minibatches.make(data, batch_size)
     optimizer = libraries.optax.with_extra_args_support(optimizer)
-    start = Start.make(key, params, num_restarts, optimizer, state)
+    start = FitStart.make(key, params, num_restarts, optimizer, state)
     if (check := getattr(objective, "check", None)) is not None:
         check(start.params(0), *batches.example())
         warn_unscaled(objective, start.params(0), batches)
@@ -179,7 +179,7 @@ def _stacked(runs: list[list[Array]]) -> list[Array]:
 
 
 def _in_chunks(
-    ascent: Ascent, begin: AscentState, objective: Objective, start: Start, progress: bool
+    ascent: Ascent, begin: AscentState, objective: Objective, start: FitStart, progress: bool
 ) -> AscentState:
     """The state after all steps, in chunks that the host drives. A first bound that is not finite ends the fit."""
 
@@ -208,7 +208,7 @@ def _whole(ascent: Ascent, state: AscentState) -> AscentState:
 def _step(
     objective: Objective,
     optimizer: optax.GradientTransformationExtraArgs,
-    start: Start,
+    start: FitStart,
     batches: Minibatches,
     minimize: bool,
 ) -> Callable[..., tuple[list[Array], Array, Array]]:

@@ -21,7 +21,7 @@ from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
 from weft.ppl.stage.specs import Constant
 
-from .factorised import Family, Guide, Parts, Place
+from .factorised import Guide, GuideFamily, Latent, Parts
 from .parameters import constrained
 
 NUM_PRIOR_DRAWS = 101
@@ -32,13 +32,13 @@ class GuideStart(eqx.Module):
     """The common beginning of every guide.
 
     Attributes:
-        places: the latent choices, in order.
+        latents: the latent choices, in order.
         index: the latent elements of sites that are observed in part.
         target: the target without its discrete choices.
         loc: the unconstrained elements to begin at, by address.
     """
 
-    places: tuple[Place, ...] = eqx.field(static=True)
+    latents: tuple[Latent, ...] = eqx.field(static=True)
     index: dict[str, Array]
     target: Target
     loc: dict[str, Array]
@@ -55,11 +55,11 @@ class GuideStart(eqx.Module):
             for a, z in self.loc.items()
         }
 
-    def guide(self, name: str, family: Family) -> Model:
+    def guide(self, name: str, family: GuideFamily) -> Model:
         """The guide of a family."""
-        runs = any(p.support is None and p.num_values is None for p in self.places)
+        runs = any(p.support is None and p.num_values is None for p in self.latents)
         target = self.target if runs else None
-        return Model(Guide(family, self.places, self.index, target), name)
+        return Model(Guide(family, self.latents, self.index, target), name)
 
 
 def start_of(
@@ -80,14 +80,14 @@ def start_of(
     _refuse_supports(name, target)
     space = rest.unconstrain() if rest.latents else None
     shapes = {} if space is None else space.shapes
-    places = tuple(_place(target, a, shapes) for a in target.latents)
+    latents = tuple(_latent(target, a, shapes) for a in target.latents)
     index = {
         p.address: _elements(target.missing[p.address], p)
-        for p in places
+        for p in latents
         if p.address in target.missing and p.num_values is None
     }
     loc = {} if space is None else _begin(name, rest, init, as_key(or_zero(key)))
-    return GuideStart(places, index, rest, loc)
+    return GuideStart(latents, index, rest, loc)
 
 
 def or_zero(key: Any) -> Any:
@@ -125,7 +125,7 @@ def _without(target: Target, discrete: list[str]) -> Target:
     return Target(target.program, {**target.data, **at}, target.missing).staged()
 
 
-def _place(target: Target, address: str, shapes: Mapping[str, tuple[int, ...]]) -> Place:
+def _latent(target: Target, address: str, shapes: Mapping[str, tuple[int, ...]]) -> Latent:
     info = target.sites[address]
     common = {
         "address": address,
@@ -136,17 +136,17 @@ def _place(target: Target, address: str, shapes: Mapping[str, tuple[int, ...]]) 
     }
     if address not in shapes:
         assert info.num_values is not None
-        return Place(**common, shape=info.shape, support=None, num_values=info.num_values)
+        return Latent(**common, shape=info.shape, support=None, num_values=info.num_values)
     shape = shapes[address]
     if address in target.missing:  # of those the coordinates are the missing elements alone
         shape = (*info.batch_shape, *shape[1:])
     support = None if info.support is None else Constant(info.support)
-    return Place(**common, shape=shape, support=support)
+    return Latent(**common, shape=shape, support=support)
 
 
-def _elements(missing: Array, place: Place) -> Array:
+def _elements(missing: Array, latent: Latent) -> Array:
     """Flat indices of the unconstrained elements of the given batch elements."""
-    each = math.prod(place.shape[len(place.batch_shape) :])
+    each = math.prod(latent.shape[len(latent.batch_shape) :])
     return (missing[:, None] * each + jnp.arange(each)).reshape(-1)
 
 

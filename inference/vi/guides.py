@@ -41,7 +41,7 @@ from weft.ppl.analysis.dependence import site_inputs
 from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
 
-from .factorised import Place
+from .factorised import Latent
 from .families import Flow, FullRank, LowRank, MeanField, Structured
 from .guide_start import or_zero, start_of
 from .parameters import constrained
@@ -98,7 +98,7 @@ def mean_field(
     params: dict[str, Any] = {"loc": start.loc, "scale": start.scale(scale)}
     logits = {
         p.address: jnp.zeros((*p.batch_shape, p.num_values))
-        for p in start.places
+        for p in start.latents
         if p.num_values is not None
     }
     return start.guide("mean_field", MeanField()), {
@@ -294,21 +294,21 @@ def structured(
         )
     reads = site_inputs(target.program.code()[0].jaxpr)
     parents, weights, chains = [], {}, {}
-    for i, place in enumerate(start.places):
-        read, own = reads.get(place.address, frozenset()), {}
+    for i, latent in enumerate(start.latents):
+        read, own = reads.get(latent.address, frozenset()), {}
         lanes = {}
-        for other in start.places[:i]:
+        for other in start.latents[:i]:
             if other.address in read:
-                n = _shared(target, place.address, other.address)
+                n = _shared(target, latent.address, other.address)
                 lanes[other.address] = n
-                own[other.address] = jnp.zeros((n, place.size // n, other.size // n))
-        if place.address in read:
-            chains[place.address] = order = _chain(target, place)
+                own[other.address] = jnp.zeros((n, latent.size // n, other.size // n))
+        if latent.address in read:
+            chains[latent.address] = order = _chain(target, latent)
             steps, series, m = order.shape
-            own[place.address] = jnp.zeros((steps - 1, series, m, m))
-        parents.append((place.address, tuple(lanes.items())))
+            own[latent.address] = jnp.zeros((steps - 1, series, m, m))
+        parents.append((latent.address, tuple(lanes.items())))
         if own:
-            weights[place.address] = own
+            weights[latent.address] = own
     return start.guide("structured", Structured(tuple(parents), chains)), {
         "loc": start.loc,
         "scale": start.scale(scale),
@@ -326,12 +326,12 @@ def _shared(target: Target, address: str, other: str) -> int:
     return n
 
 
-def _chain(target: Target, place: Place) -> Array:
+def _chain(target: Target, latent: Latent) -> Array:
     """The elements of a site in a scan as `(steps, lanes, elements of a step)`."""
-    axes = target.sites[place.address].axes
+    axes = target.sites[latent.address].axes
     time = max(i for i, a in enumerate(axes) if a.kind == "scan")
     outside = math.prod(a.size for i, a in enumerate(axes) if i != time and a.kind != "batch")
-    order = jnp.moveaxis(jnp.arange(place.size).reshape(place.shape), time, 0)
+    order = jnp.moveaxis(jnp.arange(latent.size).reshape(latent.shape), time, 0)
     return order.reshape(axes[time].size, outside, -1)
 
 

@@ -106,7 +106,7 @@ def told_of_factor(factor: Array, scale: Array, residual: Array) -> tuple[Array,
     return row[:, :, None] * row[:, None, :], row * (residual / scale)[:, None]
 
 
-class Chain(Law):
+class MarkovChain(Law):
     """A linear-Gaussian Markov chain, with T steps, R series side by side, and m elements in a step.
 
     `z_t = loc_t + weights_t (z_{t-1} - loc_{t-1}) + scale_t eps_t`, where `z[order]` is the array `(T, R, m)`.

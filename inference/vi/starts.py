@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class FitStart:
     """The beginning of one or several fits.
 
     Attributes:
@@ -45,7 +45,7 @@ class Start:
         num: int,
         optimizer: optax.GradientTransformationExtraArgs,
         state: Any,
-    ) -> Start:
+    ) -> FitStart:
         """Make the beginning of all fits.
 
         Raises:
@@ -77,7 +77,7 @@ class Start:
                 "fit: init(key) gave parameters of different structures or shapes for different keys"
             )
         ((skeleton, rest_skeleton, _),) = skeletons
-        return Start(keys, moving, rest, skeleton, rest_skeleton)
+        return FitStart(keys, moving, rest, skeleton, rest_skeleton)
 
     def params(self, i: int) -> Any:
         """The first parameters of one fit, as the objective sees them."""

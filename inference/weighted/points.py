@@ -11,13 +11,12 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.inference.results.particles import Particles
+from weft.inference.results.result import Record
 from weft.inference.run.algorithm import Algorithm, State
 from weft.inference.run.runner import tracing
 from weft.ppl import Target, Trace
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import DensityError
-
-Record = dict[str, dict[str, Array]]
 
 
 class WeightedState(State):

@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from . import timewise
 
 
-class Chain(NamedTuple):
+class Potentials(NamedTuple):
     """The log potentials of a chain. `inside` is false for the transitions after the end of a shorter series."""
 
     log_initial: Float[Array, " k"]
@@ -125,7 +125,7 @@ def normalised(law: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("total", "parallel"))
 def forward(
-    chain: Chain, *, total: Callable[..., Array] = logsumexp, parallel: bool = False
+    chain: Potentials, *, total: Callable[..., Array] = logsumexp, parallel: bool = False
 ) -> tuple[Float[Array, "t k"], Float[Array, " t"]]:
     """The filter log p(z_t | y_{0:t}) and log p(y_t | y_{0:t-1}).
 
@@ -158,7 +158,7 @@ def forward(
 
 
 @functools.partial(jax.jit, static_argnames="parallel")
-def backward(chain: Chain, *, parallel: bool = False) -> Float[Array, "t k"]:
+def backward(chain: Potentials, *, parallel: bool = False) -> Float[Array, "t k"]:
     """Log p(y_{t+1:} | z_t), each up to a constant."""
     inputs, axes = chain.steps
     last = jnp.zeros_like(chain.log_initial)
@@ -179,7 +179,7 @@ def backward(chain: Chain, *, parallel: bool = False) -> Float[Array, "t k"]:
 
 
 def _products(
-    chain: Chain, total: Callable[..., Array], *, reverse: bool = False
+    chain: Potentials, total: Callable[..., Array], *, reverse: bool = False
 ) -> Float[Array, "s k k"]:
     """The products from the first state to each other state, up to a constant; with `reverse`, from each to the last.
 
@@ -205,7 +205,7 @@ def _scaled(x: Array, rank: int) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="parallel")
-def smoother(chain: Chain, *, parallel: bool = False) -> SmoothedStates:
+def smoother(chain: Potentials, *, parallel: bool = False) -> SmoothedStates:
     """Marginals of the states and of the transitions given all observations."""
     law, _ = forward(chain, parallel=parallel)
     message = backward(chain, parallel=parallel)
@@ -218,7 +218,7 @@ def smoother(chain: Chain, *, parallel: bool = False) -> SmoothedStates:
 
 
 @functools.partial(jax.jit, static_argnames="parallel")
-def viterbi(chain: Chain, *, parallel: bool = False) -> ViterbiPath:
+def viterbi(chain: Potentials, *, parallel: bool = False) -> ViterbiPath:
     """The path of greatest density. If several are equally good, the result is one of them, never a mixture."""
     law, increments = forward(chain, total=jnp.max, parallel=parallel)
     path = _follow_back(chain, law, jnp.zeros_like(law), parallel)
@@ -227,7 +227,7 @@ def viterbi(chain: Chain, *, parallel: bool = False) -> ViterbiPath:
 
 @functools.partial(jax.jit, static_argnames="parallel")
 def sample_posterior(
-    key: PRNGKeyArray, chain: Chain, *, parallel: bool = False
+    key: PRNGKeyArray, chain: Potentials, *, parallel: bool = False
 ) -> Int[Array, " t"]:
     """A draw of the states given the observations: filter forwards, then draw backwards."""
     law, _ = forward(chain, parallel=parallel)
@@ -235,7 +235,9 @@ def sample_posterior(
 
 
 @functools.partial(jax.jit, static_argnames="parallel")
-def sample_prior(key: PRNGKeyArray, chain: Chain, *, parallel: bool = False) -> Int[Array, " t"]:
+def sample_prior(
+    key: PRNGKeyArray, chain: Potentials, *, parallel: bool = False
+) -> Int[Array, " t"]:
     """A draw of the states before any observation."""
     shape = chain.log_likelihoods.shape
     noise = jax.random.gumbel(key, shape, chain.log_initial.dtype)
@@ -244,7 +246,7 @@ def sample_prior(key: PRNGKeyArray, chain: Chain, *, parallel: bool = False) -> 
     return _follow(maps, start, reverse=False, parallel=parallel)
 
 
-def _follow_back(chain: Chain, law: Array, noise: Array, parallel: bool) -> Int[Array, " t"]:
+def _follow_back(chain: Potentials, law: Array, noise: Array, parallel: bool) -> Int[Array, " t"]:
     """The last state, then the predecessor of each. All states share one noise, since only one of them is visited."""
     last = jnp.argmax(law[-1] + noise[-1])
     before = (law + noise)[:-1, :, None]
@@ -252,7 +254,7 @@ def _follow_back(chain: Chain, law: Array, noise: Array, parallel: bool) -> Int[
     return _follow(maps, last, reverse=True, parallel=parallel)
 
 
-def _stay_outside(chain: Chain, maps: Int[Array, "s k"]) -> Int[Array, "s k"]:
+def _stay_outside(chain: Potentials, maps: Int[Array, "s k"]) -> Int[Array, "s k"]:
     if chain.inside is None:
         return maps
     stay = jnp.arange(maps.shape[1], dtype=maps.dtype)[None, :]

@@ -22,7 +22,7 @@ from .checks import (
     over_leading,
     over_shape,
 )
-from .forward_backward import Chain, FilteredStates, SmoothedStates, ViterbiPath
+from .forward_backward import FilteredStates, Potentials, SmoothedStates, ViterbiPath
 
 
 class HiddenMarkov(Distribution):
@@ -311,14 +311,14 @@ class HiddenMarkov(Distribution):
         by_state = jnp.broadcast_to(by_state, shape)
         return jnp.einsum("tk,tk...->t...", self.state_marginals(), by_state)
 
-    def _chain_of(self, y: ArrayLike) -> Chain:
+    def _chain_of(self, y: ArrayLike) -> Potentials:
         return self._chain(self.log_likelihoods(y))
 
     def _check_made_here(self) -> None:
         if (self.initial.ndim, self.transition.ndim) != (1, 2 + ("transition" in self._varying)):
             raise ModelError(BUILT_BY_VMAP.format("HiddenMarkov"))
 
-    def _chain(self, log_likelihoods: Array) -> Chain:
+    def _chain(self, log_likelihoods: Array) -> Potentials:
         self._check_made_here()
         dtype = jnp.result_type(self.initial, log_likelihoods)
         log = lambda p: forward_backward.safe_log(p.astype(dtype))  # noqa: E731
@@ -326,7 +326,7 @@ class HiddenMarkov(Distribution):
         if self.length is not None:
             inside = jnp.arange(1, self.event_shape[0]) < self.length
         potentials = log(self.initial), log(self.transition), log_likelihoods.astype(dtype)
-        return Chain(*potentials, inside)
+        return Potentials(*potentials, inside)
 
     def _window(self, start: int, stop: int, initial: Array) -> HiddenMarkov:
         """The model of some of the steps, from the law of the first of their states."""

@@ -117,8 +117,8 @@ Scope = dict[str, "SiteInfo | Scope"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where the walk stands in a program."""
+class _Surroundings:
+    """What stands around the equation that is walked."""
 
     prefix: tuple[str, ...] = ()
     axes: tuple[Axis, ...] = ()
@@ -126,7 +126,7 @@ class _Place:
     in_while: bool = False
     summed: bool = False  # whether the table also has the choices that are summed out
 
-    def under(self, *axes: Axis) -> _Place:
+    def under(self, *axes: Axis) -> _Surroundings:
         return dataclasses.replace(self, axes=self.axes + axes)
 
 
@@ -137,13 +137,13 @@ def site_table(jaxpr: Any) -> dict[str, SiteInfo]:
         ModelError: if a name is used twice in a scope, if branches disagree on a name, or if a construct that Weft does
             not know holds a site.
     """
-    return dict(_flat(_scope(jaxpr, _Place())))
+    return dict(_flat(_scope(jaxpr, _Surroundings())))
 
 
 def summed_out(jaxpr: Any) -> dict[str, SiteInfo]:
     """The choices of a staged program that are summed out, by dotted address."""
     left = site_table(jaxpr)
-    return {a: s for a, s in _flat(_scope(jaxpr, _Place(summed=True))) if a not in left}
+    return {a: s for a, s in _flat(_scope(jaxpr, _Surroundings(summed=True))) if a not in left}
 
 
 def _flat(scope: Scope) -> Iterator[tuple[str, SiteInfo]]:
@@ -154,15 +154,15 @@ def _flat(scope: Scope) -> Iterator[tuple[str, SiteInfo]]:
             yield node.address, node
 
 
-def _scope(jaxpr: Any, place: _Place) -> Scope:
+def _scope(jaxpr: Any, around: _Surroundings) -> Scope:
     """The sites of one scope. Sites in calls, loops and branches belong to the scope around these."""
     found: Scope = {}
     for eqn in open_jaxpr(jaxpr)[0].eqns:
         if not eqn_holds_sites(eqn):
             continue
-        for name, node in _equation(eqn, place).items():
+        for name, node in _equation(eqn, around).items():
             if name in found:
-                raise ModelError(_used_twice(name, place, found[name]))
+                raise ModelError(_used_twice(name, around, found[name]))
             found[name] = node
     hashes: dict[int, str] = {}
     for name in found:
@@ -174,16 +174,16 @@ def _scope(jaxpr: Any, place: _Place) -> Scope:
     return found
 
 
-def _equation(eqn: Any, place: _Place) -> Scope:
+def _equation(eqn: Any, around: _Surroundings) -> Scope:
     primitive, params = eqn.primitive, eqn.params
     if primitive is site_p:
-        info = _info(params, place)
+        info = _info(params, around)
         return {info.address.rpartition(".")[2]: info}
     if primitive is scope_p:
         if params["name"] is None:  # the choices of an anonymous run have no address
-            _scope(params["jaxpr"], _Place())
+            _scope(params["jaxpr"], _Surroundings())
             return {}
-        inner = dataclasses.replace(place, prefix=(*place.prefix, params["name"]))
+        inner = dataclasses.replace(around, prefix=(*around.prefix, params["name"]))
         return {params["name"]: _scope(params["jaxpr"], inner)}
     if primitive is estimated_p:
         nodes: Scope = {}
@@ -191,40 +191,40 @@ def _equation(eqn: Any, place: _Place) -> Scope:
             inner: Any = nodes
             for name in address[:-1]:
                 inner = inner.setdefault(name, {})
-            inner[address[-1]] = _moved(info, place)
+            inner[address[-1]] = _moved(info, around)
         return nodes
     if primitive is marginal_p:
-        scope = _scope(params["jaxpr"], place)
-        for address in () if place.summed else params["addresses"]:
+        scope = _scope(params["jaxpr"], around)
+        for address in () if around.summed else params["addresses"]:
             scope = _without(scope, address)
         return scope
     if primitive is lanes_p:
         axes = [Axis(lane.whole, lane.name, "lanes") for lane in reversed(params["lanes"])]
-        return _scope(params["jaxpr"], place.under(*axes))
+        return _scope(params["jaxpr"], around.under(*axes))
     w = None if states_derivative(eqn) else wiring(eqn)
     if w is None:
         raise ModelError(
             f"{_listed(eqn)} inside {primitive.name!r}, which Weft has no rule for. Sites may stand in vmap, scan, "
             "cond, switch, jit, checkpoint, map, fori_loop of static length and while_loop; move the site out"
         )
-    return _wired(eqn, w, place)
+    return _wired(eqn, w, around)
 
 
-def _wired(eqn: Any, w: Wiring, place: _Place) -> Scope:
+def _wired(eqn: Any, w: Wiring, around: _Surroundings) -> Scope:
     """The sites of a call, a loop or a branch."""
     if w.kind == "loop":
-        place = place.under(Axis(w.rounds or 0, None, "scan"))
+        around = around.under(Axis(w.rounds or 0, None, "scan"))
     elif w.kind == "branches":
-        place = dataclasses.replace(place, conditional=True)
+        around = dataclasses.replace(around, conditional=True)
     elif w.kind == "unbounded":
-        place = dataclasses.replace(place, in_while=True)
+        around = dataclasses.replace(around, in_while=True)
     merged: Scope = {}
     for body in w.bodies:
         if None in body.gives and holds_sites(body.jaxpr):
             raise ModelError(
                 f"{_listed(eqn)} in the predicate of a while_loop: draw before the loop or in its body"
             )
-        _merge(merged, _scope(body.jaxpr, place))
+        _merge(merged, _scope(body.jaxpr, around))
     return merged
 
 
@@ -266,24 +266,24 @@ def _form(info: SiteInfo) -> str:
     return f"a {info.kind} site of shape {info.shape}{event} and dtype {info.dtype}"
 
 
-def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
+def _info(params: dict[str, Any], around: _Surroundings) -> SiteInfo:
     spec: SiteSpec = params["spec"]
     lanes = tuple(Axis(lane.whole, lane.name, "lanes") for lane in reversed(params["lanes"]))
     names = (*spec.dims, *(None,) * len(spec.shape))
     batch = tuple(
         Axis(size, name, "batch") for size, name in zip(spec.whole_batch, names, strict=False)
     )
-    axes = place.axes + lanes + batch
+    axes = around.axes + lanes + batch
     parts = params["skeleton"].unpack([0.0] * params["skeleton"].num_arrays)
     why = (
         "it stands in a while_loop, whose choices are not recorded; use weft.loop"
-        if place.in_while
+        if around.in_while
         else ""
     )
     if spec.hidden:
         why = "it is hidden by block"
     return SiteInfo(
-        address=".".join((*place.prefix, spec.name)),
+        address=".".join((*around.prefix, spec.name)),
         kind=spec.kind,
         shape=tuple(a.size for a in axes) + spec.event_shape,
         dtype=spec.dtype,
@@ -292,7 +292,7 @@ def _info(params: dict[str, Any], place: _Place) -> SiteInfo:
         distribution=spec.label,
         support=None if spec.support is None else spec.support.value,
         values=None if spec.values is None else spec.values.value,
-        conditional=place.conditional,
+        conditional=around.conditional,
         observed=spec.kind == "sample" and "value" in parts and "observed" not in parts,
         hidden=bool(why),
         why_hidden=why,
@@ -317,22 +317,22 @@ def is_pathwise(params: Mapping[str, Any]) -> bool:
     return params["spec"].reparametrised if asked is None else getattr(asked, "pathwise", False)
 
 
-def _moved(info: SiteInfo, place: _Place) -> SiteInfo:
+def _moved(info: SiteInfo, around: _Surroundings) -> SiteInfo:
     """The site of a program that stands inside another one, as the outer program sees it."""
-    axes = place.axes + info.axes
+    axes = around.axes + info.axes
     return dataclasses.replace(
         info,
-        address=".".join((*place.prefix, info.address)),
+        address=".".join((*around.prefix, info.address)),
         axes=axes,
-        shape=tuple(a.size for a in place.axes) + info.shape,
-        conditional=place.conditional or info.conditional,
+        shape=tuple(a.size for a in around.axes) + info.shape,
+        conditional=around.conditional or info.conditional,
         estimated=True,
     )
 
 
-def _used_twice(name: str, place: _Place, node: SiteInfo | Scope) -> str:
+def _used_twice(name: str, around: _Surroundings, node: SiteInfo | Scope) -> str:
     what = "nested program" if isinstance(node, dict) else f"{node.kind} site"
-    where = f" in {'.'.join(place.prefix)!r}" if place.prefix else ""
+    where = f" in {'.'.join(around.prefix)!r}" if around.prefix else ""
     return (
         f"the name {name!r} is used twice{where} (first by a {what}). Give each site of a scope its own name, or put "
         "the repeated part into a model and sample it under two names: sample('a', part(...)), sample('b', part(...)). "
