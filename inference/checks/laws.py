@@ -17,8 +17,8 @@ from weft.inference.results.weights import khat, khat_threshold
 from weft.inference.run.algorithm import Algorithm
 from weft.ppl import Target
 from weft.ppl.stage.addresses import flatten
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.keys import as_key
 
 from .law_functions import (
     Functions,

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from scipy import special
 from weft.inference.resampling import systematic
-from weft.ppl.stage.compat import Tracer, as_key
+from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.keys import as_key
 
 from . import export, record, storage
 from .draws import Draws

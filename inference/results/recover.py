@@ -14,8 +14,8 @@ from weft.ppl import Model, Program
 from weft.ppl.exact.recovery import MOMENTS, SUMS, posterior, restored
 from weft.ppl.programs.handlers import Given
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import AddressError, ModelError, WeftError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.structure import summed_out
 
 from .draws import Draws

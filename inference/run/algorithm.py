@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.programs.printing import Printed
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.keys import as_key
 
 from .loop import Loop, iterate, iteration_keys, strong
 from .loop import State as State

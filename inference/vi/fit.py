@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.run import libraries
 from weft.inference.run.loop import iterate
 from weft.inference.run.runner import tracing
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.packing import pack
 from weft.ppl.stage.staging import stage
 

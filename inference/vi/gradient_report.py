@@ -30,8 +30,8 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl.expectations.sensitivity import Choice, Probe, probed
 from weft.ppl.programs.printing import Printed, table
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.packing import pack
 from weft.ppl.stage.staging import stage
 

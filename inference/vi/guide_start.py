@@ -17,8 +17,8 @@ from weft.ppl import Model, Target
 from weft.ppl.analysis.dependence import site_inputs
 from weft.ppl.programs.handlers import Given
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.specs import Constant
 
 from .factorised import Guide, GuideFamily, Latent, Parts

@@ -38,8 +38,8 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.distributions import constraints
 from weft.ppl import Model, Target
 from weft.ppl.analysis.dependence import site_inputs
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import DensityError, WeftError
+from weft.ppl.stage.keys import as_key
 
 from .factorised import Latent
 from .families import Flow, FullRank, LowRank, MeanField, Structured

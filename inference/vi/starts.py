@@ -10,8 +10,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import WeftError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.packing import Skeleton, pack
 
 from .parameters import partition, unwrap

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.weighted.proposals import log_ratio
 from weft.ppl import Program, Target, expect
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import as_key
+from weft.ppl.stage.keys import as_key
 
 from .objectives import Objective, stop
 

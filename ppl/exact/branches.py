@@ -17,8 +17,8 @@ from weft.ppl.stage.compat import cond_p
 from weft.ppl.stage.cotangents import finite_cotangents
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import Context
+from weft.ppl.stage.keys import count_anonymous
 from weft.ppl.stage.records import Records, is_site_record, look_up, recorded
-from weft.ppl.stage.structure import count_anonymous
 
 from .choices import IMPOSSIBLE
 from .factors import Factor

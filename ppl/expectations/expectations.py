@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from weft.ppl.programs.handlers import Evaluate
 from weft.ppl.programs.models import Model
-from weft.ppl.stage.compat import as_key, consts_first, needed
+from weft.ppl.stage.compat import consts_first, needed
 from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.interpreter import interpret
 from weft.ppl.stage.jaxprs import Holds
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.structure import is_pathwise

@@ -23,8 +23,8 @@ from weft.ppl.programs.handlers import Evaluate
 from weft.ppl.stage.control import estimated_p, scopes
 from weft.ppl.stage.interpreter import Context, Handler
 from weft.ppl.stage.jaxprs import equations
+from weft.ppl.stage.keys import derive_keys, key_plan
 from weft.ppl.stage.sites import Site, site_p
-from weft.ppl.stage.structure import derive_keys, key_plan
 
 from .gradients import Reparam, Strategy, chosen, fitting, marked_draw
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.addresses import flatten, select, unflatten, unknown
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import AddressError, ObservationError
+from weft.ppl.stage.keys import as_key
 
 from .handlers import Evaluate
 from .observations import entries

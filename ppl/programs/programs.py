@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import Tracer, as_key
+from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.packing import Skeleton, pack
 from weft.ppl.stage.staging import Code, captured, stage, staging, unchanged, used
 from weft.ppl.stage.structure import SiteInfo, site_table

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from weft.ppl.analysis.dependence import readers
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import Tracer, as_key
+from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import AddressError, DensityError
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.structure import SiteInfo
 

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.addresses import flatten, unflatten, unknown
-from weft.ppl.stage.compat import as_key
 from weft.ppl.stage.errors import AddressError
 from weft.ppl.stage.interpreter import interpret
+from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.packing import pack
 

@@ -6,13 +6,11 @@ import contextlib
 import functools
 import os
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.extend
-import jax.numpy as jnp
 import jaxlib
 from jax._src.xla_bridge import backends_are_initialized
 from jax.core import ShapedArray as ShapedArray
@@ -194,35 +192,6 @@ generation = jax.make_user_context(0) if hasattr(jax, "make_user_context") else 
 def tracing_generation(number: int) -> Any:
     """Trace with caches of inner jaxprs (scan bodies, inner jits) that no other generation shares."""
     return contextlib.nullcontext() if generation is None else generation(number)
-
-
-def is_typed_key(key: Any) -> bool:
-    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
-def as_key(key: Any) -> jax.Array:
-    """A typed scalar key from a typed or a raw one.
-
-    Raises:
-        TypeError: if ``key`` is neither.
-    """
-    if is_typed_key(key):
-        if key.shape != ():
-            raise TypeError(
-                f"expected one key, got keys of shape {key.shape}: use jax.vmap over the keys"
-            )
-        return key
-    if getattr(key, "dtype", None) == jnp.uint32 and getattr(key, "ndim", 0) == 1:
-        return jax.random.wrap_key_data(key)
-    raise TypeError(
-        f"expected a random key such as jax.random.key(0), got {type(key).__name__}"
-        + (f" of shape {key.shape} and dtype {key.dtype}" if hasattr(key, "dtype") else "")
-    )
-
-
-def name_hash(name: str) -> int:
-    """The integer that is folded into a scope's key for a name. It is the same in all versions and processes."""
-    return zlib.crc32(name.encode())
 
 
 def where_in_source(eqn: Any) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .compat import Literal, is_jaxpr, is_typed_key, open_jaxpr
+from .compat import Literal, is_jaxpr, open_jaxpr
+from .keys import is_typed_key
 
 
 def outline(jaxpr: Any) -> tuple[Any, ...]:

@@ -37,10 +37,7 @@ from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
 from .errors import DensityError
 from .jaxprs import inputs, inside, is_checkpoint, kind, read, steps
-from .records import Records, cast, completed, flagged, merged, recorded
-from .shards import layouts, specs_of
-from .sites import Site, site_p
-from .structure import (
+from .keys import (
     anonymous_name,
     count_anonymous,
     derive_keys,
@@ -50,6 +47,9 @@ from .structure import (
     scope_names,
     scope_plan,
 )
+from .records import Records, cast, completed, flagged, merged, recorded
+from .shards import layouts, specs_of
+from .sites import Site, site_p
 
 Result = tuple[list[Any], Records, dict[str, Any]]
 """Outputs, records and summed terms."""
