@@ -1,5 +1,6 @@
 """The code on the front pages runs as it stands."""
 
+import ast
 import functools
 import importlib
 import re
@@ -139,3 +140,24 @@ def test_every_file_with_references_is_found_from_its_paper() -> None:
     named = {p.relative_to(ROOT).as_posix() for p in sources if "References:\n" in p.read_text()}
     assert named, "no file names its references"
     assert {p for p in named if f"`{p}`" not in table} == set()
+
+
+def test_every_paper_that_a_docstring_cites_is_in_the_table() -> None:
+    rows = [
+        row for row in (ROOT / "docs/papers.md").read_text().splitlines() if row.startswith("|")
+    ]
+    cited, missing = 0, []
+    for file in (p for folder in FOLDERS[:3] for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+                continue
+            doc = " ".join((ast.get_docstring(node) or "").split())
+            for found in re.finditer(r"[^\W\d_]+(?: et al\.?)?,? \(?((?:19|20)\d\d)\b", doc):
+                near = re.findall(r"[A-ZŚ][\w-]+", doc[max(0, found.start() - 80) : found.end()])
+                if found[0][0].isupper() and near:
+                    cited += 1
+                    named = [row for row in rows if found[1] in row and any(a in row for a in near)]
+                    if not named:
+                        missing.append(f"{file.relative_to(ROOT)}: {found[0]}")
+    assert cited > 100
+    assert missing == []

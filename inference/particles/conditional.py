@@ -4,7 +4,7 @@ One of `N` particles follows the current path, and the others are drawn around i
 next. This leaves the law of paths given the observations invariant, for every `N` of at least 2 (Andrieu, Doucet and
 Holenstein 2010). But all paths soon share one ancestor. Two ways make early steps move all the same:
 
-- ancestor sampling (Lindsten, Jordan and Schon 2014) draws anew, at each step, from which particle the given path
+- ancestor sampling (Lindsten, Jordan and Schön 2014) draws anew, at each step, from which particle the given path
   descends: `A_t ~ W_{t-1}^i m_t(x_t* | x_{t-1}^i) G_t(x_{t-1}^i, x_t*)`;
 - backward sampling (Whiteley 2010) draws the next path from its end, by the same weights.
 
@@ -84,7 +84,7 @@ class conditional_smc(Kernel):
         ModelError: for ancestor or backward sampling, if the carry remembers more than the last step's choices.
 
     References:
-        Andrieu, Doucet and Holenstein (2010); Lindsten, Jordan and Schon (2014); Whiteley (2010), in the
+        Andrieu, Doucet and Holenstein (2010); Lindsten, Jordan and Schön (2014); Whiteley (2010), in the
         discussion of the first.
 
     Examples:
@@ -181,7 +181,7 @@ def particle_gibbs(
         An algorithm. Its `run(key, target)` gives `Draws`.
 
     References:
-        Andrieu, Doucet and Holenstein (2010), section 2.4.3; Lindsten, Jordan and Schon (2014).
+        Andrieu, Doucet and Holenstein (2010), section 2.4.3; Lindsten, Jordan and Schön (2014).
 
     Examples:
         >>> import jax, jax.numpy as jnp, numpyro.distributions as dist
