@@ -39,7 +39,7 @@ def recover(
     - `"sample"`: one joint draw of all these choices. Together with $x$ it is a draw of the posterior of the whole
       model. For a chain this is forward filtering, backward sampling.
     - `"marginals"`: the probability of every value, with an axis of values last. For a chain these are the smoothing
-      probabilities.
+      probabilities. For a normal, gamma or Wishart choice it is the posterior mean.
     - `"filtered"`: the same for choices in a scan, given only the data of the steps up to the one that draws them.
     - `"viterbi"`: the most probable joint values.
 
@@ -56,7 +56,7 @@ def recover(
         (particle,). Values of `deterministic` that depend on these choices are there, too, except with probabilities.
 
     Raises:
-        ModelError: if nothing is summed out of the model.
+        ModelError: if nothing is summed out of the model, or for the mean of a choice of another family.
         AddressError: if draws and data together lack a choice.
 
     Examples:
