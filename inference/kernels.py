@@ -10,7 +10,7 @@ Every kernel has `move(key, choices, target) -> (choices, info)`. The choices ar
 | `random_walk` | all at once | continuous choices | its scale |
 | `slice_sampler` | one number after the other | continuous choices | |
 | `elliptical_slice` | all at once | normal priors | |
-| `gibbs` | the named, by an exact draw given all others | finite supports, or conjugate priors | |
+| `gibbs` | the choices that are named, by an exact draw given all others | finite supports, or conjugate priors | |
 | `conditional_smc` | the choices of a scan | observations in it | |
 | `metropolis_hastings`, `involutive` | what a program proposes | its density | |
 | `block`, `cycle`, `mixture`, `repeat` | what their kernels move | | what their kernels tune |

@@ -323,8 +323,8 @@ def require_markov(model: Any, what: str) -> None:
     """Raise ModelError if the weights of a step's ancestors depend on more than the step."""
     if not model.parts.markov:
         raise ModelError(
-            f"{what}: the carry of {model.parts.name!r} holds something random of earlier steps besides what the "
-            "choices of the last step put there, on which later steps depend: take update=None, with more particles"
+            f"{what}: the carry of {model.parts.name!r} holds something random of earlier steps, not only the choices "
+            "of the last step, and later steps depend on it: take update=None, with more particles"
         )
 
 

@@ -51,19 +51,19 @@ class filtering(Module):
     given (`pmmh` and `smc2` infer them). No density may read choices of several series.
 
     Attributes:
-        proposal: what draws the latent choices of a step. By default the model itself (the bootstrap filter). Or a
-            function `(carry, t, observed) -> program` (a guided filter): the choices of the program are addresses of
-            the step, and those that it lacks are drawn from the model. (In the carry that the function gets, summed-out
-            choices are represented by their law.) Or `"optimal"`: the exact law of the choices given the carry and the
-            observation, if `marginalize` can integrate them out of a step.
+        proposal: what draws the latent choices of a step. By default it is the model itself (the bootstrap filter). It
+            may be a function `(carry, t, observed) -> program` (a guided filter). The program draws choices of the step
+            at their addresses, and those that it lacks are drawn from the model. In the carry that the function gets,
+            choices that are summed out are represented by their law. It may also be `"optimal"`: the exact law of the
+            choices given the carry and the observation, if `marginalize` can integrate them out of a step.
         lookahead: a function from `(carry, t, observed)` to a log preference for particles when they are resampled
             before step `t` (the auxiliary filter). With `proposal="optimal"` it is the predictive density of the
             observation, unless given.
         scan: an address in the scan that is meant, if several hold observations.
 
     Raises:
-        ModelError: if there is no such scan at the top level of the model, or under a vmap there. The message names
-            what stands in the way. Also if series share latent choices, or read each other's.
+        ModelError: if there is no such scan at the top level of the model, or under a vmap there; or if series share
+            latent choices, or read each other's. The message names what stands in the way.
         AddressError: if a proposal draws something that is not a latent choice of a step.
 
     References:

@@ -84,8 +84,8 @@ def _outside(apart: Series, target: Target) -> Program:
     """The program outside of the vmap of several series. Its choices are the parameters."""
     if not any(a in target.latents for a in apart.shared.sites):
         raise WeftError(
-            f"{target.program.name!r} has no latent choice that its {apart.size} series share: nothing to infer but "
-            "what each has of its own, for which smc(filtering()) is"
+            f"{target.program.name!r} has no latent choice that its {apart.size} series share. For the choices "
+            "that each series has of its own use smc(filtering())"
         )
     return apart.shared
 

@@ -147,7 +147,7 @@ class smc(Algorithm):
         if init is not None:
             raise WeftError("smc has no starting point: its model has first particles")
         if resume is not None and getattr(resume, "state", None) is None:
-            raise WeftError("smc: only a result of smc itself can be gone on with")
+            raise WeftError("smc: resume= takes a result of smc, to be continued")
         state = None if resume is None else resume.state
         return super().run(key, target, init=state, progress=progress)
 

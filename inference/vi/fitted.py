@@ -135,8 +135,8 @@ class Fit(Noun):
         """
         if self.objective is None or self.key is None:
             raise WeftError(
-                "this fit was loaded from a file, which holds no code: gradient_report(key, objective, params) is "
-                "there"
+                "this fit was loaded from a file, which holds no code: give the objective again, "
+                "gradient_report(key, objective, params)"
             )
         return gradient_report(
             jax.random.fold_in(self.key, 1),

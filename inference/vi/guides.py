@@ -289,8 +289,8 @@ def structured(
     start = start_of("structured", target, init, scale, key)
     if start.index:
         raise DensityError(
-            f"structured: {', '.join(map(repr, start.index))} is observed in part, so that its lanes are not alike; "
-            "take mean_field, full_rank or low_rank"
+            f"structured: {', '.join(map(repr, start.index))} is observed in part, so that its copies are not all "
+            "alike; take mean_field, full_rank or low_rank"
         )
     reads = site_inputs(target.program.code()[0].jaxpr)
     parents, weights, chains = [], {}, {}

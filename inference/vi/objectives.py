@@ -281,8 +281,8 @@ class iwelbo(Objective):
 def _require_exact(guide: Program, option: str) -> None:
     if guide.estimated:
         raise GradientError(
-            f"{option} takes the guide's density apart, and that of {guide.name!r} is an estimate, of one piece with "
-            "its draw: leave the option out"
+            f"{option} needs the density of the guide apart from its draw, and the density of {guide.name!r} is an "
+            "estimate that belongs to the draw: leave the option out"
         )
 
 

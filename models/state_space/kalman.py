@@ -374,11 +374,13 @@ def semidefinite_factor(
 ) -> tuple[Float[Array, "n n"], Int[Array, " n"]]:
     """G with G G' = S and the order of rows in which it is lower triangular, for positive semidefinite S.
 
-    Cholesky's elimination on the scale of correlations; a pivot that is rounding makes a column of zeros. The order is
-    the given one but where a pivot would be small beside another, so that the factor moves little when S does.
-    Deterministic parts of a state (the lags of an autoregression, a known start) give singular covariances.
+    This is Cholesky's elimination on the scale of correlations. A pivot that is no larger than rounding makes a column
+    of zeros. Rows keep their order unless a pivot would be small beside another one. So a small change of S changes the
+    factor little. Deterministic parts of a state (the lags of an autoregression, a known start) give singular
+    covariances.
 
-    Where S is what is left of larger variances, the rounding is theirs: `sizes`, by default those of S.
+    If S is the difference of larger variances, its rounding error is theirs. `sizes` are these variances, by default
+    those of S.
     """
     n = S.shape[0]
     variance = jnp.diag(S) if sizes is None else sizes

@@ -32,7 +32,7 @@ def _is_real(v: Any) -> bool:
 
 
 def power_of(eqn: Any, powers: list[Any]) -> Any:
-    """The result as a multiple of a power of a choice: that power, and whether the result is the choice itself."""
+    """``(power, is_choice)`` if the result is a multiple of a power of a choice, or is the choice; else ``UNKNOWN``."""
     name = eqn.primitive.name
     if any(p is UNKNOWN for p in powers):
         return UNKNOWN
@@ -55,7 +55,7 @@ def power_of(eqn: Any, powers: list[Any]) -> Any:
 
 
 def multiple_of(eqn: Any, powers: list[Any]) -> Any:
-    """The same for a positive definite matrix in the last two axes: a multiple of the matrix by a number."""
+    """The same for a choice that is a positive definite matrix, in the last two axes, times a number."""
     name, shapes = eqn.primitive.name, [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
     first, rest = powers[0], powers[1:]
     if _keeps(eqn) and first is not UNKNOWN:

@@ -265,8 +265,8 @@ gumbel = Gumbel()
 def learned(baseline: Any, *inputs: Any) -> Learned:
     """A baseline that learns: its value is regressed on the cost that follows the choice.
 
-    The gradient of the objective also moves the parameters of the baseline, towards the cost. It moves nothing else by
-    that: derivatives with respect to ``inputs`` are stopped.
+    The gradient of the objective also moves the parameters of the baseline, towards the cost. This part of the gradient
+    moves nothing else: derivatives with respect to ``inputs`` are stopped.
 
     Args:
         baseline: an array, such as a number among the parameters, which becomes a running mean; or a function of

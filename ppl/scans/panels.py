@@ -188,9 +188,9 @@ class _Walk:
         if eqn_holds_sites(eqn) and not is_record(eqn):
             names = ", ".join(map(repr, eqn_site_names(eqn)))
             raise ModelError(
-                f"filtering: the {self.size} series of {self.name!r} are not independent, as one filter for each wants "
-                f"them: {names} would read several ({why}). Draw in each series what it reads; what they share must be "
-                "given, and stand outside of their vmap"
+                f"filtering: the {self.size} series of {self.name!r} are not independent, so they cannot have a filter "
+                f"each: {names} would read several ({why}). Draw in each series what it reads; what they share must be "
+                "given, and drawn outside of their vmap"
             )
         return [_Mixed(why)] * len(eqn.outvars)
 
