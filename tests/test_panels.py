@@ -273,7 +273,7 @@ def test_more_data_and_many_lanes(tmp_path: Path) -> None:
     whole = smc(filtering(), 20, history="full").run(KEY, target, progress=False)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         assert bool((a == b).all())
-    assert f"{LANES} lanes with a filter each" in repr(whole)
+    assert f"{LANES} series with a filter each" in repr(whole)
     x = whole.path.particles["now"]["x"]
     along = np.asarray(whole.along(x))
     assert along.shape == (LANES, 20, STEPS)
@@ -285,7 +285,7 @@ def test_more_data_and_many_lanes(tmp_path: Path) -> None:
     def groups() -> Any:
         jax.vmap(lambda _: no_starts.function())(jnp.arange(2))
 
-    with pytest.raises(WeftError, match="had 3 lanes, this model has 2"):
+    with pytest.raises(WeftError, match="had 3 series, this model has 2"):
         smc(filtering(), 20).run(
             KEY, groups().given({"y": jnp.stack([Y, Y])}), resume=whole, progress=False
         )
@@ -350,7 +350,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "all weights zero": (
         lambda: run(no_starts, {"y": np.where(np.arange(LANES)[:, None] == 1, 1e30, Y)}),
         DensityError,
-        r"lane 1 of 3: smc: at step 0, all weights are zero.*y = 1\.e\+30",
+        r"series 1 of 3: smc: at step 0, all weights are zero.*y = 1\.e\+30",
     ),
     "no parameter": (
         lambda: pmmh(10).run(KEY, no_starts().given({"y": Y})),
