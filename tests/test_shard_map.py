@@ -498,6 +498,29 @@ def one_row_of_each(x):
     return jax.vmap(row)(x)
 
 
+def picked_rows(x):
+    picked = x[
+        np.arange(0, x.shape[0], 2)
+    ]  # two rows of each shard: of eight rows, or of each shard's own
+    return x + jax.vmap(lambda x: x * sample("z", dist.Normal(0.0, 1.0)))(picked).sum()
+
+
+def constant_of_their_number(x):
+    sample("z", dist.Normal(np.zeros(x.shape[0]), 1.0))
+    return x
+
+
+def steps_of_their_number(x):
+    step = lambda c, _: (c + sample("z", dist.Normal(0.0, 1.0)), None)  # noqa: E731
+    return x + lax.scan(step, 0.0, np.zeros(x.shape[0]))[0]
+
+
+def slope_of_a_shard(x):
+    """JAX sums this derivative over the mesh if it knows that it is by a value that is the same on all shards."""
+    slope = jax.grad(lambda a: jnp.sum(jnp.sin(a * x)))(0.5)
+    return jax.vmap(lambda x: sample("y", dist.Normal(slope * x, 1.0)))(x)
+
+
 def until(x):
     z = lax.while_loop(lambda z: z < 0, lambda z: z + sample("z", dist.Normal(1.0, 1.0)), -1.0)
     return x + z
@@ -532,11 +555,15 @@ REFUSED = {
     branch_of_a_shard: "site 'z' in a shard_map stands in a branch that is chosen by",
     event_axis: "site 'z': an event axis of Independent is split",
     nobody_knows: "site 'z': nothing tells whether its axis of size",
-    halves_of_rows: "site 'z': its axis of size 2 is made of the rows of one shard",
-    steps_between_rows: "site 'z': its axis of size 3 is made of the rows of one shard",
+    halves_of_rows: "site 'z': reshape makes its axis of size 2 of the rows of one shard",
+    steps_between_rows: "site 'z': slice makes its axis of size 3 of the rows of one shard",
     pairs_of_rows: "site 'z': two of its axes are split over the same axis of the mesh",
     loop_over_rows: "site 'z' in a scan or map along the rows of a shard",
     one_row_of_each: "psum over 'i' stands in a jax.vmap over rows .* with site 'z'",
+    picked_rows: "site 'z': gather makes its axis of size 2 of the rows of one shard",
+    constant_of_their_number: "site 'z': nothing tells whether its axis of size",
+    steps_of_their_number: "site 'z' in a scan or map of 4 steps: nothing tells",
+    slope_of_a_shard: "depends on which values JAX takes to be the same on all shards",
     until: "site 'z' in a while_loop inside a shard_map",
     nameless: r"draw\(program\) stands in a shard_map",
     summed_out: "marginalize inside a shard_map",
@@ -548,6 +575,99 @@ REFUSED = {
 def test_refused_by_name(body: Any, two_devices: list[jax.Device]) -> None:
     with pytest.raises(ModelError, match=REFUSED[body]):
         over_shards(body)(X).simulate(KEY)
+
+
+def test_derivatives_inside(two_devices: list[jax.Device]) -> None:
+    """Without JAX's check a derivative is that of one shard, and its sum over the mesh that of all rows."""
+
+    def body(x):
+        slope = jax.grad(lambda a: jnp.sum(jnp.sin(a * x)))(0.5)
+        slope = lax.psum(slope, "i")
+
+        def row(x):
+            z = sample("z", dist.Normal(slope, 1.0))
+            drift = jax.grad(lambda z: -jnp.cosh(z - x))(z)  # of a choice of the row
+            return sample("y", dist.Normal(z + drift, 0.5))
+
+        return jax.vmap(row)(x)
+
+    x = np.asarray(X, float)
+    z, y = np.linspace(0.0, 1.0, ROWS), np.linspace(1.0, -1.0, ROWS)
+    right = stats.norm.logpdf(z, np.sum(x * np.cos(0.5 * x)), 1.0).sum()
+    right += stats.norm.logpdf(y, z - np.sinh(z - x), 0.5).sum()
+    model = gen(lambda x: Sharded(check=False).map(body, (P("i"),), P("i"))(x))
+    density = model(X).log_density({"z": z.astype(np.float32), "y": y.astype(np.float32)})
+    np.testing.assert_allclose(density, right, 1e-5)
+
+
+def test_a_draw_in_a_carry(two_devices: list[jax.Device]) -> None:
+    """JAX takes the draw to be the same on all shards. The error says how to go on."""
+
+    def body(x):
+        def row(x):
+            first = sample("first", dist.Normal(0.0, 1.0))
+            step = lambda z, _: (0.9 * z + x + sample("e", dist.Normal(0.0, 1.0)), None)  # noqa: E731
+            return lax.scan(step, first, None, length=3)[0]
+
+        return jax.vmap(row, axis_name="row")(x)
+
+    with pytest.raises(TypeError, match="manual axis types") as error:
+        over_shards(body)(X).simulate(KEY)
+    assert any("check_vma=False" in note for note in error.value.__notes__)
+    model = gen(lambda x: Sharded(check=False).map(body, (P("i"),), P("i"))(x))
+    expected, found = (f(X).simulate(KEY) for f in (gen(body), model))
+    np.testing.assert_allclose(found.value, expected.value, 1e-5, 1e-6)
+
+
+def test_constants_along_the_rows(two_devices: list[jax.Device]) -> None:
+    """NumPy's arrays may have the length of a shard, and then go along its rows. A transform stages them again."""
+
+    def body(x):
+        z = sample("z", dist.Normal(np.zeros(x.shape[0], np.float32), 1.0 + x**2))
+        return sample("y", dist.Normal(z + np.ones(x.shape[0], np.float32), 2.0)) + x
+
+    x, z, y = np.asarray(X, float), np.linspace(0.0, 1.0, ROWS), np.linspace(1.0, -1.0, ROWS)
+    right = stats.norm.logpdf(z, 0.0, 1.0 + x**2).sum() + stats.norm.logpdf(y, z + 1.0, 2.0).sum()
+    model = over_shards(body)
+    density = scale(model, 3.0)(X).log_density({"z": jnp.asarray(z), "y": jnp.asarray(y)})
+    np.testing.assert_allclose(density, 3.0 * right, 1e-5)
+    expected, found = (noncentered(f, "z")(X).simulate(KEY) for f in (gen(body), model))
+    np.testing.assert_allclose(found.choices["z_base"], expected.choices["z_base"], 1e-6)
+
+
+def test_operations_on_a_row(two_devices: list[jax.Device]) -> None:
+    """What JAX makes of operations under vmap keeps the axis of the rows."""
+    eye = np.eye(3) * 4.0
+
+    def row(np: Any, x: Any) -> list[Any]:
+        v = np.stack([x, 1.0 - x, 2.0 * x])
+        a = eye + np.outer(v, v)
+        window = [np.maximum(v[0], v[1]), np.maximum(v[1], v[2])]
+        picked = [v[1], v[0]] if np is not jnp else v[jnp.array([1, 0])]
+        return [
+            np.abs(np.fft.fft(v))[1],
+            np.linalg.solve(a, v)[0],
+            np.linalg.svd(a, compute_uv=False)[0],
+            np.sort(v)[1] if np is not jnp else lax.top_k(v, 2)[0][1],
+            np.max(np.stack(window)) if np is not jnp else windows(v),
+            picked[0] * (v[2] if np is not jnp else jnp.ones(3).at[2].multiply(v[2])[2]),
+            np.abs(x + 1j * v[1]) if np is not jnp else jnp.abs(lax.complex(x, v[1])),
+        ]
+
+    def windows(v: Any) -> Any:
+        return jnp.max(lax.reduce_window(v, -jnp.inf, lax.max, (2,), (1,), "VALID"))
+
+    def body(x):
+        def one(x):
+            key = jax.random.fold_in(jax.random.key(0), (10 * x).astype(int))
+            loc = sum(row(jnp, x)) + 0.0 * jax.random.normal(key)
+            return sample("y", dist.Normal(loc, 1.0))
+
+        return jax.vmap(one)(x)
+
+    right = [stats.norm.logpdf(0.5, sum(row(np, x)), 1.0) for x in np.asarray(X, float)]
+    found = over_shards(body)(X).log_density({"y": jnp.full(ROWS, 0.5)})
+    np.testing.assert_allclose(found, np.sum(right), 1e-5)
 
 
 def test_one_row_of_a_shard_or_one_choice(two_devices: list[jax.Device]) -> None:

@@ -30,7 +30,7 @@ from .compat import (
 )
 from .control import eqn_holds_sites, eqn_site_names, estimated_p, lanes_p, scope_p, scopes
 from .errors import ModelError
-from .jaxprs import Holds, equations, kind, wiring
+from .jaxprs import Holds, Place, equations, flow, is_loop, kind, wiring
 from .sites import site_p
 from .splits import WHOLE, Split
 from .ties import Axes, Ties
@@ -39,17 +39,43 @@ from .varying import SAME, listed, mesh_axes, refuse_mixed
 _holds_shards = Holds(is_shard_map)
 
 
-def split_axes(jaxpr: Any) -> Any:
+def split_axes(jaxpr: Any, num_consts: int = 0) -> Any:
     """The jaxpr, with its splits written on every site and lane inside a ``shard_map``.
+
+    The first ``num_consts`` inputs are arrays that the program captured.
 
     Raises:
         ModelError: for a site that is neither one choice shared by all shards nor one choice for each row.
     """
+    if not _holds_shards(jaxpr):
+        return jaxpr
+    told = _told(jaxpr, num_consts)
 
     def change(eqn: Any) -> Any:
-        return _Body(eqn).split() if is_shard_map(eqn) else _inside(eqn, change)
+        return _Body(eqn, told[id(eqn)]).split() if is_shard_map(eqn) else _inside(eqn, change)
 
-    return _mapped(jaxpr, change) if _holds_shards(jaxpr) else jaxpr
+    return _mapped(jaxpr, change)
+
+
+def _told(jaxpr: Any, num_consts: int) -> dict[int, list[bool]]:
+    """For the id of every ``shard_map``, which of its operands are no constants.
+
+    A constant that the body captured is an operand with the spec ``P()``. But Python may have given it the length of
+    one shard, as in ``np.zeros(len(rows))``. So such a spec does not tell that it is whole.
+    """
+    found: dict[int, list[bool]] = {}
+
+    def transfer(eqn: Any, ins: list[bool], _: Place) -> list[bool] | None:
+        if is_shard_map(eqn):
+            before = found.get(id(eqn), ins)
+            found[id(eqn)] = [a or b for a, b in zip(before, ins, strict=True)]
+        elif wiring(eqn) is not None:
+            return None
+        return [True] * len(eqn.outvars)
+
+    num_args = len(open_jaxpr(jaxpr)[0].invars) - num_consts
+    flow(jaxpr, [False] * num_consts + [True] * num_args, transfer, any)
+    return found
 
 
 def types_vary(jaxpr: Any) -> Any:
@@ -93,8 +119,10 @@ def _is_anonymous(eqn: Any) -> bool:
 # --- how the axes of a body are split ---------------------------------------------------------------------------------
 
 
-MIXED = "made of the rows of one shard"
-"""Describes an axis that is neither whole nor an axis of rows."""
+class Made(NamedTuple):
+    """Tells that an axis is made of the rows of one shard by a primitive: it is neither whole nor an axis of rows."""
+
+    by: str
 
 
 class _Found(NamedTuple):
@@ -112,6 +140,7 @@ class _Body:
 
     Attributes:
         eqn: the equation.
+        told: for each operand, whether its spec tells that it is whole.
         ties: the axes of all arrays in the body.
         found: its sites and lanes, in order.
         loops: the loops that hold sites, each with the axis that it goes along.
@@ -122,6 +151,7 @@ class _Body:
     """
 
     eqn: Any
+    told: Sequence[bool]
     ties: Ties = dataclasses.field(default_factory=Ties)
     found: list[_Found] = dataclasses.field(default_factory=list)
     loops: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
@@ -139,13 +169,16 @@ class _Body:
         ins, outs = _specs(self.eqn)
         body = self.eqn.params["jaxpr"]
         args = [self.ties.axes(v.aval.shape) for v in open_jaxpr(body)[0].invars]
-        self.state(args, ins)
+        known = [
+            [s if whole or s != WHOLE else None for s in spec]
+            for spec, whole in zip(ins, self.told, strict=True)
+        ]
+        self.state(args, known)
         self.state(self.visit(body, args, ()), outs)
-        while self.settle():
+        while self.settle() or self.pick():
             pass
         for loop, axis in self.loops:
-            if self.ties.known(axis) - {WHOLE}:
-                raise ModelError(_ALONG_ROWS.format(sites=listed(loop)))
+            self.refuse_rows(loop, axis)
         found = iter(self.found)
 
         def change(eqn: Any) -> Any:
@@ -160,11 +193,13 @@ class _Body:
         refuse_mixed(body, ins, outs)
         return self.eqn.replace(params={**self.eqn.params, "jaxpr": body})
 
-    def state(self, arrays: Sequence[Axes], specs: Sequence[Sequence[Split]]) -> None:
+    def state(self, arrays: Sequence[Axes], specs: Sequence[Sequence[Split | None]]) -> None:
+        """State how axes are split. None stands for an axis of which a spec tells nothing."""
         for axes, spec in zip(arrays, specs, strict=True):
             for axis, split in zip(axes, spec, strict=True):
-                self.ties.state(axis, split)
-                if split != WHOLE:
+                if split is not None:
+                    self.ties.state(axis, split)
+                if split not in (None, WHOLE):
                     self.lengths.add(self.ties.sizes[axis])
 
     def settle(self) -> bool:
@@ -172,17 +207,29 @@ class _Body:
         waiting, self.same = self.same, []
         for a, b, over in waiting:
             known = self.ties.known(a)
-            if any(over & set(split.axes) for split in known - {MIXED}):
+            if any(isinstance(split, Split) and over & set(split.axes) for split in known):
                 self.ties.state(b, WHOLE)
             elif known:
                 self.ties.tie([a], [b])
             else:
                 self.same.append((a, b, over))
-        grown = len(self.same) < len(waiting)
-        for lost, new in self.ties.made:
-            if any(self.ties.known(axis) - {WHOLE} for axis in lost):
-                grown |= sum(self.ties.state(axis, MIXED) for axis in new) > 0
-        return grown
+        made = [self.note(by, lost, new) for by, lost, new in self.ties.made]
+        return len(self.same) < len(waiting) or any(made)
+
+    def pick(self) -> bool:
+        """Note the axes of indices that pick rows, if nothing else tells of them. Tells whether there were any."""
+        return any(
+            self.note(by, picked, [axis])
+            for by, picked, new in self.ties.picked
+            for axis in new
+            if not self.ties.known(axis)
+        )
+
+    def note(self, by: str, lost: Axes, new: Axes) -> bool:
+        """Note that axes may be made of others. Tells whether some of these are rows, and that is new."""
+        facts = set().union(*map(self.ties.known, lost)) - {WHOLE}
+        made = {f for f in facts if isinstance(f, Made)} or {Made(by)}
+        return bool(facts) and sum(self.ties.state(axis, f) for axis in new for f in made) > 0
 
     # --- the walk ---
 
@@ -226,10 +273,11 @@ class _Body:
 
     def control(self, eqn: Any, ins: list[Axes], outs: list[Axes], scope: tuple[str, ...]) -> None:
         """A call, a loop or a branch: tie what its bodies read and give, by its wiring."""
+        rounds = [self.ties.axes([eqn.params["length"]])] if is_loop(eqn) else []
         for body in wiring(eqn).bodies:  # type: ignore[union-attr]
             reads = list(zip(body.reads, body.sliced, strict=True))
             results = self.visit(body.jaxpr, [ins[i][n:] for i, n in reads], scope)
-            along = [ins[i][:n] for i, n in reads if n]
+            along = rounds + [ins[i][:n] for i, n in reads if n]
             for axes, to, back, n in zip(results, body.gives, body.back, body.stacked, strict=True):
                 if to is not None:
                     self.ties.tie(axes, outs[to][n:])
@@ -293,14 +341,27 @@ class _Body:
     def of_lanes(self, at: _Found) -> tuple[Any, ...]:
         return _written(at.eqn.params["lanes"], [self.split_of(axis, at) for axis in at.axes])
 
+    def refuse_rows(self, loop: Any, axis: int) -> None:
+        """Refuse a loop with sites that goes along the rows of a shard, or that may do so."""
+        known, size = self.ties.known(axis), self.ties.sizes[axis]
+        if known - {WHOLE}:
+            raise ModelError(_ALONG_ROWS.format(sites=listed(loop)))
+        if not known and size in self.lengths:
+            raise ModelError(
+                f"{listed(loop)} in a scan or map of {size} steps: nothing tells whether they go along the rows of a "
+                "shard, of which there are as many. If they do, use jax.vmap over the rows. If they do not, scan over "
+                "an array of the model, say jnp.arange(n), for which the in_specs of the shard_map have P()"
+            )
+
     def split_of(self, axis: int, at: _Found) -> Split:
         known, size = self.ties.known(axis), self.ties.sizes[axis]
         if size == 1 and len(known) > 1:  # one row a shard: what is whole was repeated along them
             known = known - {WHOLE}
-        if MIXED in known:
+        made = sorted(f.by for f in known if isinstance(f, Made))
+        if made:
             raise ModelError(
-                f"site {at.name!r}: its axis of size {size} is made of the rows of one shard, cut, joined or "
-                "reshaped. Draw the choices along the rows as they are, with jax.vmap"
+                f"site {at.name!r}: {made[0]} makes its axis of size {size} of the rows of one shard. Draw the choices "
+                "along the rows as they are, with jax.vmap"
             )
         if len(known) == 1:
             return next(iter(known))

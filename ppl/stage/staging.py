@@ -28,6 +28,7 @@ from .compat import (
 from .equality import is_filled, outline, same_code
 from .errors import ModelError
 from .shards import split_axes, types_vary
+from .varying import refuse_read_types
 
 # --- jaxprs by structure ----------------------------------------------------------------------------------------------
 
@@ -83,10 +84,12 @@ def stage(
         closed, shape = _traced(f, args, number)
         primitive = types_vary(closed)
         if primitive is not None:
+            typed = closed
             with types_of_shards_ignored(primitive):
                 closed, shape = _traced(f, args, -1 - number)
+            refuse_read_types(typed, closed)
     jaxpr, consts = consts_first(closed)
-    return Code(split_axes(jaxpr), jax.tree.structure(shape)), consts
+    return Code(split_axes(jaxpr, len(consts)), jax.tree.structure(shape)), consts
 
 
 def _traced(f: Callable[..., Any], args: list[Any], generation: int) -> Any:
@@ -98,6 +101,14 @@ def _traced(f: Callable[..., Any], args: list[Any], generation: int) -> Any:
                 "A model is staged once for all values: what it draws, and its array arguments, have none while its "
                 "Python runs. Branch with jax.lax.cond or jnp.where, loop with jax.lax.scan or weft.loop."
             )
+            raise
+        except TypeError as e:
+            if "manual axis types" in str(e):
+                e.add_note(
+                    "In a shard_map JAX takes a draw to be the same on all shards, since it has no value while the "
+                    "model's Python runs. Call jax.shard_map with check_vma=False. Weft itself infers from the whole "
+                    "body which choices go along the rows."
+                )
             raise
 
 

@@ -13,7 +13,14 @@ from typing import Any
 
 from .primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
 
-_SHAPED = CUMULATIVE | {"rev", "sort", "reshard", "ppermute"}
+_SHAPED = CUMULATIVE | {
+    "rev",
+    "sort",
+    "reshard",
+    "ppermute",
+    "bitcast_convert_type",
+    "threefry2x32",
+}
 SHAPED = ELEMENTWISE - {"optimization_barrier"} | _SHAPED
 """Primitives whose results have the shape of their operands, axis by axis."""
 
@@ -28,8 +35,10 @@ class Ties:
         self.parents: list[int] = []
         self.sizes: list[int] = []
         self.facts: list[set[Hashable]] = []
-        self.made: list[tuple[Axes, Axes]] = []
-        """Of equations that tie nothing: the axes that are read, and the new axes that may be made of them."""
+        self.made: list[tuple[str, Axes, Axes]] = []
+        """Of equations that tie nothing: the name, the axes read, and the new axes that may be made of them."""
+        self.picked: list[tuple[str, Axes, Axes]] = []
+        """Of gathers: the name, the axes from which is picked, and those along which the indices stand."""
 
     def axes(self, shape: Sequence[int]) -> Axes:
         """New axes with these sizes."""
@@ -64,11 +73,14 @@ class Ties:
     def results(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
         """Tie the axes of an equation's results to those of its operands, or note that they are not tied."""
         self.apply(eqn, ins, outs)
+        if eqn.primitive.name == "gather":
+            dropped = eqn.params["dimension_numbers"].collapsed_slice_dims
+            self.picked.append(("gather", [ins[0][k] for k in dropped], ins[1][:-1]))
         before, after = ({self.root(a): a for axes in xs for a in axes} for xs in (ins, outs))
         lost = [a for root, a in before.items() if root not in after]
         new = [a for root, a in after.items() if root not in before]
         if lost and new:
-            self.made.append((lost, new))
+            self.made.append((eqn.primitive.name, lost, new))
 
     def apply(self, eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes]) -> None:
         """Tie the axes that the rules name."""
@@ -78,8 +90,10 @@ class Ties:
                 if len(a) == len(b):
                     self.tie(a, b)
         elif name in BATCHED:
+            own = 1 if name == "lu_pivots_to_permutation" else 2
+            batch = max(map(len, ins)) - own
             for a, b in itertools.product(ins, outs):
-                self.tie(a[:-2], b[:-2])
+                self.tie(a[:batch], b[:batch])
         elif name == "reshape":
             self.reshape(ins[0], outs[0])
         elif name in RULES:
@@ -162,10 +176,53 @@ def _(params: Any, ins: Any, outs: Any) -> Pairs:
 
 
 @_rule(
-    "slice", "dynamic_slice", "dynamic_update_slice", "pad", "scatter", "scatter-add", "scatter_add"
+    *("slice", "dynamic_slice", "dynamic_update_slice", "pad", "tile"),
+    *(
+        "scatter",
+        "scatter-add",
+        "scatter_add",
+        "scatter-sub",
+        "scatter-mul",
+        "scatter-min",
+        "scatter-max",
+    ),
 )
 def _(params: Any, ins: Any, outs: Any) -> Pairs:
     return [(ins[0], outs[0])]  # where the sizes differ nothing is tied
+
+
+@_rule(
+    *("random_seed", "random_wrap", "random_unwrap", "random_clone", "random_fold_in"),
+    *("random_split", "random_bits", "random_gamma"),
+)
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return [(a, outs[0]) for a in ins]  # the axes of keys lead
+
+
+@_rule("fft")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    own = len(params["fft_lengths"])
+    return [(ins[0][:-own], outs[0][:-own])]
+
+
+@_rule("top_k")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    along = (params.get("axis", len(ins[0]) - 1) % len(ins[0]),)
+    return [(_without(ins[0], along), _without(b, along)) for b in outs]
+
+
+@_rule(
+    *("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"),
+    *("select_and_scatter", "select_and_scatter_add", "select_and_gather_add"),
+)
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    along = [k for k, n in enumerate(params["window_dimensions"]) if n > 1]
+    return [(_without(a, along), _without(b, along)) for a in ins for b in outs if len(a) == len(b)]
+
+
+@_rule("custom_linear_solve")
+def _(params: Any, ins: Any, outs: Any) -> Pairs:
+    return list(zip(ins[-len(outs) :], outs, strict=True))  # right-hand sides and solutions
 
 
 @_rule("dot_general")

@@ -10,12 +10,51 @@ from typing import Any
 
 from .control import eqn_holds_sites, eqn_site_names, lanes_p, scopes
 from .errors import ModelError
-from .jaxprs import Place, flow, kind
+from .jaxprs import Place, equations, flow, kind, wiring
 from .sites import site_p
 from .splits import Split
 
 SAME = {"psum": "axes", "pmax": "axes", "pmin": "axes", "all_gather": "axis_name"}
 """Collectives whose result is the same on all shards along axes of the mesh, and the parameter that names those."""
+
+
+_CASTS = {"pvary", "pcast", "pbroadcast", "reshard"}
+"""Primitives that change the type of a value over a mesh, and not the value."""
+
+_TYPED = {"psum_invariant": "psum"}
+"""Primitives that JAX names otherwise if it knows along which mesh axes their operands vary."""
+
+
+def refuse_read_types(typed: Any, untyped: Any) -> None:
+    """Refuse a program that computes something else if JAX does not infer which values are the same on all shards.
+
+    JAX sums a derivative by such a value over the mesh. It takes draws for such values, before they have any.
+
+    Args:
+        typed: the program, staged with that inference.
+        untyped: the same program, staged without it.
+    """
+
+    def operations(jaxpr: Any) -> list[Any]:
+        """The operations and loops of a jaxpr. Calls are left out, since what they hand on may differ."""
+        found = [
+            (e.primitive.name, [v.aval.shape for v in e.outvars] if wiring(e) is None else kind(e))
+            for e, _ in equations(jaxpr)
+        ]
+        return [
+            (_TYPED.get(name, name), what)
+            for name, what in found
+            if name not in _CASTS and what != "call"
+        ]
+
+    found = [operations(jaxpr) for jaxpr in (typed, untyped)]
+    if found[0] != found[1] and any(name == "psum" for name, _ in found[0] + found[1]):
+        raise ModelError(
+            "what a program with sites in a shard_map computes depends on which values JAX takes to be the same on "
+            "all shards, as jax.grad does in a shard_map: it sums a derivative by such a value over the mesh. JAX "
+            "cannot tell which draws are such values. Call jax.shard_map with check_vma=False. A derivative is then "
+            "that of one shard, and jax.lax.psum of it that of all"
+        )
 
 
 def mesh_axes(eqn: Any) -> frozenset[str]:
