@@ -34,9 +34,12 @@ from .staged import draw_path, evidence_around
 class Filter(FeynmanKac):
     """The Feynman-Kac model of a filter. `filtering` makes it.
 
-    A particle is a dict. It holds what varies with choices before the scan, the carry, the message (the law of those
-    leaves of the carry that depend on choices that are summed out), the outputs that are read after the scan, and the
-    choices, by address, made before the scan, in the last step, and after the scan.
+    A particle is a dict. It holds
+
+    - the values that vary with choices before the scan;
+    - the carry, and the message: the law of those leaves of the carry that depend on choices that are summed out;
+    - the outputs of the scan that are read after it;
+    - the choices, by address: those made before the scan, in the last step, and after the scan.
 
     Attributes:
         parts: the program, split at its scan.

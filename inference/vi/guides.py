@@ -259,8 +259,8 @@ def structured(
 
     Returns:
         The guide and its parameters `{"loc": {address: array}, "scale": {address: array}, "weights": {...}}`. Weights
-        are `{address: {address read: (lanes, elements, elements read)}}`. For a chain, the weights of a site for itself
-        are of shape `(steps - 1, lanes, elements, elements)`.
+        are `{address: {address read: (copies, elements, elements read)}}`. Copies are the indices of the axes that the two
+        choices share. For a chain, the weights of a site for itself have shape `(steps - 1, copies, elements, elements)`.
 
     Raises:
         TypeError: if `target` is no Target.

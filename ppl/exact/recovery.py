@@ -47,9 +47,9 @@ def posterior(
         program: a program with choices summed out.
         key: a random key, for draws.
         given: every other choice, by dotted address.
-        sites: ``"sample"`` for one joint draw, ``"viterbi"`` for the most probable values, ``"marginals"`` for
-            probabilities, with the axis of values last (for continuous choices the mean), or ``"filtered"`` for the
-            same of the choices in a scan, given the steps up to their own.
+        sites: ``"sample"`` gives one joint draw, and ``"viterbi"`` the most probable values. ``"marginals"`` gives
+            probabilities, with the axis of values last, or the mean of a continuous choice. ``"filtered"`` gives the
+            same for the choices in a scan, given the steps up to their own.
     """
     code, args = program.code()
     table = summed_out(code.jaxpr)

@@ -94,8 +94,8 @@ def merged(known: Sequence[Any], others: Sequence[Any], slots: tuple[int, ...]) 
 def hand_on(parts: Cut) -> tuple[Handed | None, list[Any]]:
     """The way in which what is summed out reaches the next step, if it does, and other values kept for the end.
 
-    The leaves of the state that depend on it, and the form of their message, are found by a walk: first of what comes
-    before the scan, then of steps, until another step changes nothing.
+    A walk finds the leaves of the state that depend on it, and the form of their message. It goes through what comes
+    before the scan, and then through one step after another, until a step changes nothing.
     """
     addresses, options, num_state = parts.addresses, parts.options, parts.num_state
     assert options is not None
