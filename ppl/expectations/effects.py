@@ -89,7 +89,7 @@ class Node:
         return found
 
 
-def spread(eqn: Any, inputs: Sequence[Node]) -> list[dict[Effect, Places]]:
+def effects_of(eqn: Any, inputs: Sequence[Node]) -> list[dict[Effect, Places]]:
     """The effects on which the results of an equation depend."""
     outs: list[dict[Effect, Places]] = [{} for _ in eqn.outvars]
     for effect in dict.fromkeys(e for n in inputs for e in n.deps):
@@ -113,7 +113,7 @@ def spread(eqn: Any, inputs: Sequence[Node]) -> list[dict[Effect, Places]]:
     return outs
 
 
-def through(inputs: Sequence[Node], ndim: int) -> dict[Effect, Places]:
+def copywise(inputs: Sequence[Node], ndim: int) -> dict[Effect, Places]:
     """The effects on some values, for a draw that they determine copy by copy along leading axes."""
     found: dict[Effect, Places] = {}
     for effect in dict.fromkeys(e for n in inputs for e in n.deps):

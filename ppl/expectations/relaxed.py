@@ -11,7 +11,7 @@ from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.jaxprs import described
 from weft.ppl.stage.sites import DENSITY
 
-from .effects import Node, spread
+from .effects import Node, effects_of
 from .terms import LINEAR
 
 CARRIES = LINEAR | {"mul", "select_n"}
@@ -30,14 +30,14 @@ def relaxed(eqn: Any, inputs: list[Node], of_density: bool) -> Sequence[Node]:
     if name not in CARRIES and of_density:
         # What the formula of a density decides by the value has no part in its derivative.
         values = bind(eqn, [n.value for n in inputs])
-        return [Node(v, d) for v, d in zip(values, spread(eqn, inputs), strict=True)]
+        return [Node(v, d) for v, d in zip(values, effects_of(eqn, inputs), strict=True)]
     if name not in CARRIES or any(n.relaxed is not None for n in inputs if n not in data):
         raise not_carried(eqn)
     floats = [
         n.value if n not in data else n.relaxed if n.relaxed is not None else 1.0 * n.value
         for n in inputs
     ]
-    (deps,) = spread(eqn, inputs)
+    (deps,) = effects_of(eqn, inputs)
     if name != "convert_element_type":
         (value,) = bind(eqn, [n.value for n in inputs])
         return [Node(value, deps, relaxed=bind(eqn, floats)[0])]

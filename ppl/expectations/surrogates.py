@@ -38,7 +38,7 @@ from weft.ppl.stage.jaxprs import (
     states_derivative,
 )
 
-from .effects import Effect, Node, is_real, spread, sums, through
+from .effects import Effect, Node, copywise, effects_of, is_real, sums
 from .marks import TAILED, holds_marks, kinds, mark_p
 from .relaxed import is_of_a_density, not_carried, relaxed
 from .tails import enumerated, measure_valued, no_tail
@@ -154,7 +154,7 @@ class Evaluator:
         values = bind(eqn, [n.value for n in inputs])
         if not dependent:
             return [Node(v) for v in values]
-        deps = spread(eqn, inputs)
+        deps = effects_of(eqn, inputs)
         return [
             Node(v, d, eqn, inputs, o) for o, (v, d) in enumerate(zip(values, deps, strict=True))
         ]
@@ -164,7 +164,7 @@ class Evaluator:
     ) -> list[Any]:
         """Evaluate a cond with marks that need a tail. The tail goes into the branches."""
         index, *operands = inputs
-        decided = through([index], 0)
+        decided = copywise([index], 0)
 
         def taking(branch: Any) -> Callable[[], Any]:
             def after(outs: list[Node]) -> Any:
@@ -194,9 +194,9 @@ class Evaluator:
             return inputs[0] if self.pure else _controlled(*inputs)
         draw, term, *baselines = (n.value for n in inputs)
         if self.pure and eqn.params["kind"] != "reweight":
-            return Node(draw, through(inputs, draw.ndim))
+            return Node(draw, copywise(inputs, draw.ndim))
         if eqn.params["kind"] == "gumbel":
-            return Node(draw, through(inputs, draw.ndim), relaxed=term)
+            return Node(draw, copywise(inputs, draw.ndim), relaxed=term)
         effect = Effect(term)
         if eqn.params["kind"] == "reweight":
             effect = Effect(jnp.zeros_like(term), term)
@@ -207,7 +207,7 @@ class Evaluator:
             learned = (jnp.sum(b), jnp.sum(b**2)) if eqn.params["learned"] else None
             effect = Effect(term, control=control, learned=learned)
         self.effects.append(effect)
-        return Node(draw, {**through(inputs, term.ndim), effect: tuple(range(term.ndim))})
+        return Node(draw, {**copywise(inputs, term.ndim), effect: tuple(range(term.ndim))})
 
     def beside(self, eqn: Any, inputs: list[Node]) -> list[Node]:
         """Evaluate a scan, a branch or a checkpoint with score terms. Their sums come out beside its results."""
@@ -228,7 +228,7 @@ class Evaluator:
             )
         jaxprs = inside(eqn)
         outs, totals = evaluate_inside(eqn, values, lambda k, args: body(jaxprs[k], args))
-        earlier = through(inputs, 0)
+        earlier = copywise(inputs, 0)
         if not is_loop(eqn):
             log_q, log_weight, control, *learned = totals
             effect = Effect(log_q, log_weight, control, (learned[0], learned[1]))

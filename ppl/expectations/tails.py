@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.jaxprs import described
 
-from .effects import Node, is_real, through
+from .effects import Node, copywise, is_real
 
 stop = jax.lax.stop_gradient
 
@@ -38,7 +38,7 @@ def enumerated(
     # Impossible values are replaced by a possible one: what follows may not be finite there.
     likely = values[jnp.argmax(stop(q), -1)]
     values = jnp.where(q > 0, values, likely[:, None])
-    earlier = through(inputs, draw.ndim)
+    earlier = copywise(inputs, draw.ndim)
 
     def tail(copy: Any, value: Any, pure: bool) -> list[Any]:
         return rest([Node(_with(draw, copy, value), earlier)], terms, pure=pure)
@@ -64,7 +64,7 @@ def measure_valued(
 ) -> list[Any]:
     """The results of the program, with the derivative of each parameter as a difference of two runs of the rest."""
     draw, *arrays = (n.value for n in inputs)
-    found = rest([Node(draw, through(inputs, draw.ndim))], terms)
+    found = rest([Node(draw, copywise(inputs, draw.ndim))], terms)
     message = _first_order(eqn, "mvd")
     for i in range(0, len(arrays), 4):
         theta, c, up, down = (a.reshape(-1) for a in arrays[i : i + 4])
