@@ -19,8 +19,6 @@ term.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -28,14 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax.custom_derivatives import SymbolicZero
 from weft.ppl.exact.families import base_of
 from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.implicit import follow
 from weft.ppl.stage.sites import Site, lane_shape
 
+from .derivatives import guarded
 from .marks import mark
 from .marks import with_baselines as with_baselines
+from .measure_valued import UNCOVERED, fours_of
 
 
 class Strategy(eqx.Module):
@@ -149,17 +148,17 @@ class Mvd(Strategy):
     """
 
     def fits(self, site: Site) -> bool:
-        return _triples(_distribution(site)) is not None
+        return fours_of(_distribution(site)) is not None
 
     def draw(self, site: Site, key: jax.Array) -> jax.Array:
         value = jax.lax.stop_gradient(site.draw(key))
-        triples = _triples(_distribution(site))
-        assert triples is not None
+        fours = fours_of(_distribution(site))
+        assert fours is not None
         lanes = lane_shape(site.lanes)
         keys = jax.random.split(jax.random.fold_in(key, 1), lanes)
 
         def one(payload: Any, value: Any, key: Any) -> list[Any]:
-            found = triples(base_of(payload["d"]), value, key)
+            found = fours(base_of(payload["d"]), value, key)
             return [
                 jnp.broadcast_to(jnp.asarray(a), value.shape).astype(
                     value.dtype if i % 4 > 1 else jnp.result_type(float)
@@ -345,75 +344,6 @@ def _made(site: Site, density: jax.Array) -> jax.Array:
     return site.over_lanes(lambda p, lp: jnp.broadcast_to(p["where"], lp.shape), density)
 
 
-# --- measure-valued derivatives ---------------------------------------------------------------------------------------
-# For each parameter (theta, c, x+, x-), with d/dtheta E[k(x)] = c (E[k(x+)] - E[k(x-)]). x+ and x- share their noise.
-
-Triples = Callable[[Any, jax.Array, jax.Array], list[tuple[Any, Any, Any, Any]]]
-
-
-def _bernoulli(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    return [(d.probs, jnp.where(x == 1, 1.0, -1.0), x, 1 - x)]
-
-
-def _categorical(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    num_values = jnp.shape(d.probs)[-1]
-    return [(d.probs[..., v], 1.0, jnp.full_like(x, v), x) for v in range(num_values)]
-
-
-def _normal(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    keys = jax.random.split(key, 3)
-    wave = jnp.sqrt(-2 * jnp.log1p(-jax.random.uniform(keys[0], x.shape, x.dtype)))  # Rayleigh
-    loc, scale = jax.lax.stop_gradient((d.loc, d.scale))
-    # Double-sided Maxwell; times a uniform number it is normal.
-    radius = jnp.sqrt(jnp.sum(jax.random.normal(keys[1], (3, *x.shape), x.dtype) ** 2, 0))
-    sign_and_size = jax.random.uniform(keys[2], (2, *x.shape), x.dtype)
-    maxwell = jnp.where(sign_and_size[0] < 0.5, -radius, radius)
-    return [
-        (d.loc, 1 / (scale * math.sqrt(2 * math.pi)), loc + scale * wave, loc - scale * wave),
-        (d.scale, 1 / scale, loc + scale * maxwell, loc + scale * maxwell * sign_and_size[1]),
-    ]
-
-
-def _poisson(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    return [(d.rate, 1.0, x + 1, x)]
-
-
-def _exponential(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    rate = jax.lax.stop_gradient(d.rate)
-    return [(d.rate, 1 / rate, x, x + jax.random.exponential(key, x.shape, x.dtype) / rate)]
-
-
-def _gamma(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    shape, rate = jax.lax.stop_gradient((d.concentration, d.rate))
-    more = jax.random.exponential(key, x.shape, x.dtype) / rate
-    return [(d.rate, shape / rate, x, x + more)]
-
-
-def _geometric(d: Any, x: jax.Array, key: jax.Array) -> Any:
-    again = jax.lax.stop_gradient(dist.GeometricProbs(d.probs).sample(key))
-    return [(d.probs, 1 / jax.lax.stop_gradient(d.probs), x, 1 + x + again.astype(x.dtype))]
-
-
-_TABLE: dict[type, Triples] = {
-    dist.BernoulliProbs: _bernoulli,
-    dist.BernoulliLogits: _bernoulli,
-    dist.CategoricalProbs: _categorical,
-    dist.CategoricalLogits: _categorical,
-    dist.Normal: _normal,
-    dist.Poisson: _poisson,
-    dist.Exponential: _exponential,
-    dist.Gamma: _gamma,
-    dist.GeometricProbs: _geometric,
-    dist.GeometricLogits: _geometric,
-}
-UNCOVERED: dict[type, tuple[str, ...]] = {dist.Gamma: ("concentration",)}
-"""Parameters that have no measure-valued derivative here: one that is asked for is an error."""
-
-
-def _triples(d: Any) -> Triples | None:
-    return _TABLE.get(type(base_of(d)))
-
-
 def _only(site: Site, value: jax.Array, others: tuple[str, ...]) -> jax.Array:
     """``value``, with an error if a derivative with respect to the named parameters is asked for."""
     if not others:
@@ -427,23 +357,3 @@ def _only(site: Site, value: jax.Array, others: tuple[str, ...]) -> jax.Array:
         f"site {_address(site)!r}: mvd has no derivative with respect to the {' and '.join(others)} of "
         f"{site.spec.label}; possible are {', '.join(n for n in fitting(site) if n != 'mvd')}",
     )
-
-
-def guarded(value: jax.Array, parameters: list[Any], message: str) -> jax.Array:
-    """``value``, with an error if a derivative with respect to the given parameters is asked for."""
-
-    @jax.custom_jvp
-    def drawn(value: Any, parameters: Any) -> Any:
-        return value
-
-    def rule(primals: Any, tangents: Any) -> Any:
-        if not all(isinstance(t, SymbolicZero) for t in tangents[1]):
-            raise GradientError(message)
-        inexact = jnp.issubdtype(primals[0].dtype, jnp.inexact)
-        zero = (
-            jnp.zeros_like(primals[0]) if inexact else np.zeros(primals[0].shape, jax.dtypes.float0)
-        )
-        return primals[0], zero
-
-    drawn.defjvp(rule, symbolic_zeros=True)
-    return drawn(jax.lax.stop_gradient(value), parameters)

@@ -41,7 +41,7 @@ from weft.ppl.stage.jaxprs import (
 from .effects import Effect, Node, copywise, effects_of, is_real, sums
 from .marks import TAILED, holds_marks, kinds, mark_p
 from .relaxed import is_of_a_density, not_carried, relaxed
-from .tails import enumerated, measure_valued, no_tail
+from .tails import differenced, enumerated, no_tail
 from .terms import linearly
 
 stop = jax.lax.stop_gradient
@@ -127,7 +127,7 @@ class Evaluator:
             elif eqn.primitive is mark_p and eqn.params["kind"] == "enum":
                 return enumerated(eqn, inputs, rest, self.moved, terms, self.max_terms)
             elif eqn.primitive is mark_p:
-                return measure_valued(eqn, inputs, rest, self.moved, terms)
+                return differenced(eqn, inputs, rest, self.moved, terms)
             elif kind(eqn) == "branches":
                 return self.branches(eqn, inputs, rest, terms)
             elif is_call(eqn):

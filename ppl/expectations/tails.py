@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.jaxprs import described
 
+from .derivatives import product, spread_out
 from .effects import Node, copywise, is_real
 
 stop = jax.lax.stop_gradient
@@ -54,12 +54,12 @@ def enumerated(
     for h, k in zip(here, every, strict=True):
         if is_real(h):
             mean = jnp.mean(jax.vmap(_weighed)(q, k), 0)
-            h = h + stop(mean - h) + jnp.sum(_product(k, q, moved, message), (0, 1))
+            h = h + stop(mean - h) + jnp.sum(product(k, q, moved, message), (0, 1))
         found.append(h)
     return found
 
 
-def measure_valued(
+def differenced(
     eqn: Any, inputs: list[Node], rest: Rest, moved: Sequence[Any], terms: int
 ) -> list[Any]:
     """The results of the program, with the derivative of each parameter as a difference of two runs of the rest."""
@@ -75,8 +75,8 @@ def measure_valued(
         pairs = jax.vmap(tails)(jnp.arange(draw.size), jnp.stack([up, down], 1))
         for o, k in enumerate(pairs):
             if is_real(found[o]):
-                slope = _spread_out(c, k.ndim - 1) * (k[:, 0] - k[:, 1])
-                found[o] = found[o] + jnp.sum(_product(slope, theta, moved, message), 0)
+                slope = spread_out(c, k.ndim - 1) * (k[:, 0] - k[:, 1])
+                found[o] = found[o] + jnp.sum(product(slope, theta, moved, message), 0)
     return found
 
 
@@ -84,51 +84,9 @@ def _with(draw: Any, copy: Any, value: Any) -> Any:
     return draw.reshape(-1).at[copy].set(value).reshape(draw.shape)
 
 
-def _spread_out(x: Any, ndim: int) -> Any:
-    return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))
-
-
 def _weighed(q: Any, k: Any) -> Any:
-    q = _spread_out(q, k.ndim)
+    q = spread_out(q, k.ndim)
     return jnp.sum(jnp.where(q > 0, q * k, 0), 0)
-
-
-def _product(slope: Any, theta: Any, moved: Sequence[Any], message: str) -> Any:
-    """Zero, with the derivative ``slope`` with respect to ``theta``. The axes of ``theta`` lead.
-
-    A second derivative with respect to anything that may have ``moved`` is an error: not all of it is known.
-    """
-
-    @jax.custom_jvp
-    def once(slope: Any, moved: Any) -> Any:
-        return slope
-
-    def refuse(primals: Any, tangents: Any) -> Any:
-        if not all(
-            isinstance(t, SymbolicZero) for t in jax.tree.leaves(tangents[1], is_leaf=_zero)
-        ):
-            raise GradientError(message)
-        return primals[0], jnp.zeros_like(primals[0])
-
-    once.defjvp(refuse, symbolic_zeros=True)
-
-    @jax.custom_jvp
-    def product(slope: Any, theta: Any, moved: Any) -> Any:
-        return jnp.zeros_like(slope)
-
-    def rule(primals: Any, tangents: Any) -> Any:
-        slope, _, moved = primals
-        zero = jnp.zeros_like(slope)
-        if _zero(tangents[1]):
-            return zero, zero
-        return zero, once(slope, moved) * _spread_out(tangents[1], slope.ndim)
-
-    product.defjvp(rule, symbolic_zeros=True)
-    return product(slope, theta, list(moved))
-
-
-def _zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
 
 
 def _first_order(eqn: Any, what: str) -> str:
