@@ -7,11 +7,20 @@ import jax
 import jaxtyping
 import pytest
 
+from programs import quick_compilation
+
 
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Run the test in double precision."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """XLA without its costly passes, for tests that compile many small programs and run each once or twice."""
+    with quick_compilation():
         yield
 
 

@@ -8,7 +8,6 @@ size is not the average acceptance. Without a warm-up the kernels here accept ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,17 +24,12 @@ from weft.inference.run.loop import iterate, strong
 from weft.inference.testing import check_invariance
 from weft.ppl.stage.errors import WeftError
 
-from programs import quick_compilation
 from weft import gen, kernels, sample
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(0)
 BAND = 5.0
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 @gen

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from weft.ppl import gen, loop, repeat, sample, scope
 from weft.ppl.stage.addresses import flatten
 
-from programs import Flat, Term, as_numpy, normal, quick_compilation, total
+from programs import Flat, Term, as_numpy, normal, total
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 lax = jax.lax
 NUM_EXAMPLES = int(os.environ.get("WEFT_COMPOSITIONS", "8"))
@@ -30,12 +32,6 @@ LANES = np.array([-0.5, 1.0])
 
 def shifts() -> jax.Array:
     return jnp.array(LANES.tolist())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 @dataclasses.dataclass

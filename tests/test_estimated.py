@@ -5,7 +5,6 @@ so that a run in 30,000 would fail by chance; the keys are fixed.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ from weft.inference import elbo, enumeration, fit, hvi, importance, iwhvi, nuts
 from weft.ppl import AddressError, DensityError, GradientError, ModelError
 
 import exactly
-from programs import quick_compilation
 from weft import (
     block,
     condition,
@@ -35,19 +33,16 @@ from weft import (
     with_gradients,
 )
 
-pytestmark = pytest.mark.slow  # once is enough: not in every lane
+# Every test compiles programs of its own and runs each once.
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 KEY = jax.random.key(11)
 P = 0.8
 PRIOR = jnp.array([0.2, 0.5, 0.3])
 LIKELIHOOD = jnp.array([0.1, 0.6, 0.9])
 REVERSE = jnp.array([[0.3, 0.3, 0.4], [0.1, 0.2, 0.7]])
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Every test compiles programs of its own and runs each once."""
-    with quick_compilation():
-        yield
 
 
 def exact_mean(f: Any, *args: Any) -> Any:

@@ -5,7 +5,6 @@ made, so that a run in 5,000 would fail by chance; the keys are fixed.
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -17,8 +16,10 @@ import pytest
 from jax import lax
 from weft.ppl import GradientError
 
-from programs import quick_compilation
 from weft import draw, expect, gen, gradients, mask, sample, with_gradients
+
+# Every test compiles programs of its own and runs each once.
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(3)
 THETA = 0.6
@@ -36,13 +37,6 @@ SITES = [(law, strategy) for law, strategies in KINDS.items() for strategy in st
 FIRST = [s for s in SITES if s[0] == "normal" or s[1] is gradients.enum]
 SECOND = [s for s in SITES if s[0] == "coin" or s[1] not in KINDS["coin"]]
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Every test compiles programs of its own and runs each once."""
-    with quick_compilation():
-        yield
 
 
 def name_of(site: Any) -> str:

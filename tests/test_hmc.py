@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,17 +20,12 @@ from weft.inference.results import diagnostics
 from weft.inference.run.adaptation import MassLayout
 from weft.ppl.stage.errors import AddressError, DensityError, ObservationError, WeftError
 
-from programs import quick_compilation
 from weft import deterministic, gen, sample
 
+# These chains are short and their models small: compiling them is what costs.
+pytestmark = pytest.mark.usefixtures("quick")
+
 BAND = 5.0
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """These chains are short and their models small: compiling them is what costs."""
-    with quick_compilation():
-        yield
 
 
 def z_scores(draws: Any, mean: Any, sd: Any) -> np.ndarray:

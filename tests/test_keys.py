@@ -5,7 +5,7 @@ words, whatever they are made of. Two of n words of 64 bits agree by chance with
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -32,16 +32,12 @@ from weft.ppl import (
 )
 from weft.ppl.stage.addresses import flatten
 
-from programs import CASES, NAMES, as_numpy, noise, quick_compilation, run_lanes
+from programs import CASES, NAMES, as_numpy, noise, run_lanes
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(20)
 lax = jax.lax
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 class Bits(eqx.Module):

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,10 +35,11 @@ from programs import (
     X,
     as_numpy,
     noise,
-    quick_compilation,
     run_lanes,
     total,
 )
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 SINGLE = {"rtol": 2e-4, "atol": 2e-4}
 DOUBLE = {"rtol": 1e-9, "atol": 1e-9}
@@ -47,12 +48,6 @@ NUM_KEYS = 12
 law = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**31 - 1)
 arguments = st.floats(0.125, 2.0, width=32)
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 # --- helpers -------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ suites; keys are fixed. Faults are to be seen at no less than twice the threshol
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -33,18 +32,14 @@ from weft.inference.checks.law_report import LawReport, LawRow, compare, judged
 from weft.ppl import Target, WeftError
 
 from exactly import exact_mean
-from programs import quick_compilation
 from weft import gen, gradients, kernels, observed, sample, testing
 
-pytestmark = pytest.mark.slow  # once is enough: not in every lane
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 KEY = jax.random.key(7)
 ALARM = 1e-6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 def refused(report: LawReport) -> None:

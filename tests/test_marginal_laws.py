@@ -30,7 +30,6 @@ from weft.ppl.stage.addresses import flatten
 from weft.ppl.stage.errors import ModelError
 
 from bruteforce import anything, log_evidence
-from programs import quick_compilation
 from weft import factor, gen, marginalize, sample, scope
 
 lax = jax.lax
@@ -48,13 +47,10 @@ law = settings(
     suppress_health_check=[],
 )
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]  # once is enough: not in every lane
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("x64", "quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 
 
 # --- trees of constructs --------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from weft.ppl.stage.addresses import flatten
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
 
 from bruteforce import anything, joint_values, log_evidence, log_terms
-from programs import quick_compilation
 from summed import CASES, MEANS, MOVES, START, means, move, start
 from weft import (
     condition,
@@ -44,13 +42,7 @@ lax = jax.lax
 Normal = dist.Normal
 REFERENCES = Path(__file__).parent / "refcases"
 
-pytestmark = pytest.mark.usefixtures("x64")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("x64", "quick")
 
 
 LONG = {

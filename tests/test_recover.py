@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import AddressError, ModelError, WeftError
 
 from bruteforce import anything, posterior
-from programs import quick_compilation
 from summed import CASES, means, move, start
 from weft import condition, deterministic, gen, marginalize, observed, recover, sample
 
@@ -36,13 +34,10 @@ Normal = dist.Normal
 HMM5 = json.loads((Path(__file__).parent / "refcases" / "ssm" / "hmm5.json").read_text())
 KEY = jax.random.key(11)
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.slow]  # once is enough: not in every lane
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("x64", "quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 
 
 def copies(target: Target, latents: dict[str, Any], *lead: int) -> Draws:

@@ -8,7 +8,6 @@ are drawn, and keys are fixed: about 25 such bands, false alarm below 1e-4 toget
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,20 +31,16 @@ from weft.inference import (
 )
 from weft.ppl.stage.errors import WeftError
 
-from programs import quick_compilation
 from weft import expect, gen, gradients, sample
 
-pytestmark = pytest.mark.slow  # once is enough: not in every lane
+# Every report is compiled for its own function, and run once.
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 
 KEY = jax.random.key(0)
 BAND = 5.5
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Every report is compiled for its own function, and run once."""
-    with quick_compilation():
-        yield
 
 
 def of(f: Any, params: Any, num_samples: int = 1000, **kwargs: Any) -> Any:

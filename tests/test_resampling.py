@@ -4,7 +4,6 @@ Means over 4,000 keys at 5 standard errors, some 100 comparisons: a run in 15,00
 """
 
 import functools
-from collections.abc import Iterator
 
 import hypothesis.strategies as st
 import jax
@@ -14,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from weft.inference import resampling
 
-from programs import quick_compilation
-
-pytestmark = pytest.mark.slow  # once is enough: not in every lane
+# Each scheme is compiled for each size, and draws little.
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 
 SCHEMES = ["systematic", "stratified", "multinomial", "residual", "killing", "ssp"]
 WEIGHTS = {
@@ -26,13 +27,6 @@ WEIGHTS = {
     "even": np.full(5, 0.2),
 }
 DRAW = {s: jax.jit(getattr(resampling, s), static_argnums=2) for s in SCHEMES}
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Each scheme is compiled for each size, and draws little."""
-    with quick_compilation():
-        yield
 
 
 @functools.cache

@@ -5,7 +5,6 @@ Bands are five standard errors of independent replicates; keys are fixed.
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,16 @@ import pytest
 from weft.inference import load, multinomial, smc, ssp, stratified, systematic
 from weft.ppl import DensityError, ModelError, WeftError
 
-from programs import quick_compilation
 from weft import gen, sample
 
-pytestmark = pytest.mark.slow  # once is enough: not in every lane
+# Filters of a few steps: compiling them is what costs.
+pytestmark = [
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.slow,  # once is enough: not in every lane
+]
 KEY = jax.random.key(2)
 CASE = json.loads((Path(__file__).parent / "refcases" / "ssm" / "lgssm_dim1.json").read_text())
 Y = jnp.asarray(CASE["y"]).ravel()
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    """Filters of a few steps: compiling them is what costs."""
-    with quick_compilation():
-        yield
 
 
 class Linear(eqx.Module):

@@ -8,7 +8,7 @@ import functools
 import gc
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -29,16 +29,10 @@ from weft.ppl import (
     scope,
 )
 
-from programs import quick_compilation
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(30)
 Normal = dist.Normal
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 class Counter:

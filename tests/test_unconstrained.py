@@ -6,7 +6,7 @@ changes, must give the evidence. Integrands are smooth within a panel, so 1e-5 r
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,18 +30,14 @@ from weft.ppl import (
 )
 from weft.ppl.stage.addresses import flatten
 
-from programs import CASES, X, log_integral, log_mean, quick_compilation
+from programs import CASES, X, log_integral, log_mean
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEY = jax.random.key(40)
 Normal = dist.Normal
 constraints = dist.constraints
 lax = jax.lax
-
-
-@pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 # --- bijections -------------------------------------------------------------------------------
