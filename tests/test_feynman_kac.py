@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from scipy import integrate, stats
-from weft.inference import FeynmanKac, Resampling, filtering, multinomial, smc, systematic
+from weft.inference import FeynmanKac, Resampling, filtering, multinomial, smc, smc2, systematic
 from weft.ppl import DensityError, ModelError, WeftError
 
 from weft import gen, sample
@@ -46,6 +46,7 @@ def run(of: Any, num: int = 200, **settings: Any) -> Any:
 MISSPELT = {
     "rejuvinate": (lambda self, key, t, particles, kernel: None, "rejuvenate(self, key, t, par"),
     "lookahed": (lambda self, t, x: 0.0, "lookahead(self, t, particle)"),
+    "LOOKAHEAD": (lambda self, t, x: 0.0, "lookahead(self, t, particle)"),
     "look_ahead": (lambda self, t, x: 0.0, "lookahead(self, t, particle)"),
     "adpat": (lambda self, t, x, w: x, "adapt(self, t, particles, log_weights)"),
     "adapts": (lambda self, x: x, "adapt(self, t, particles, log_weights)"),
@@ -144,6 +145,45 @@ def test_hooks_in_any_form() -> None:
         preference: Any = None
 
     assert Near(preference=lambda t, x: x).num_steps == 6
+
+
+def any_arguments(*args: Any) -> Any:
+    return 0.3 * args[-1]
+
+
+@pytest.mark.parametrize("hint", [any_arguments, max, jax.jit(lambda self, t, x: 0.3 * x)])
+def test_a_hook_whose_arguments_are_not_known_is_taken(hint: Any) -> None:
+    assert model(lookahead=hint)().num_steps == 6
+
+
+RETURNED = {
+    "step": [
+        (
+            lambda self, key, t, x: x,
+            r"step\(self, .* a particle and the logarithm .* got float32\[\]",
+        ),
+        (lambda self, key, t, x: (x, 0.0, 0.0), "got .float32.., float32"),
+        (lambda self, key, t, x: None, "got None"),
+        (lambda self, key, t, x: (x, None), "got .float32.., None"),
+        (lambda self, key, t, x: ("here", 0.0), "no array"),
+        (lambda self, key, t, x: (x, jnp.zeros(3)), r"one potential, .* float32\[3\]"),
+        (lambda self, key, t, x: ({"x": x}, 0.0), r"changes the particle: .* \{x: float32\[\]\}"),
+    ],
+    "adapt": [(lambda self, t, x, w: x[:3], r"adapt\(self.* changes the .*\[200\] .*\[3\]")],
+    "lookahead": [(lambda self, t, x: jnp.zeros(2), r"lookahead\(self.* one number.*\[2\]")],
+    "finished": [(lambda self, x: x > 0, r"finished\(self.* one number, got bool\[200\]")],
+    "rejuvenate": [
+        (lambda self, key, t, x, kernel: x, "a dict of scalars, got float32"),
+        (lambda self, key, t, x, kernel: (x[0], {}), r"rejuvenate\(self.* changes the particle"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_hook_may_not_give(name: str) -> None:
+    for member, said in RETURNED[name]:
+        with pytest.raises(ModelError, match=said):
+            run(model(**{name: member})())
 
 
 def test_a_hook_in_a_field_is_a_hook() -> None:
@@ -275,6 +315,46 @@ def test_numbers_of_a_model_stay_numbers() -> None:
     np.testing.assert_allclose(jitted.log_evidence, still.log_evidence, rtol=1e-6)
 
 
+def test_numbers_and_arrays_of_numpy() -> None:
+    """Numbers are those of Python, so that they may be sizes; arrays are those of JAX, which a step can index."""
+
+    class Series(Walk):
+        y: Any = None
+        scale: Any = 1.0
+
+        def step(self, key: Any, t: Any, x: Any) -> Any:
+            return self.weigh(x + self.scale * jax.random.normal(key) + self.y[t])
+
+        def choices(self, particle: Any) -> Any:
+            return {"x": particle + self.y[jnp.int32(particle * 0)]}
+
+    y = np.zeros(6)
+    found = run(Series(np.int64(6), y=y, scale=np.float64(1.0)), np.int64(200))
+    same = run(Series(y=jnp.asarray(y)))
+    np.testing.assert_array_equal(found.log_evidence, same.log_evidence)
+    np.testing.assert_array_equal(found.choices["x"], same.choices["x"])
+    assert type(Series(np.int64(6)).num_steps) is type(smc2(np.int32(20)).num_moves) is int
+
+    class Bare(eqx.Module):
+        num_steps: Any
+        init = Walk.init
+        step = Walk.step
+        weigh = Walk.weigh
+        seen: Any = np.float64(0.3)
+
+    taken: Any = smc(Bare(np.int64(6))).model
+    assert type(taken.num_steps) is int
+    assert type(taken.seen) is float
+
+
+@pytest.mark.parametrize("steps", [6.0, jnp.array(6), "six", None, 0])
+def test_a_number_of_steps_that_is_none(steps: Any) -> None:
+    with pytest.raises(ModelError, match=r"num_steps must be a Python integer|has no step"):
+        run(Walk(steps))
+    with pytest.raises(WeftError, match="threshold is a share"):
+        smc(Walk(), threshold="half")
+
+
 # --- adapt ------------------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +466,7 @@ def test_evidence_of_what_cannot_be(threshold: float) -> None:
             return x, jnp.where(t == self.end, -jnp.inf, weight)
 
         def lookahead(self, t: Any, x: Any) -> Any:
-            return 0.1 * x
+            return jnp.where(t == self.end, -jnp.inf, 0.1 * x)  # it may know
 
     ends = jnp.array([2, 5, 9])
     found = jax.jit(jax.vmap(lambda end: run(Ending(end=end), threshold=threshold).log_evidence))(

@@ -23,6 +23,7 @@ from .coalescence import Coalescence
 from .feynman_kac import FeynmanKac, has
 from .generation import Generation, first_generation, offspring
 from .history import History, moments
+from .returned import called, in_words, same_particles, scalar
 
 
 class SMCState(State):
@@ -119,11 +120,13 @@ def next_state(settings: Any, key: PRNGKeyArray, state: SMCState) -> SMCState:
         info = jax.tree.map(lambda x: jnp.zeros_like(x[0]), state.path.info)
         return _generation(state), state.coalescence, info
 
-    due = (ess <= settings.threshold * n) | (settings.threshold >= 1)
-    due &= state.log_total > -jnp.inf  # where no particle is possible, there is none to choose
+    # Where no particle is possible, or none that is preferred, there is none to choose.
+    some = jnp.max(shares) > -jnp.inf
+    due = some & ((ess <= settings.threshold * n) | (settings.threshold >= 1))
     parents, coalescence, info = jax.lax.cond(due, again, as_they_are, state)
     before = jnp.where(due, jnp.log(float(n)), state.log_total)
     particles = model.adapt(t, parents.particles, parents.log_weights)
+    same_particles(model, "adapt", parents.particles, particles)
     parents = dataclasses.replace(parents, particles=particles)
     now = offspring(move_key, model, t, parents)
     coalescence = coalescence.at(t, now.log_weights, due)
@@ -137,8 +140,12 @@ def next_state(settings: Any, key: PRNGKeyArray, state: SMCState) -> SMCState:
 def _preferred(settings: Any, t: Array, state: SMCState) -> tuple[Array, Array, Array | None]:
     """What resampling goes by: the effective sample size, the log shares, and the correction of weights, if any."""
     ess, shares = state.path.ess[state.iteration], state.log_weights - state.log_total
-    lookahead = jax.vmap(settings.model.lookahead, (None, 0), axis_size=settings.num_particles)
-    hints = lookahead(t, state.particles)
+
+    def lookahead(particle: Any) -> Array | None:
+        hint = settings.model.lookahead(t, particle)
+        return None if hint is None else scalar(settings.model, "lookahead", hint)
+
+    hints = jax.vmap(lookahead, axis_size=settings.num_particles)(state.particles)
     if hints is None:
         return ess, shares, None
     hints = jnp.where(jnp.isnan(hints), 0.0, hints)  # NaN is no preference
@@ -150,12 +157,11 @@ def _moved(
     settings: Any, key: PRNGKeyArray, t: Array, particles: Any
 ) -> tuple[Any, dict[str, Array]]:
     """The particles after rejuvenation. With `waste_free`, all points of the chains that begin at them."""
-    model = settings.model
     if settings.waste_free == 1:
-        return model.rejuvenate(key, t, particles, settings.rejuvenate)
+        return _rejuvenated(settings, key, t, particles)
 
     def move(particles: Any, key: PRNGKeyArray) -> Any:
-        particles, info = model.rejuvenate(key, t, particles, settings.rejuvenate)
+        particles, info = _rejuvenated(settings, key, t, particles)
         return particles, (particles, info)
 
     particles = jax.tree.map(lambda x: x[: num_chains(settings)], particles)
@@ -165,6 +171,20 @@ def _moved(
         lambda x, xs: jnp.concatenate([x[None], xs]).reshape(-1, *x.shape[1:]), particles, chain
     )
     return joined, jax.tree.map(lambda x: jnp.mean(x, 0), info)
+
+
+def _rejuvenated(
+    settings: Any, key: PRNGKeyArray, t: Array, particles: Any
+) -> tuple[Any, dict[str, Array]]:
+    """The particles and the report of the hook."""
+    model = settings.model
+    found = model.rejuvenate(key, t, particles, settings.rejuvenate)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+        raise ModelError(
+            f"smc: {called(model, 'rejuvenate')} must give the particles and a dict of scalars, got {in_words(found)}"
+        )
+    same_particles(model, "rejuvenate", particles, found[0])
+    return found[0], jax.tree.map(jnp.asarray, found[1])
 
 
 def _record(

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from weft.ppl.stage.errors import ModelError, WeftError
 from weft.ppl.stage.modules import Noun
 
 from .hooks import check_hooks, signature_of
+from .returned import check_particle
 
 ATTRIBUTES: dict[str, type] = {
     "num_steps": int,
@@ -240,18 +242,30 @@ def as_model(x: Any) -> Any:
     """Take an Equinox module with `init` and `step` as a Feynman-Kac model. Anything else is returned as it is.
 
     Such a module gets `FeynmanKac` as an additional base. So its hooks are called, and a misspelt hook is refused.
+    Arrays of NumPy become those of JAX, which a traced step can index.
 
     Raises:
         ModelError: if a hook of the module is misspelt, or takes other arguments.
     """
     taken = isinstance(x, eqx.Module) and all(hasattr(x, m) for m in ("num_steps", "init", "step"))
-    if isinstance(x, FeynmanKac) or not taken:
+    if not (isinstance(x, FeynmanKac) or taken):
         return x
-    model = object.__new__(_based(type(x)))
-    for field in dataclasses.fields(x):
-        object.__setattr__(model, field.name, getattr(x, field.name))
-    check_hooks(model, FeynmanKac, ATTRIBUTES)
+    model = x
+    if not isinstance(x, FeynmanKac):
+        model = object.__new__(_based(type(x)))
+        for field in dataclasses.fields(x):
+            object.__setattr__(model, field.name, getattr(x, field.name))
+        check_hooks(model, FeynmanKac, ATTRIBUTES)
+    if any(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(model)):
+        model = jax.tree.map(_of_jax, model)
     return model
+
+
+def _of_jax(leaf: Any) -> Any:
+    """An array of NumPy as one of JAX, and a number of NumPy as one of Python."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OSU":
+        return jnp.asarray(leaf)
+    return leaf.item() if isinstance(leaf, np.generic) else leaf
 
 
 @functools.cache
@@ -269,19 +283,12 @@ def require_model(x: Any, what: str) -> None:
         )
 
 
-def check_particle(model: FeynmanKac) -> None:
-    """Raise ModelError unless potentials are scalars and a step keeps the structure of a particle."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    first = jax.eval_shape(model.init, key)
-    then = jax.eval_shape(model.step, key, jnp.int32(1), first[0])
-    for name, (_, weight) in (("init", first), ("step", then)):
-        if weight.shape != ():
-            raise ModelError(
-                f"smc: {name} must give the logarithm of one potential, a scalar; got shape {weight.shape}"
-            )
-    a, b = (jax.tree.map(lambda s: (s.shape, s.dtype), p) for p in (first[0], then[0]))
-    if a != b:
+def require_steps(model: FeynmanKac) -> None:
+    """Raise ModelError unless the number of steps is known, and positive."""
+    steps, name = model.num_steps, type(model).__name__
+    if not isinstance(steps, (int, np.integer)):
         raise ModelError(
-            f"smc: a step changes the particle: init gives {a}, step gives {b}. Both must have the same structure, "
-            "shapes and dtypes"
+            f"smc: {name}.num_steps must be a Python integer, since it is the length of arrays; got {steps!r}"
         )
+    if steps < 1:
+        raise ModelError(f"smc: the model has no step, {name}.num_steps is {steps}")

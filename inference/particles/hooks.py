@@ -130,7 +130,7 @@ def _refuse_near(
     shown: str, name: str, base: type, hooks: Iterable[str], near: Callable[[str], float]
 ) -> None:
     """Raise ModelError if a name is so near to a hook, by the score `near`, that it must be a misspelling of it."""
-    similar = {hook: difflib.SequenceMatcher(None, name, hook).ratio() for hook in hooks}
+    similar = {hook: difflib.SequenceMatcher(None, name.lower(), hook).ratio() for hook in hooks}
     hook = max(similar, key=similar.__getitem__)
     # A part of the words of a hook is another name: `transition` beside `log_transition`.
     part = set(name.split("_")) < set(hook.split("_"))
@@ -142,12 +142,17 @@ def _refuse_near(
 
 
 def _arguments(cls: type, name: str) -> dict[str, inspect.Parameter]:
-    """The parameters of a method, without the model itself."""
-    found = dict(inspect.signature(getattr(cls, name)).parameters)
+    """The parameters of a method, without the model itself. If they are not known, any."""
+    try:
+        found = dict(inspect.signature(getattr(cls, name)).parameters)
+    except ValueError:  # a function that is not written in Python
+        return {"args": inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)}
     member = inspect.getattr_static(cls, name)
     bound = hasattr(type(member), "__get__")  # what is not, a partial function say, takes no self
     if bound and not isinstance(member, (staticmethod, classmethod)):
-        found.pop(next(iter(found), ""), None)
+        first = next(iter(found.values()), None)
+        if first is not None and first.kind is not first.VAR_POSITIONAL:  # of `*args`, self is one
+            del found[first.name]
     return found
 
 

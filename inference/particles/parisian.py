@@ -87,7 +87,7 @@ def paris(
     model, found = genealogy(particles, scan, "paris")
 
     def one(key: PRNGKeyArray, model: Filter, found: Generation) -> Any:
-        return _expectation(key, model, found, functional, num_backward)
+        return _expectation(key, model, found, functional, int(num_backward))
 
     return model.each_series(one, key, found)
 

@@ -40,9 +40,10 @@ from .engine import (
     with_pruned_tree,
     with_tree_for,
 )
-from .feynman_kac import FeynmanKac, as_model, has, require_model
+from .feynman_kac import FeynmanKac, as_model, has, require_model, require_steps
 from .history import History, along_lineages
 from .results import SequentialParticles
+from .returned import scalar
 
 
 class smc(Algorithm):
@@ -107,8 +108,9 @@ class smc(Algorithm):
         n = self.num_particles
         if not isinstance(n, (int, np.integer)) or n < 2:
             raise WeftError(f"smc: num_particles must be an integer, 2 at least, got {n!r}")
-        if isinstance(self.threshold, (int, float)) and not 0 <= self.threshold <= 1:
-            raise WeftError(f"smc: threshold is a share between 0 and 1, got {self.threshold!r}")
+        share = self.threshold
+        if not eqx.is_array(share) and not (isinstance(share, (int, float)) and 0 <= share <= 1):
+            raise WeftError(f"smc: threshold is a share between 0 and 1, got {share!r}")
         if self.history not in ("none", "ancestors", "full"):
             raise WeftError(f"smc: history is 'none', 'ancestors' or 'full', got {self.history!r}")
         if n % self.waste_free or n // self.waste_free < 2:
@@ -153,8 +155,7 @@ class smc(Algorithm):
 
     def prepare(self, target: Target) -> Algorithm:
         model = self._made(target)
-        if model.num_steps < 1:
-            raise WeftError("smc: the model has no step")
+        require_steps(model)
         if not has(model, "rejuvenate") and (self.rejuvenate is not None or self.waste_free > 1):
             raise WeftError(
                 f"smc: {type(model).__name__} does not say which law its particles have, so that nothing can "
@@ -204,7 +205,8 @@ class smc(Algorithm):
         return with_pruned_tree(self, state)
 
     def finished(self, state: SMCState) -> Any:
-        return self._model.finished(state.particles)
+        found = self._model.finished(state.particles)
+        return None if found is None else scalar(self._model, "finished", found) != 0
 
     def has_result(self, iteration: int) -> bool:
         return True

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
+import numpy as np
 
 
 class Method(eqx.Module):
@@ -47,9 +48,16 @@ class Method(eqx.Module):
 
 
 class Module(eqx.Module):
-    """Base of classes with methods: an Equinox module whose methods compare by the identity of their owner."""
+    """Base of classes with methods: an Equinox module whose methods compare by the identity of their owner.
+
+    Fields that are set to numbers of NumPy hold Python numbers. Equinox would trace the others, like arrays, and a
+    number of particles must be known.
+    """
 
     if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.item() if isinstance(value, np.generic) else value)
 
         def __getattribute__(self, name: str) -> Any:
             found = object.__getattribute__(self, name)
