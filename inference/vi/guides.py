@@ -259,8 +259,9 @@ def structured(
 
     Returns:
         The guide and its parameters `{"loc": {address: array}, "scale": {address: array}, "weights": {...}}`. Weights
-        are `{address: {address read: (copies, elements, elements read)}}`. Copies are the indices of the axes that the two
-        choices share. For a chain, the weights of a site for itself have shape `(steps - 1, copies, elements, elements)`.
+        are `{address: {address read: (copies, elements, elements read)}}`. Copies are the indices of the axes that the
+        two choices share. For a chain, the weights of a site for itself have shape `(steps - 1, copies, elements,
+        elements)`.
 
     Raises:
         TypeError: if `target` is no Target.
