@@ -29,7 +29,7 @@ def guarded(value: jax.Array, parameters: Sequence[Any], message: str) -> jax.Ar
         return primals[0], zero
 
     drawn.defjvp(rule, symbolic_zeros=True)
-    return drawn(jax.lax.stop_gradient(value), list(parameters))
+    return drawn(value, list(parameters))
 
 
 def product(slope: Any, theta: Any, moved: Sequence[Any], message: str) -> Any:
