@@ -10,7 +10,8 @@ from weft.ppl.expectations.marks import mark_p
 from weft.ppl.programs.handlers import Evaluate
 from weft.ppl.stage.compat import consts_first, needed
 from weft.ppl.stage.interpreter import interpret
-from weft.ppl.stage.jaxprs import Holds, equations, evaluate, inside, is_call
+from weft.ppl.stage.jaxprs import Holds, equations, evaluate
+from weft.ppl.stage.wiring import inside, is_call
 from weft.ppl.transforms.rewriting import stage_call
 
 

@@ -107,7 +107,7 @@ PRIMITIVES = {"scan_p", "cond_p", "while_p", "shard_map_p"}
 NAMES = {"scan", "cond", "while", "shard_map"}
 MAY_NAME = {
     ("ppl", "stage", "compat"),
-    ("ppl", "stage", "jaxprs"),
+    ("ppl", "stage", "wiring"),
     ("ppl", "stage", "control"),
     ("ppl", "stage", "interpreter"),
     ("ppl", "exact", "branches"),

@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from jax import lax
 from weft.ppl.stage.compat import bind
 from weft.ppl.stage.equality import outline, same_code
-from weft.ppl.stage.jaxprs import (
-    Axes,
-    Holds,
-    equations,
-    evaluate,
-    flow,
-    is_call,
-    is_checkpoint,
-    states_derivative,
-    wiring,
-)
+from weft.ppl.stage.jaxprs import Axes, Holds, equations, evaluate, flow
+from weft.ppl.stage.wiring import is_call, is_checkpoint, states_derivative, wiring
 
 
 @jax.custom_jvp

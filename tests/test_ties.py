@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from weft.ppl.stage.jaxprs import wiring
 from weft.ppl.stage.ties import Ties
+from weft.ppl.stage.wiring import wiring
 
 lax = jax.lax
 W = jnp.ones((3, 4))

@@ -34,8 +34,9 @@ from weft.ppl.expectations.gradients import Reparam
 from weft.ppl.expectations.marks import mark_p
 from weft.ppl.expectations.sensitivity import PATH, Choice, Probe, probed
 from weft.ppl.stage.compat import bind, open_jaxpr, where_in_source
-from weft.ppl.stage.jaxprs import Place, evaluate, evaluate_inside, flow, inside, kind, wiring
+from weft.ppl.stage.jaxprs import Place, evaluate, evaluate_inside, flow
 from weft.ppl.stage.staging import Code, stage
+from weft.ppl.stage.wiring import inside, kind, wiring
 
 NUM_LINES = 16
 """Pairs of draws between which a switch is looked for."""

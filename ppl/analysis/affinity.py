@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.compat import Literal, bind
-from weft.ppl.stage.jaxprs import Place, flow, states_derivative, wiring
+from weft.ppl.stage.jaxprs import Place, flow
+from weft.ppl.stage.wiring import states_derivative, wiring
 
 # --- powers of one choice ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.stage.compat import Literal, Tracer, bind, inner_jaxprs, open_jaxpr
-from weft.ppl.stage.jaxprs import is_call, run
+from weft.ppl.stage.jaxprs import run
+from weft.ppl.stage.wiring import is_call
 
 SMALL = 1 << 14
 """The largest number of elements for which this is done."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from weft.ppl.stage.compat import open_jaxpr
 from weft.ppl.stage.control import addresses_of, eqn_holds_sites, scopes
-from weft.ppl.stage.jaxprs import Place, flow, wiring
+from weft.ppl.stage.jaxprs import Place, flow
 from weft.ppl.stage.sites import site_p
+from weft.ppl.stage.wiring import wiring
 
 Names = frozenset[str]
 """Addresses of choices: the abstract value of whatever depends on them."""

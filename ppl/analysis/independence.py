@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from weft.ppl.stage.jaxprs import Axes, Place, through, wiring
+from weft.ppl.stage.jaxprs import Axes, Place, through
 from weft.ppl.stage.primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
+from weft.ppl.stage.wiring import wiring
 
 
 class Unaligned(Exception):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from weft.ppl.stage.compat import open_jaxpr
 from weft.ppl.stage.control import lanes_p
 from weft.ppl.stage.interpreter import Context
-from weft.ppl.stage.jaxprs import is_loop
 from weft.ppl.stage.records import Records
 from weft.ppl.stage.sites import Lane
+from weft.ppl.stage.wiring import is_loop
 
 from .factors import Factor
 from .region import Lost, Region, addresses, rule

@@ -21,9 +21,9 @@ from weft.ppl.stage.compat import inner_jaxprs
 from weft.ppl.stage.control import eqn_holds_sites, is_record, marginal_p, scope_p, site_names
 from weft.ppl.stage.errors import DensityError, ModelError
 from weft.ppl.stage.interpreter import Context, Handler, Result, step, walk
-from weft.ppl.stage.jaxprs import described, is_call
 from weft.ppl.stage.records import Records, cast
 from weft.ppl.stage.sites import site_p
+from weft.ppl.stage.wiring import described, is_call
 
 from .elimination import sum_out
 from .factors import Factor, factor_of

@@ -27,7 +27,8 @@ from weft.ppl.analysis.constants import folded
 from weft.ppl.analysis.independence import Unaligned, align
 from weft.ppl.stage.compat import bind, inner_jaxprs, where_in_source
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.jaxprs import evaluate, is_call
+from weft.ppl.stage.jaxprs import evaluate
+from weft.ppl.stage.wiring import is_call
 
 _numbers = itertools.count()
 

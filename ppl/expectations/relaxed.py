@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from weft.ppl.stage.compat import bind, where_in_source
 from weft.ppl.stage.errors import GradientError
-from weft.ppl.stage.jaxprs import described
 from weft.ppl.stage.sites import DENSITY
+from weft.ppl.stage.wiring import described
 
 from .effects import Node, effects_of
 from .terms import LINEAR

@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from weft.ppl.stage.compat import Literal, bind, open_jaxpr, scan_sizes
 from weft.ppl.stage.errors import GradientError
-from weft.ppl.stage.jaxprs import (
+from weft.ppl.stage.jaxprs import evaluate_inside
+from weft.ppl.stage.wiring import (
     described,
-    evaluate_inside,
     inside,
     is_call,
     is_checkpoint,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from weft.ppl.stage.errors import GradientError
-from weft.ppl.stage.jaxprs import described
+from weft.ppl.stage.wiring import described
 
 from .derivatives import product, spread_out
 from .effects import Node, copywise, is_real

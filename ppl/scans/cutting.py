@@ -13,17 +13,9 @@ from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal, open_jaxpr, scan_sizes
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, lanes_p, marginal_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.jaxprs import (
-    Holds,
-    behind,
-    described,
-    evaluate,
-    inside,
-    is_call,
-    is_loop,
-    results,
-)
+from weft.ppl.stage.jaxprs import Holds, behind, evaluate, results
 from weft.ppl.stage.staging import Code, stage
+from weft.ppl.stage.wiring import described, inside, is_call, is_loop
 
 holds_scan = Holds(is_loop)
 """Whether a scan stands anywhere in a jaxpr."""

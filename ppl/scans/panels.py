@@ -20,20 +20,11 @@ from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal, bind, open_jaxpr, where_in_source
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names, is_record, lanes_p
 from weft.ppl.stage.errors import ModelError
-from weft.ppl.stage.jaxprs import (
-    Holds,
-    Place,
-    evaluate,
-    inside,
-    is_call,
-    is_loop,
-    results,
-    run,
-    spread,
-)
+from weft.ppl.stage.jaxprs import Holds, Place, evaluate, results, run, spread
 from weft.ppl.stage.primitives import BATCHED, ELEMENTWISE
 from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.staging import Code, stage
+from weft.ppl.stage.wiring import inside, is_call, is_loop
 from weft.ppl.transforms.rewriting import bind_marginal
 
 from .cutting import holds_scan, inlined

@@ -29,8 +29,9 @@ from .compat import (
     while_p,
 )
 from .errors import GradientError, ModelError
-from .jaxprs import Holds, Place, Wiring, equations, whole, wired
+from .jaxprs import Holds, Place, equations
 from .sites import Lane, lane_shape, site_p, stack_lane
+from .wiring import Wiring, whole, wired
 
 # --- a nested program -------------------------------------------------------------------------------------------------
 

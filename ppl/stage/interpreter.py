@@ -36,7 +36,7 @@ from .compat import (
 from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
 from .cotangents import finite_cotangents
 from .errors import DensityError
-from .jaxprs import inputs, inside, is_checkpoint, kind, read, steps
+from .jaxprs import inputs, read, steps
 from .keys import (
     anonymous_name,
     count_anonymous,
@@ -50,6 +50,7 @@ from .keys import (
 from .records import Records, cast, completed, flagged, merged, recorded
 from .shards import layouts, specs_of
 from .sites import Site, site_p
+from .wiring import inside, is_checkpoint, kind
 
 Result = tuple[list[Any], Records, dict[str, Any]]
 """Outputs, records and summed terms."""

@@ -18,8 +18,9 @@ import numpy as np
 
 from .compat import inner_jaxprs, open_jaxpr
 from .control import eqn_holds_sites, estimated_p, lanes_p, scope_p
-from .jaxprs import inside, remembered, wiring
+from .jaxprs import remembered
 from .sites import site_p
+from .wiring import inside, wiring
 
 
 def is_typed_key(key: Any) -> bool:

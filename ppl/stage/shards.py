@@ -30,11 +30,12 @@ from .compat import (
 )
 from .control import eqn_holds_sites, eqn_site_names, estimated_p, lanes_p, scope_p, scopes
 from .errors import ModelError
-from .jaxprs import Holds, Place, equations, flow, is_loop, kind, wiring
+from .jaxprs import Holds, Place, equations, flow
 from .sites import site_p
 from .splits import WHOLE, Split
 from .ties import Axes, Ties
 from .varying import SAME, listed, mesh_axes, refuse_mixed
+from .wiring import is_loop, kind, wiring
 
 _holds_shards = Holds(is_shard_map)
 

@@ -20,10 +20,10 @@ from .control import (
     scope_p,
 )
 from .errors import ModelError
-from .jaxprs import Wiring, states_derivative, wiring
 from .keys import name_hash
 from .sites import site_p
 from .specs import SiteSpec
+from .wiring import Wiring, states_derivative, wiring
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 
 from .control import eqn_holds_sites, eqn_site_names, lanes_p, scopes
 from .errors import ModelError
-from .jaxprs import Place, equations, flow, kind, wiring
+from .jaxprs import Place, equations, flow
 from .sites import site_p
 from .splits import Split
+from .wiring import kind, wiring
 
 SAME = {"psum": "axes", "pmax": "axes", "pmin": "axes", "all_gather": "axis_name"}
 """Collectives whose result is the same on all shards along axes of the mesh, and the parameter that names those."""
