@@ -14,8 +14,9 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.exact.families import base_of
-from weft.ppl.programs.handlers import Evaluate, EveryBranch, Free
+from weft.ppl.programs.handlers import Evaluate, Free
 from weft.ppl.programs.traces import flat_records
+from weft.ppl.programs.unconstraining import EveryBranch
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.errors import DensityError
 from weft.ppl.stage.interpreter import Handler, interpret

@@ -27,15 +27,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.results.draws import Draws
 from weft.inference.run.adaptation import Phase
 from weft.ppl import Target
-from weft.ppl.programs.handlers import (
-    Evaluate,
-    EveryBranch,
-    Given,
-    Unconstrain,
-    bijection,
-    expand,
-    to_support,
-)
+from weft.ppl.programs.handlers import Evaluate, Given, expand
+from weft.ppl.programs.unconstraining import EveryBranch, Unconstrain, bijection, to_support
 from weft.ppl.stage.addresses import Address, covers, dotted, flatten, unflatten, unknown
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
 from weft.ppl.stage.interpreter import interpret

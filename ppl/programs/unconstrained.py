@@ -18,8 +18,9 @@ from weft.ppl.stage.modules import Noun
 from weft.ppl.stage.packing import pack
 
 from . import printing
-from .handlers import Free, Given, ToUnconstrained, Unconstrain, expand
+from .handlers import Free, Given, expand
 from .traces import Trace, flat_records, sort_records
+from .unconstraining import ToUnconstrained, Unconstrain
 
 if TYPE_CHECKING:
     from .targets import Target
