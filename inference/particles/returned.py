@@ -1,4 +1,4 @@
-"""What the methods of a Feynman-Kac model give: checked, with messages that name the method."""
+"""Checks of what the methods of a Feynman-Kac model return. Messages name the method."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Moments, quantiles, ranks and effective sizes of many scalars at once, in double precision.
 
-A block is an array (scalar, chain, draw). A mask of the same shape says which draws count. It is None if all do.
+A block is an array (scalar, chain, draw). A mask of the same shape says which draws count. It is None if all count.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random keys: what a key is, and which key each name of a staged program gets.
 
 The key of a name is that of its scope with the hash of the name folded in, and the indices of the loops and batch axes
-around it. The plan of a scope says so for every name. It is read off the jaxpr, and all keys are made before the scope
-runs.
+around it. The plan of a scope states this for every name. It is read off the jaxpr, and all keys are made before the
+scope runs.
 """
 
 from __future__ import annotations
