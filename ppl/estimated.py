@@ -133,7 +133,8 @@ def normalize(target: Target, by: Sampler) -> Program:
     The law of the program is that of the algorithm's output. It tends to the posterior as the algorithm's effort grows.
     Write $g$ for the target's density, and $\hat Z$ for the algorithm's estimate of the evidence. A draw has $d = g(x)
     / \hat Z$, with $\hat Z$ of the run that gave it. Given choices have $d' = g(x) / \hat Z$, with $\hat Z$ of a run in
-    which they were drawn.
+    which they were drawn. A run in which no particle is possible gives an impossible draw with $d = \infty$, and an
+    impossible given value has $d' = 0$. So both weigh nothing.
 
     Args:
         target: an unnormalised density.
@@ -206,12 +207,14 @@ class _Normalized(eqx.Module):
     def __call__(self, target: Target, by: Sampler) -> Any:
         def simulate(target: Target, by: Sampler) -> tuple[dict[str, Any], jax.Array]:
             choices, log_g, log_z = by.draw_posterior(target)
-            return flatten(choices), log_g - log_z
+            # Without the `where`, 0 / 0: a run whose weights are all zero gives an impossible draw.
+            return flatten(choices), jnp.where(log_g == -jnp.inf, 0.0, log_g) - log_z
 
         def score(target: Target, by: Sampler, choices: dict[str, Any]) -> jax.Array:
             choices = unflatten(choices)
             log_g = target.log_density(choices)
-            return log_g - by.conditional_evidence(target, choices, log_g)
+            log_z = by.conditional_evidence(target, choices, log_g)
+            return log_g - jnp.where(log_g == -jnp.inf, 0.0, log_z)
 
         sites = {a: target.sites[a] for a in target.latents}
         values = choose(target.program.name, sites, simulate, score, target, by)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from weft.inference import filtering, smc, tempering
+from weft.inference import filtering, importance, smc, tempering
 from weft.ppl import WeftError
 
 from weft import expect, gen, marginal, normalize, sample
@@ -97,6 +97,38 @@ def test_laws_of_a_marginal(name: str) -> None:
     ratio = jnp.exp(jax.jit(jax.vmap(log_exact))(choices["y"]) - log_d)
     mean, error = band(ratio)
     assert abs(mean - 1) < 5 * error
+
+
+@pytest.mark.parametrize("by", [smc(filtering(), 2), importance(num_particles=2)])
+def test_runs_without_a_possible_particle_weigh_nothing(by: Any) -> None:
+    """Most runs are such, and weights with the posterior as a proposal are unbiased all the same, by enumeration."""
+    stays, emits = np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[1.0, 0.0], [0.5, 0.5]])
+
+    @gen
+    def strict() -> None:
+        def step(z: Any, _: Any) -> Any:
+            z = sample("z", dist.Categorical(jnp.asarray(stays)[z]))
+            sample("y", dist.Categorical(jnp.asarray(emits)[z]))
+            return z, None
+
+        jax.lax.scan(step, 0, length=3)
+
+    target = strict().given({"y": jnp.array([0, 1, 0])})
+    exact = 0.0
+    for a, b, c in np.ndindex(2, 2, 2):
+        exact += stays[0, a] * emits[a, 0] * stays[a, b] * emits[b, 1] * stays[b, c] * emits[c, 0]
+    posterior = normalize(target, by=by)
+
+    def weight(key: Any) -> Any:
+        choices, log_d = posterior.random_weighted(key)
+        return jnp.exp(target.log_density(choices) - log_d), log_d
+
+    weights, log_d = jax.jit(jax.vmap(weight))(KEYS)
+    assert np.mean(log_d == np.inf) > 0.5
+    mean, error = band(weights)
+    assert abs(mean - exact) < 5 * error
+    impossible = {"z": jnp.array([0, 0, 1])}
+    assert posterior.estimate_log_density(KEYS[0], impossible) == -np.inf
 
 
 def test_derivative_of_an_expectation() -> None:
