@@ -40,7 +40,9 @@ from weft.ppl import (
     sample,
     scale,
 )
+from weft.ppl.scans.cutting import inlined
 from weft.ppl.stage.addresses import flatten
+from weft.ppl.stage.structure import site_table
 
 KEY = jax.random.key(7)
 ROWS = 8
@@ -620,7 +622,7 @@ def test_a_draw_in_a_carry(two_devices: list[jax.Device]) -> None:
 
 
 def test_constants_along_the_rows(two_devices: list[jax.Device]) -> None:
-    """NumPy's arrays may have the length of a shard, and then go along its rows. A transform stages them again."""
+    """NumPy's arrays may have the length of a shard, and then go along its rows. Transforms and filters stage again."""
 
     def body(x):
         z = sample("z", dist.Normal(np.zeros(x.shape[0], np.float32), 1.0 + x**2))
@@ -631,6 +633,9 @@ def test_constants_along_the_rows(two_devices: list[jax.Device]) -> None:
     model = over_shards(body)
     density = scale(model, 3.0)(X).log_density({"z": jnp.asarray(z), "y": jnp.asarray(y)})
     np.testing.assert_allclose(density, 3.0 * right, 1e-5)
+    code, args = model(X).code()
+    again = inlined(code.jaxpr, args)[0]  # as a filter does, to which these arrays are arguments
+    assert {a: s.shape for a, s in site_table(again.jaxpr).items()} == {"z": (ROWS,), "y": (ROWS,)}
     expected, found = (noncentered(f, "z")(X).simulate(KEY) for f in (gen(body), model))
     np.testing.assert_allclose(found.choices["z_base"], expected.choices["z_base"], 1e-6)
 

@@ -334,13 +334,21 @@ class _Body:
                 f"site {at.name!r}: an event axis of {spec.label} is split over the mesh, and the density takes "
                 "whole events. Gather it first (jax.lax.all_gather), or split other axes"
             )
-        found = [self.split_of(axis, at) for axis in at.axes]
+        found = self.splits_of(at)
         batch = tuple(found[len(lanes) :])
         spec = dataclasses.replace(spec, split=batch if set(batch) - {WHOLE} else ())
         return {"spec": spec, "lanes": _written(lanes, found[: len(lanes)])}
 
     def of_lanes(self, at: _Found) -> tuple[Any, ...]:
-        return _written(at.eqn.params["lanes"], [self.split_of(axis, at) for axis in at.axes])
+        return _written(at.eqn.params["lanes"], self.splits_of(at))
+
+    def splits_of(self, at: _Found) -> list[Split]:
+        """The splits of a site or of lanes. Those that an earlier staging of the same body has written are kept."""
+        before = _splits(at.eqn)
+        return [
+            self.split_of(axis, at) if was == WHOLE else was
+            for axis, was in zip(at.axes, before, strict=True)
+        ]
 
     def refuse_rows(self, loop: Any, axis: int) -> None:
         """Refuse a loop with sites that goes along the rows of a shard, or that may do so."""
@@ -438,25 +446,25 @@ def layouts(body: Any) -> dict[str, Any]:
     for eqn, place in equations(body):
         if eqn.primitive is not site_p:
             continue
-        spec, node = eqn.params["spec"], tree
+        node = tree
         around = [s for e, _ in place.around for s in _around(e)]
-        batch = spec.split or (WHOLE,) * spec.batch_ndim
-        own = (*_outermost_first(eqn.params["lanes"]), *batch)
         for name in scopes(place):
             node = node.setdefault(name, {})
-        node[spec.name] = Layout(tuple(around), own)
+        node[eqn.params["spec"].name] = Layout(tuple(around), _splits(eqn))
     return tree
 
 
 def _around(eqn: Any) -> Sequence[Split]:
     if eqn.primitive is lanes_p:
-        return _outermost_first(eqn.params["lanes"])
-    found = wiring(eqn)
-    return (WHOLE,) if found is not None and found.kind == "loop" else ()
+        return _splits(eqn)
+    return (WHOLE,) if is_loop(eqn) else ()
 
 
-def _outermost_first(lanes: Sequence[Any]) -> tuple[Split, ...]:
-    return tuple(lane.split for lane in reversed(lanes))
+def _splits(eqn: Any) -> tuple[Split, ...]:
+    """The splits that are written on a site or on lanes, those of the outermost lane first."""
+    lanes = tuple(lane.split for lane in reversed(eqn.params["lanes"]))
+    spec = eqn.params.get("spec")
+    return lanes if spec is None else (*lanes, *(spec.split or (WHOLE,) * spec.batch_ndim))
 
 
 def specs_of(tree: Any, layouts: Any, of: Callable[[Layout], Sequence[Split]]) -> Any:

@@ -13,14 +13,10 @@ from typing import Any
 
 from .primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
 
-_SHAPED = CUMULATIVE | {
-    "rev",
-    "sort",
-    "reshard",
-    "ppermute",
-    "bitcast_convert_type",
-    "threefry2x32",
-}
+_MORE = """
+bitcast_convert_type complex log2 one_minus_square polynomial ppermute reshard rev sort threefry2x32
+"""
+_SHAPED = CUMULATIVE | set(_MORE.split())
 SHAPED = ELEMENTWISE - {"optimization_barrier"} | _SHAPED
 """Primitives whose results have the shape of their operands, axis by axis."""
 

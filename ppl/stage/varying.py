@@ -19,7 +19,7 @@ SAME = {"psum": "axes", "pmax": "axes", "pmin": "axes", "all_gather": "axis_name
 """Collectives whose result is the same on all shards along axes of the mesh, and the parameter that names those."""
 
 
-_CASTS = {"pvary", "pcast", "pbroadcast", "reshard"}
+_CASTS = {"pvary", "pcast", "reshard"}
 """Primitives that change the type of a value over a mesh, and not the value."""
 
 _TYPED = {"psum_invariant": "psum"}
@@ -129,9 +129,8 @@ def _refuse_parts(who: str, does: str, value: Mixed, allowed: Sequence[str]) -> 
         if axis not in allowed:
             what = f"the choices {site!r}" if site else "rows"
             raise ModelError(
-                f"{who} in a shard_map {does} what depends on {what} of one shard along {axis!r}, but is one choice "
-                "for all shards. Draw it under jax.vmap over the rows, or reduce what it reads over all shards first "
-                "(jax.lax.psum)"
+                f"{who} in a shard_map {does} what depends on {what} of one shard along {axis!r}, but all shards share "
+                "it. Put it under jax.vmap over the rows, or reduce what it reads over all shards first (jax.lax.psum)"
             )
 
 
