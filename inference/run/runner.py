@@ -42,10 +42,10 @@ def run_chunks(
     stop: int,
     *,
     title: str,
-    progress: bool = True,
-    describe: Callable[[State], str] | None = None,
-    finished: Callable[[State], bool] | None = None,
-    before_chunk: Callable[[State], tuple[State, int | None]] = lambda state: (state, None),
+    progress: bool,
+    describe: Callable[[State], str],
+    finished: Callable[[State], Any],
+    before_chunk: Callable[[State], tuple[State, int | None]],
 ) -> tuple[State, int]:
     """Advance `state` from iteration `start` to `stop` in chunks.
 
@@ -77,11 +77,10 @@ def run_chunks(
             if done > start:  # the first chunk's time is mostly compilation
                 size = _next_size(last - done, seconds)
             if bar is not None:
-                if describe is not None:
-                    bar.set_postfix_str(describe(state), refresh=False)
+                bar.set_postfix_str(describe(state), refresh=False)
                 bar.update(last - done)
             done = last
-            if finished is not None and finished(state):
+            if finished(state):
                 break
     return state, done
 

@@ -62,7 +62,7 @@ def labels_of(term: Table) -> list[Plate | None]:
     return labels
 
 
-def factor_of(term: Table, name: str, scale: Any = None) -> Factor:
+def factor_of(term: Table, name: str, scale: Any) -> Factor:
     """A density term as a factor. Axes along which no variable has copies are summed.
 
     Raises:

@@ -208,7 +208,7 @@ class Program(printing.Printed):
         self.require_density()
         return self.log_density_of(self._entries(choices, complete=True), key)
 
-    def log_density_of(self, given: dict[str, Any], key: jax.Array | None = None) -> jax.Array:
+    def log_density_of(self, given: dict[str, Any], key: jax.Array | None) -> jax.Array:
         """The log density of entries by name.
 
         Without a key, an estimated density takes its randomness from the program that is being staged.

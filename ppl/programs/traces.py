@@ -51,8 +51,8 @@ def run_program(
     code: Code,
     args: list[Any],
     handler: Handler,
-    key: Any = None,
-    given: dict[str, Any] | None = None,
+    key: Any,
+    given: dict[str, Any],
 ) -> tuple[Trace, dict[str, jax.Array]]:
     """Interpret a staged program and sort its records into a trace."""
     outs, records, terms = interpret(code.jaxpr, args, handler, key, given)

@@ -140,7 +140,7 @@ def scope_plan(jaxpr: Any, anonymous: int = 0) -> dict[str, KeyNode]:
     return plan
 
 
-def scope_names(jaxpr: Any, anonymous: int = 0) -> list[str]:
+def scope_names(jaxpr: Any, anonymous: int) -> list[str]:
     """The names in a part of a scope."""
     return list(scope_plan(jaxpr, anonymous))
 
