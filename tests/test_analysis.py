@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from weft.ppl.analysis.affinity import is_linear, is_polynomial, reads
 from weft.ppl.analysis.independence import Unaligned, align
 from weft.ppl.stage.compat import Literal
@@ -39,7 +40,9 @@ POLYNOMIALS = {  # function of one number, its degree (None: none that is proved
         lambda x: lax.scan(lambda c, _: (c.astype(int).astype(c.dtype), None), x, length=2)[0],
         None,
     ),
-    "narrowed and widened": (lambda x: x.astype(jnp.float16).astype(x.dtype), 1),
+    "narrowed and widened": (lambda x: x.astype(jnp.float16).astype(x.dtype), None),
+    "of fewer digits": (lambda x: lax.reduce_precision(x, 8, 2), None),
+    "of all digits": (lambda x: lax.reduce_precision(x, 8, 23), 1),
     "chosen by it": (lambda x: lax.cond(x > 0, lambda x: x, lambda x: 2.0 * x, x), None),
     "chosen by it, both alike": (
         lambda x: lax.cond(x > 0, lambda x: x, lambda x: x + 0.0, x),
@@ -93,6 +96,15 @@ def test_reads_sees_through_control_flow():
 # --- copies kept apart ------------------------------------------------------------------------------------------------
 
 ROWS, COLUMNS = 0, 1
+MESH = jax.make_mesh((1, 1), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def in_shards(ins, outs):
+    return jax.shard_map(
+        lambda x: 2.0 * x, mesh=MESH, in_specs=ins, out_specs=outs, check_vma=False
+    )
+
+
 ALIGNED = {  # function of a (3, 4) array, the axis of the copies, where its results carry it (None: refused)
     "top_k behind": (lambda x: lax.top_k(x, 2), ROWS, [0, 0]),
     "top_k along": (lambda x: lax.top_k(x, 2, axis=0), ROWS, None),
@@ -110,6 +122,9 @@ ALIGNED = {  # function of a (3, 4) array, the axis of the copies, where its res
         ROWS,
         None,
     ),
+    "shards": (in_shards(P("i", "j"), P("i")), ROWS, [0]),
+    "shards put together otherwise": (in_shards(P("i", "j"), P("j", "i")), ROWS, None),
+    "all of them in each shard": (in_shards(P(), P("i")), ROWS, None),
     "while, decided by all": (
         lambda x: lax.while_loop(lambda v: v.sum() < 3, lambda v: v + 1.0, x),
         ROWS,

@@ -582,3 +582,45 @@ def test_a_score_of_costs_that_are_guarded(num_samples: int) -> None:
     exact = s * (1 - s) * (2.0 + logit)
     assert np.isfinite(slopes).all()
     assert abs(float(slopes.mean()) - exact) < 5 * float(slopes.std()) / 4000**0.5
+
+
+def test_a_batch_of_one_copy() -> None:
+    ys = jnp.array([0.5, 1.0, -2.0])
+
+    def program(theta: Any) -> Any:
+        x = sample("x", dist.Normal(theta * jnp.ones(1), 1.0), grad=gradients.score)
+        return jnp.sum((x - ys) ** 2) + x[0] * lax.squeeze(x, (0,))
+
+    agree(program, THETA, lambda theta: jnp.sum((theta - ys) ** 2) + theta**2 + 4)
+
+
+def test_costs_of_fewer_digits() -> None:
+    grid = np.linspace(-9, 9, 100_001)
+    weights = np.exp(-(grid**2) / 2) / np.sqrt(2 * np.pi) * (grid[1] - grid[0])
+
+    def cost(x: Any) -> Any:
+        rounded = (x**2).astype(jnp.float8_e5m2).astype(x.dtype)
+        single = x.astype(jnp.float32) ** 2 + jnp.float32(1.5)
+        return 2.0 * rounded + lax.reduce_precision(x, 8, 1) + single
+
+    with jax.enable_x64(True):
+        keys = jax.random.split(KEY, 20_000)
+        estimator = expect(lambda t: cost(sample("x", dist.Normal(t, 1.0), grad=gradients.score)))
+        found = jax.jit(jax.vmap(jax.value_and_grad(estimator, argnums=1), (0, None)))(keys, THETA)
+        costs = np.asarray(cost(jnp.asarray(THETA + grid)))
+    exact = costs @ weights, (costs * grid) @ weights
+    for x, right in zip(map(np.asarray, found), exact, strict=True):
+        assert abs(np.mean(x) - right) < 5 * np.std(x) / np.sqrt(len(keys))
+
+
+def test_relaxed_integers_wrap_around_as_integers_do() -> None:
+    def program(theta: Any) -> Any:
+        z = sample("z", law("coin", theta), grad=gradients.gumbel)
+        return (z.astype(jnp.uint8) - jnp.uint8(1)).astype(float)
+
+    keys = jax.random.split(KEY, 20)
+    values, slopes = jax.vmap(jax.value_and_grad(expect(program), argnums=1), (0, None))(
+        keys, THETA
+    )
+    assert set(np.asarray(values).tolist()) == {0.0, 255.0}
+    assert np.all(slopes > 0)

@@ -1,6 +1,6 @@
 """Which functions of their operands equations compute: affine functions, polynomials, powers.
 
-What cannot be proved counts as unknown. A cast of a real number to an integer is none of these. An equation is not
+What cannot be proved counts as unknown. A cast that rounds is none of these. An equation is not
 trusted if its derivative does not tell everything (``floor``), or is not that of its value (custom derivatives).
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from weft.ppl.stage.compat import Literal, bind
 from weft.ppl.stage.jaxprs import Place, flow
 from weft.ppl.stage.wiring import states_derivative, wiring
@@ -19,13 +20,34 @@ from weft.ppl.stage.wiring import states_derivative, wiring
 
 UNKNOWN: Any = object()
 """The power of an operand that is another function of the choice."""
-_KEEPS = frozenset(["broadcast_in_dim", "reshape", "squeeze", "copy", "copy_p"])
+_KEEPS = frozenset(
+    ["broadcast_in_dim", "reshape", "squeeze", "copy", "copy_p", "convert_element_type"]
+)
 
 
 def _keeps(eqn: Any) -> bool:
-    """Whether an equation gives the numbers that it reads, in another shape or precision."""
+    """Whether an equation gives the numbers that it reads in the same order, in another shape or precision."""
     name = eqn.primitive.name
-    return name in _KEEPS or (name == "convert_element_type" and _is_real(eqn.outvars[0]))
+    turns = name == "reshape" and eqn.params.get("dimensions") is not None
+    return name in _KEEPS and not turns and not rounds(eqn)
+
+
+def rounds(eqn: Any) -> bool:
+    """Whether an equation rounds real numbers: to integers, or to fewer digits than single precision has."""
+    name = eqn.primitive.name
+    if name not in ("convert_element_type", "reduce_precision"):
+        return False
+    if not _is_real(eqn.outvars[0]):
+        return True
+    if not _is_real(eqn.invars[0]):
+        return False
+    before = jnp.finfo(eqn.invars[0].aval.dtype)
+    kept = eqn.params.get("exponent_bits"), eqn.params.get("mantissa_bits")
+    if name == "convert_element_type":
+        after = jnp.finfo(eqn.outvars[0].aval.dtype)
+        kept = after.nexp, after.nmant
+    single = jnp.finfo(jnp.float32)
+    return kept[0] < min(before.nexp, single.nexp) or kept[1] < min(before.nmant, single.nmant)
 
 
 def _is_real(v: Any) -> bool:
@@ -50,9 +72,18 @@ def power_of(eqn: Any, powers: list[Any]) -> Any:
     if name in ("mul", "div"):
         a, b = (0 if p is None else p[0] for p in (first, rest[0]))
         return (a + b if name == "mul" else a - b), False
-    if name in ("transpose", "gather", "slice", "dynamic_slice") and first and not any(rest):
+    if name in _MOVES and first and not any(rest) and not _fills(eqn):
         return first[0], False
     return UNKNOWN
+
+
+_MOVES = frozenset(["transpose", "reshape", "gather", "slice", "dynamic_slice"])
+
+
+def _fills(eqn: Any) -> bool:
+    """Whether a gather gives a number of its own for indices out of range, other than NaN, which spoils all else."""
+    value = eqn.params.get("fill_value")
+    return value is not None and not np.isnan(value)
 
 
 def multiple_of(eqn: Any, powers: list[Any]) -> Any:
@@ -145,7 +176,5 @@ def reads(jaxpr: Any, flags: Sequence[bool], names: set[str] | None = None) -> l
 
 
 def _name(eqn: Any) -> str:
-    """The name of an equation's primitive. A cast to integers has a name that says so."""
-    name = eqn.primitive.name
-    cast = name == "convert_element_type" and not _is_real(eqn.outvars[0])
-    return "cast to integers" if cast else name
+    """The name of an equation's primitive. Casts that round have a name that says so."""
+    return "rounding" if rounds(eqn) else eqn.primitive.name

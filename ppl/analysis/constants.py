@@ -133,6 +133,11 @@ def _broadcast(eqn: Any, x: np.ndarray) -> list[Any]:
     return [np.broadcast_to(x.reshape(shape), eqn.params["shape"])]
 
 
+def _reshape(eqn: Any, x: np.ndarray) -> list[Any]:
+    order = eqn.params.get("dimensions")
+    return [(x if order is None else x.transpose(order)).reshape(eqn.params["new_sizes"])]
+
+
 def _iota(eqn: Any) -> list[Any]:
     shape, axis = eqn.params["shape"], eqn.params["dimension"]
     return [np.indices(shape)[axis]]
@@ -177,7 +182,7 @@ _RULES: dict[str, Callable[..., list[Any] | None]] = {
     "gather": _gather,
     "select_n": lambda eqn, i, *cases: [np.choose(i.astype(int), cases)],
     "convert_element_type": lambda eqn, x: [x],
-    "reshape": lambda eqn, x: [x.reshape(eqn.params["new_sizes"])],
+    "reshape": _reshape,
     "squeeze": lambda eqn, x: [x.squeeze(eqn.params["dimensions"])],
     "transpose": lambda eqn, x: [x.transpose(eqn.params["permutation"])],
     "concatenate": lambda eqn, *xs: [np.concatenate(xs, eqn.params["dimension"])],

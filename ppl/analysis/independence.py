@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from weft.ppl.stage.compat import is_shard_map, shard_map_specs
 from weft.ppl.stage.jaxprs import Axes, Place, through
 from weft.ppl.stage.primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
 from weft.ppl.stage.wiring import wiring
@@ -46,6 +47,8 @@ def _align(eqn: Any, places: Places, where: Place | None = None) -> Places | Non
     rule = _RULES.get(eqn.primitive.name)
     if rule is not None:
         return rule(eqn, places)
+    if is_shard_map(eqn):
+        return _sharded(eqn, places)
     if wiring(eqn) is None:
         raise Unaligned("is not known to keep them apart")
     return None
@@ -62,6 +65,16 @@ def _slice(place: int | None, count: int) -> int | None:
     if place is not None and place < count:
         raise Unaligned(f"goes along their axis {place}")
     return None if place is None else place - count
+
+
+def _sharded(eqn: Any, places: Places) -> Places:
+    """Inside, an index counts from the first row of a shard. So the axis must be split over the mesh all the same."""
+    found = through(eqn, places, _align, _agree, _LEADING)
+    ins, outs = shard_map_specs(eqn)
+    pairs = [*zip(ins, places, strict=True), *zip(outs, found, strict=True)]
+    if len({tuple(spec[p]) for spec, p in pairs if p is not None}) > 1:
+        raise Unaligned("splits their axis over the mesh in different ways")
+    return found
 
 
 _LEADING = Axes(_slice, lambda place, count: None if place is None else place + count)
@@ -85,14 +98,20 @@ def _shape(eqn: Any, i: int = 0) -> tuple[int, ...]:
     return tuple(eqn.invars[i].aval.shape)
 
 
+@_rule("optimization_barrier")
+def _barrier(eqn: Any, places: Places) -> Places:
+    return list(places)
+
+
 @_rule(*ELEMENTWISE)
 def _elementwise(eqn: Any, places: Places) -> Places:
     place = _one(places)
-    ranks = {len(_shape(eqn, i)) for i, p in enumerate(places) if p is not None}
-    if eqn.primitive.name == "optimization_barrier":
-        return list(places)
-    if any(len(out.aval.shape) not in ranks for out in eqn.outvars):
-        raise Unaligned("changes the number of axes")
+    shapes = [_shape(eqn, i) for i, p in enumerate(places) if p is not None]
+    for out in eqn.outvars:
+        if any(len(s) != len(out.aval.shape) for s in shapes):
+            raise Unaligned("changes the number of axes")
+        if any(s[place] != out.aval.shape[place] for s in shapes):
+            raise Unaligned("repeats their axis")
     return [place] * len(eqn.outvars)
 
 
@@ -144,7 +163,9 @@ def _broadcast(eqn: Any, places: Places) -> Places:
 
 @_rule("reshape")
 def _reshape(eqn: Any, places: Places) -> Places:
-    place, old, new = _one(places[:1]), _shape(eqn), tuple(eqn.params["new_sizes"])
+    order = eqn.params.get("dimensions") or range(len(_shape(eqn)))
+    place, new = order.index(_one(places[:1])), tuple(eqn.params["new_sizes"])
+    old = tuple(_shape(eqn)[axis] for axis in order)
     before = math.prod(old[:place])
     for target, size in enumerate(new):
         if size == old[place] and math.prod(new[:target]) == before:
@@ -155,7 +176,8 @@ def _reshape(eqn: Any, places: Places) -> Places:
 @_rule("squeeze")
 def _squeeze(eqn: Any, places: Places) -> Places:
     place = _one(places)
-    assert place not in eqn.params["dimensions"], "a plate has more than one copy"
+    if place in eqn.params["dimensions"]:
+        raise Unaligned("drops their axis, of one copy")
     return [place - sum(a < place for a in eqn.params["dimensions"])]
 
 

@@ -136,6 +136,11 @@ def sums(effects: Sequence[Effect]) -> list[Any]:
     return [log_q, log_weight, control, *learned]
 
 
+def is_precise(x: Any) -> bool:
+    """Whether a value is real, with the digits of single precision. A score term in fewer would be rounded."""
+    return is_real(x) and jnp.finfo(jnp.result_type(x)).bits >= 32
+
+
 def is_real(x: Any) -> bool:
     """Whether a value may have a derivative."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from weft.ppl.stage.compat import bind, where_in_source
 from weft.ppl.stage.errors import GradientError
 from weft.ppl.stage.sites import DENSITY
@@ -43,7 +44,9 @@ def relaxed(eqn: Any, inputs: list[Node], of_density: bool) -> Sequence[Node]:
         return [Node(value, deps, relaxed=bind(eqn, floats)[0])]
     dtype = eqn.params["new_dtype"]
     if jnp.issubdtype(dtype, jnp.inexact):
-        return [Node(floats[0].astype(dtype), deps)]
+        moved = floats[0].astype(dtype)
+        # Integers may have wrapped around, where floats have not.
+        return [Node(inputs[0].value.astype(dtype) + (moved - stop_gradient(moved)), deps)]
     if not jnp.issubdtype(dtype, jnp.integer):
         raise not_carried(eqn)
     return [Node(inputs[0].value.astype(dtype), deps, relaxed=floats[0])]

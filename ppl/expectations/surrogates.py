@@ -38,7 +38,7 @@ from weft.ppl.stage.wiring import (
     states_derivative,
 )
 
-from .effects import Effect, Node, copywise, effects_of, is_real, sums
+from .effects import Effect, Node, copywise, effects_of, is_precise, is_real, sums
 from .marks import TAILED, holds_marks, kinds, mark_p
 from .relaxed import is_of_a_density, not_carried, relaxed
 from .tails import differenced, enumerated, no_tail
@@ -268,11 +268,12 @@ class Evaluator:
         return found
 
     def box(self, node: Node) -> Any:
-        cost = node.value
+        dtype = jnp.result_type(node.value)
+        cost = node.value if is_precise(node.value) else node.value.astype(jnp.float32)
         if any(e.weighs for e in node.deps):
-            cost = cost * jnp.exp(node.total("log_weight"))
+            cost = cost * jnp.exp(node.total("log_weight")).astype(cost.dtype)
         if self.pure:
-            return cost
+            return cost.astype(dtype)
         others: Any = 0.0
         if self.axis is not None:
             n = jax.lax.psum(1, self.axis)
@@ -281,8 +282,9 @@ class Evaluator:
         # Costs that are not finite are mostly those of a `where` that does not choose them: no score term, since zero
         # times infinity would be its derivative.
         finite = jnp.isfinite(cost)
-        boxed = _box(node.total("log_q")) * (jnp.where(finite, cost, 0) - others) + others
-        return jnp.where(finite, boxed, cost)
+        box = _box(node.total("log_q")).astype(cost.dtype)
+        boxed = box * (jnp.where(finite, cost, 0) - others) + others
+        return jnp.where(finite, boxed, cost).astype(dtype)
 
 
 def _controlled(cost: Node, per_draw: Node, baselines: Node) -> Node:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from weft.ppl.analysis.affinity import rounds
 from weft.ppl.stage.compat import Tracer, bind
 
-from .effects import Node, is_real
+from .effects import Node, is_precise, is_real
 
 _ANY = """
 add add_any sub neg reduce_sum reshape squeeze broadcast_in_dim transpose copy copy_p concatenate stack slice rev pad
@@ -52,11 +53,11 @@ def linearly(out: Node, leaf: Callable[[Node], Any], constant: Callable[[Node], 
 
 
 def _is_linear(node: Node) -> bool:
-    if node.eqn is None or not all(is_real(n.value) for n in node.inputs if n.deps):
+    if node.eqn is None or not all(is_precise(n.value) for n in node.inputs if n.deps):
         return False
     name, places = node.eqn.primitive.name, [i for i, n in enumerate(node.inputs) if n.deps]
     if name in LINEAR:
-        return True
+        return not rounds(node.eqn)
     if name in ("mul", "div") and any(map(_infinite, node.inputs)):
         return False  # guarded by a `where`, as in NumPyro's Bernoulli: its derivative must not meet a zero
     if name in ("mul", "dot_general"):

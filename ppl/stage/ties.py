@@ -17,7 +17,7 @@ _MORE = """
 bitcast_convert_type complex log2 one_minus_square polynomial ppermute reshard rev sort threefry2x32
 """
 _SHAPED = CUMULATIVE | set(_MORE.split())
-SHAPED = ELEMENTWISE - {"optimization_barrier"} | _SHAPED
+SHAPED = ELEMENTWISE | _SHAPED
 """Primitives whose results have the shape of their operands, axis by axis."""
 
 Axes = Sequence[int]
@@ -91,7 +91,8 @@ class Ties:
             for a, b in itertools.product(ins, outs):
                 self.tie(a[:batch], b[:batch])
         elif name == "reshape":
-            self.reshape(ins[0], outs[0])
+            order = eqn.params.get("dimensions") or range(len(ins[0]))
+            self.reshape([ins[0][axis] for axis in order], outs[0])
         elif name in RULES:
             for a, b in RULES[name](eqn.params, ins, outs):
                 self.tie(a, b)
