@@ -624,3 +624,13 @@ def test_relaxed_integers_wrap_around_as_integers_do() -> None:
     )
     assert set(np.asarray(values).tolist()) == {0.0, 255.0}
     assert np.all(slopes > 0)
+
+
+def test_costs_that_are_written_in_place() -> None:
+    def program(theta: Any) -> Any:
+        held = jax.new_ref(jnp.zeros(()))
+        held[...] = sample("x", dist.Normal(theta, 1.0), grad=gradients.score) ** 2
+        return held[...]
+
+    with pytest.raises(GradientError, match="in place"):
+        expect(program)(KEY, THETA)

@@ -1,5 +1,6 @@
 """Walks of jaxprs: evaluation, forward analyses, folds, and equality of code."""
 
+import dataclasses
 import functools
 
 import jax
@@ -403,6 +404,83 @@ def by_another_rule(c):
     return with_rule(lambda primals, tangents: (primals[0], jax.jvp(inner, primals, tangents)[1]))
 
 
+class Slotted:
+    __slots__ = ("c",)
+
+    def __init__(self, c):
+        self.c = c
+
+
+class BelowSlots(Slotted):
+    """An object with slots above, and a dictionary of its own."""
+
+    def __call__(self, primals, tangents):
+        return primals[0], self.c * tangents[0]
+
+
+class Named(Rule):
+    """An object that takes the name of a function."""
+
+    def __init__(self, c):
+        functools.update_wrapper(self, with_rule)
+        super().__init__(c)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Equal to any other."""
+
+    c: float = dataclasses.field(compare=False)
+
+    def __call__(self, primals, tangents):
+        return primals[0], self.c * tangents[0]
+
+
+def by_slot(c):
+    return with_rule(BelowSlots(c))
+
+
+def by_name(c):
+    return with_rule(Named(c))
+
+
+def by_frozen(c):
+    return with_rule(Frozen(c))
+
+
+def by_attribute(c):
+    def rule(primals, tangents):
+        return primals[0], rule.c * tangents[0]
+
+    rule.c = c
+    return with_rule(rule)
+
+
+def by_global(c):
+    names = {"C": c}
+    exec("def rule(primals, tangents): return primals[0], C * tangents[0]", names)
+    return with_rule(names["rule"])
+
+
+def by_set(c):
+    held = frozenset([c])
+    return with_rule(lambda primals, tangents: (primals[0], max(held) * tangents[0]))
+
+
+def by_key(c):
+    held = {c: 1}
+    return with_rule(lambda primals, tangents: (primals[0], max(held) * tangents[0]))
+
+
+def by_rule_of_vmap(c):
+    @jax.custom_batching.custom_vmap
+    def f(x):
+        return 2.0 * x
+
+    f.def_vmap(lambda size, batched, x: (c * x, True))
+    return with_rule(lambda primals, tangents: (primals[0], jax.vmap(f)(tangents[0][None])[0]))
+
+
 def backward(c):
     @jax.custom_vjp
     def f(x):
@@ -421,7 +499,30 @@ def static(c):
     return lambda x: f(c, x)
 
 
+def frozen_static(c):
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def f(c, x):
+        return 1.0 * x
+
+    f.defjvp(lambda c, primals, tangents: (primals[0], c.c * tangents[0]))
+    return lambda x: f(Frozen(c), x)
+
+
+def callback(c):
+    return lambda x: jax.pure_callback(functools.partial(np.multiply, c), x, x)
+
+
 RULES = [
+    by_slot,
+    by_name,
+    by_frozen,
+    by_attribute,
+    by_global,
+    by_set,
+    by_key,
+    by_rule_of_vmap,
+    frozen_static,
+    callback,
     by_default,
     by_keyword,
     by_closure,
@@ -443,6 +544,12 @@ def test_rules_of_custom_derivatives_count(make):
     assert not same_code(two, three)
 
 
+@pytest.mark.parametrize(("a", "b"), [(0.0, -0.0), (1, True), (2, 2.0)])
+@pytest.mark.parametrize("make", RULES)
+def test_numbers_in_rules_count_bit_by_bit(make, a, b):
+    assert not same_code(staged(make(a)), staged(make(b)))
+
+
 def test_one_function_is_equal_to_itself():
     f = by_object(2.0)
     assert same_code(staged(f), staged(f))
@@ -451,7 +558,14 @@ def test_one_function_is_equal_to_itself():
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [(0.0, -0.0), (1.0, 2.0), (jnp.nan, 1.0), (np.float32(0.0), np.float32(-0.0)), (0j, -0j)],
+    [
+        (0.0, -0.0),
+        (1.0, 2.0),
+        (jnp.nan, 1.0),
+        (np.nan, -np.nan),
+        (np.float32(0.0), np.float32(-0.0)),
+        (0j, -0j),
+    ],
 )
 def test_literals_by_bits(a, b):
     def with_literal(c):

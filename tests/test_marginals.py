@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from jax.sharding import PartitionSpec
 from weft.ppl import observed
 from weft.ppl.stage.addresses import flatten
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
@@ -566,9 +567,24 @@ def _all_of_them_in_lanes():
     jax.vmap(lambda own: sample("y", Normal(own + 1.0 * z, 1.0).to_event(1)))(z)
 
 
+def _read_by_columns():
+    z = 1.0 * sample("z", dist.Bernoulli(0.3).expand([2, 2]))
+    sample("y", Normal(z + 2.0 * lax.reshape(z, (2, 2), (1, 0)), 1.0))
+
+
+def _put_together_otherwise():
+    mesh = jax.make_mesh((1, 1), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"in_specs": PartitionSpec("i", "j"), "out_specs": PartitionSpec("j", "i")}
+    z = 1.0 * sample("z", dist.Bernoulli(0.3).expand([2, 2]))
+    moved = jax.shard_map(lambda x: x, mesh=mesh, check_vma=False, **specs)(z)
+    sample("y", Normal(z + 2.0 * moved, 1.0))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (_read_by_columns, ("'z'", "different axes", "joint=True")),
+        (_put_together_otherwise, ("'z'", "'shard_map'", "over the mesh", "joint=True")),
         (_summed, ("'z'", "'reduce_sum'", "test_marginals.py", "_summed", "reduces", "joint=True")),
         (_turned, ("'z'", "'rev'", "test_marginals.py", "_turned", "reverses", "joint=True")),
         (_pairs, ("'z'", "joint=True")),
@@ -587,6 +603,17 @@ def test_copies_that_meet(model: Any, words: tuple[str, ...]) -> None:
         target.log_density(latents)
     joint = marginalize(model, *names, joint=True)().log_density(latents)
     same(joint, log_evidence(model().given(), latents, names))
+
+
+def test_choices_that_are_written_in_place() -> None:
+    @gen
+    def model() -> None:
+        held = jax.new_ref(jnp.zeros(()))
+        held[...] = 2.0 * sample("z", dist.Bernoulli(0.3))
+        sample("y", Normal(held[...], 1.0))
+
+    with refused(ModelError, "'z'", "in place", "test_marginals.py"):
+        marginalize(model, "z")().log_density({"y": 0.5})
 
 
 def test_chains_that_gather_their_choices() -> None:

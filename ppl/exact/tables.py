@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from weft.ppl.analysis.affinity import UNKNOWN, is_linear, multiple_of, power_of
 from weft.ppl.analysis.constants import folded
 from weft.ppl.analysis.independence import Unaligned, align
-from weft.ppl.stage.compat import bind, inner_jaxprs, where_in_source
+from weft.ppl.stage.compat import bind, inner_jaxprs, reads_ref, where_in_source
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.jaxprs import evaluate
 from weft.ppl.stage.wiring import is_call
@@ -219,6 +219,12 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     variables = variables_of(ins)
     if not variables:
         return bind(eqn, ins)
+    if reads_ref(eqn):
+        names = ", ".join(repr(v.address) for v in variables)
+        raise ModelError(
+            f"what depends on {names} is written to an array in place{where_in_source(eqn)}: exact summing follows "
+            "values only. Write it with .at[...].set, or keep the choice"
+        )
     if is_call(eqn):
         return evaluate(inner_jaxprs(eqn)[0], ins, functools.partial(equation, limit=limit))
     limit.check(variables, f"the equation {eqn.primitive.name!r}{where_in_source(eqn)}")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
-from weft.ppl.stage.compat import Primitive, ShapedArray
+from weft.ppl.stage.compat import Primitive, ShapedArray, makes_ref
 from weft.ppl.stage.jaxprs import Holds, equations
 
 mark_p = Primitive("mark")
@@ -66,6 +66,7 @@ ad.primitive_jvps[mark_p] = _jvp
 
 
 holds_marks = Holds(lambda eqn: eqn.primitive is mark_p)
+makes_refs = Holds(makes_ref)
 
 
 def kinds(code: Any) -> list[tuple[str, str]]:

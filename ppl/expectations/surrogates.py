@@ -39,7 +39,7 @@ from weft.ppl.stage.wiring import (
 )
 
 from .effects import Effect, Node, copywise, effects_of, is_precise, is_real, sums
-from .marks import TAILED, holds_marks, kinds, mark_p
+from .marks import TAILED, holds_marks, kinds, makes_refs, mark_p
 from .relaxed import is_of_a_density, not_carried, relaxed
 from .tails import differenced, enumerated, no_tail
 from .terms import linearly
@@ -79,6 +79,11 @@ class Evaluator:
         def surrogates(outs: list[Node]) -> list[Any]:
             return [self.surrogate(n) for n in outs]
 
+        if makes_refs(jaxpr):
+            raise GradientError(
+                "the program changes an array in place (jax.new_ref), so that it is not known what depends on the "
+                "choices with strategies: write it with .at[...].set"
+            )
         self.moved = [a for a in args if is_real(a)]
         self.weighs = any(kind == "reweight" for _, kind in kinds(jaxpr))
         return self.run(jaxpr, [Node(a) for a in args], surrogates)

@@ -83,6 +83,16 @@ def needed(jaxpr: Any) -> Any:
     return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
+def makes_ref(eqn: Any) -> bool:
+    """Whether an equation makes an array that may be changed in place (``jax.new_ref``)."""
+    return any(type(v.aval).__name__ == "AbstractRef" for v in eqn.outvars)
+
+
+def reads_ref(eqn: Any) -> bool:
+    """Whether an operand of an equation is an array that may be changed in place."""
+    return any(type(v.aval).__name__ == "AbstractRef" for v in eqn.invars)
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Every jaxpr among the parameters of an equation."""
     found = []

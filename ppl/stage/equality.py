@@ -7,11 +7,12 @@ hold (defaults, closures, attributes of callable objects).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
+import struct
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -102,9 +103,9 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, complex):
         return _same(a.real, b.real) and _same(a.imag, b.imag)
     if isinstance(a, float):
-        return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (a != a and b != b)
+        return struct.pack("d", a) == struct.pack("d", b)
     if callable(a) or type(a).__name__ == "WrappedFun":
-        return a == b or _same_function(a, b, set())
+        return _same_function(a, b, set())
     return bool(a == b)
 
 
@@ -120,7 +121,8 @@ def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = 
     """Whether two callables do the same, judged by their code and by what they hold.
 
     JAX's own wrappers (``internal``) hold traces, tags and caches, which differ each time. Only the types of these are
-    compared. What a user's function holds counts: numbers by value, arrays by identity, objects by their attributes.
+    compared. What a user's function holds counts: numbers bit by bit, arrays by identity, objects by their attributes.
+    An object's own ``==`` is asked only if it shows no attributes: most take 0.0 for -0.0, and True for 1.
     """
     if a is b or (id(a), id(b)) in seen:
         return True
@@ -135,7 +137,8 @@ def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = 
 
     if isinstance(a, types.FunctionType):
         of_jax = _is_of_jax(a.__globals__.get("__name__"))
-        return a.__code__ == b.__code__ and same(_held(a), _held(b), of_jax)
+        outside = of_jax or same(_outside(a, b), _outside(b, a), False)
+        return a.__code__ == b.__code__ and same(_held(a), _held(b), of_jax) and outside
     if isinstance(a, types.MethodType):
         return a.__func__ is b.__func__ and same([a.__self__], [b.__self__])
     if isinstance(a, functools.partial):
@@ -150,27 +153,66 @@ def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = 
         return False
     if is_jaxpr(a):
         return same_code(a, b)
-    if hasattr(a, "__wrapped__"):  # jit, or a custom derivative
-        return all(
-            same([getattr(a, n, None)], [getattr(b, n, None)])
-            for n in ("__wrapped__", "jvp", "fwd", "bwd")
-        )
     if internal and (isinstance(a, _BOOKS) or type(a) is object):
         return True
+    if _is_of_jax(type(a).__module__):
+        return _same_wrapper(a, b, same, internal)
+    if isinstance(a, dict):
+        return same([*a, *a.values()], [*b, *b.values()])
+    if isinstance(a, (set, frozenset)):
+        return same(sorted(a, key=repr), sorted(b, key=repr))
+    held, other = _attributes(a), _attributes(b)
+    if held or other:
+        return same([*held, *held.values()], [*other, *other.values()], False)
+    own_hash = type(a).__hash__ not in (None, object.__hash__)
+    return (own_hash and (a == b) is True) or (not own_hash and hasattr(a, "__dict__"))
+
+
+def _same_wrapper(a: Any, b: Any, same: Callable[..., bool], internal: bool) -> bool:
+    """The same for an object of JAX: a jit, a custom rule, a static argument, a callback; or one of its books."""
+    if hasattr(a, "__wrapped__"):
+        return all(same([getattr(a, n, None)], [getattr(b, n, None)]) for n in _PARTS)
+    if "val" in _listed(getattr(type(a), "__slots__", ())):  # a static argument
+        return same([a.val], [b.val], False)
+    held = list(_attributes(a).values())
+    if dataclasses.is_dataclass(a) and any(map(callable, held)):  # a callback
+        return same(held, list(_attributes(b).values()), False)
     hashed = type(a).__hash__
     own_hash = hashed is not None and hashed is not object.__hash__
-    if internal and _is_of_jax(type(a).__module__):
-        if hashed is None:  # a static argument
-            return same([getattr(a, "val", None)], [getattr(b, "val", None)], False)
+    if own_hash or internal:
         return not own_hash or (a == b) is True
-    if isinstance(a, dict):
-        return list(a) == list(b) and same(list(a.values()), list(b.values()))
-    if own_hash and (a == b) is True:
-        return True
     return hasattr(a, "__dict__") and same([vars(a)], [vars(b)], False)
 
 
+_PARTS = ("__wrapped__", "jvp", "fwd", "bwd", "vmap_rule")
 _BOOKS = (dict, set, weakref.ref)
+
+
+def _attributes(x: Any) -> dict[str, Any]:
+    """What an object holds, in its ``__dict__`` and in its slots."""
+    slots = [n for t in type(x).__mro__ for n in _listed(vars(t).get("__slots__", ()))]
+    held = {n: getattr(x, n) for n in slots if not n.startswith("__") and hasattr(x, n)}
+    held |= getattr(x, "__dict__", {})
+    return {n: held[n] for n in sorted(held)}
+
+
+def _listed(names: Any) -> Sequence[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _outside(f: types.FunctionType, other: types.FunctionType) -> list[Any]:
+    """The attributes of a function, and the globals that it reads, if the other function has globals of its own."""
+    read = {} if f.__globals__ is other.__globals__ else f.__globals__
+    return [vars(f), {n: read[n] for n in sorted(global_names(f.__code__)) if n in read}]
+
+
+def global_names(code: types.CodeType) -> set[str]:
+    """The names that a function and those defined in it may read from their globals."""
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names |= global_names(const)
+    return names
 
 
 def _held(f: types.FunctionType) -> list[Any]:

@@ -25,7 +25,7 @@ from .compat import (
     tracing_generation,
     types_of_shards_ignored,
 )
-from .equality import is_filled, outline, same_code
+from .equality import global_names, is_filled, outline, same_code
 from .errors import ModelError
 from .shards import split_axes, types_vary
 from .varying import refuse_read_types
@@ -224,7 +224,7 @@ def captured(root: Any) -> Snapshot:
             # A library's wrapper takes the name of what it wraps. Its globals tell where it really lives.
             if str(x.__globals__.get("__name__")).split(".")[0] in _LIBRARIES:
                 return
-            for name in _global_names(x.__code__):
+            for name in global_names(x.__code__):
                 if name in x.__globals__:
                     note(x.__globals__, name, x.__globals__[name])
             for default in (*(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values()):
@@ -275,14 +275,6 @@ _LIBRARIES = {
     "scipy",
     "weft",
 }
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for const in code.co_consts:
-        if isinstance(const, types.CodeType):
-            names |= _global_names(const)
-    return names
 
 
 def unchanged(snapshot: Snapshot) -> bool:
