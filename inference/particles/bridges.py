@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.weighted.proposals import log_ratio
 from weft.ppl import Model, Program, Target, factor, mask
 from weft.ppl.programs.traces import flat_records
+from weft.ppl.programs.unconstraining import sum_event
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import AddressError, DensityError
 from weft.ppl.stage.interpreter import Context, Handler, walk
@@ -127,7 +128,7 @@ class Likelihood(LawPath):
             if place is None:
                 total = total.at[0].add(jnp.sum(density))
             else:
-                total = total + jnp.sum(jnp.moveaxis(density, place, 0).reshape(self.last, -1), 1)
+                total = total + sum_event(jnp.moveaxis(density, place, 0), 1)
         return total
 
     def share(self, level: Any) -> Float[Array, " row"]:

@@ -16,6 +16,7 @@ from numpyro.distributions import biject_to
 from weft.ppl import Target, gen, sample
 from weft.ppl.programs.handlers import Evaluate, Given, expand
 from weft.ppl.programs.traces import flat_records
+from weft.ppl.programs.unconstraining import sum_event
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.interpreter import Handler, interpret
 from weft.ppl.stage.modules import Noun
@@ -94,8 +95,8 @@ class PushForward(eqx.Module):
         jacobian = jnp.asarray(transform.log_abs_det_jacobian(z, value))
         if jacobian.ndim < len(batch):
             jacobian = jnp.broadcast_to(jacobian, batch)
-        own = self.law.log_probs(z.reshape(-1))
-        return jnp.sum(own.reshape(*batch, -1), -1) - jnp.sum(jacobian.reshape(*batch, -1), -1)
+        own = self.law.log_probs(z.reshape(-1)).reshape(z.shape)
+        return sum_event(own, len(batch)) - sum_event(jacobian, len(batch))
 
 
 # --- the guide -----------------------------------------------------------------------------------

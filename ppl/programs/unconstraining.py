@@ -39,6 +39,11 @@ def bijection(d: Any, address: str) -> Any:
         ) from None
 
 
+def sum_event(x: jax.Array, batch_ndim: int) -> jax.Array:
+    """The sum over the axes after the first `batch_ndim`. These may have size zero."""
+    return jnp.sum(x, tuple(range(batch_ndim, x.ndim)))
+
+
 def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The value and its log-Jacobian, ``(x, log |dx/dz|)``. The latter has the shape ``lanes + batch_shape``."""
     address, batch_ndim = ".".join(site.address), site.spec.batch_ndim
@@ -49,7 +54,7 @@ def to_support(site: Site, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         jacobian = jnp.asarray(transform.log_abs_det_jacobian(z, x))
         batch = site.spec.shape[:batch_ndim]
         jacobian = jnp.broadcast_to(jacobian, batch) if jacobian.ndim < batch_ndim else jacobian
-        return x.astype(site.spec.dtype), jnp.sum(jacobian.reshape(*batch, -1), -1)
+        return x.astype(site.spec.dtype), sum_event(jacobian, batch_ndim)
 
     return site.over_lanes(one, z)
 
@@ -132,7 +137,7 @@ class Unconstrain(EveryBranch):
     def pseudo_prior(own: jax.Array, z: jax.Array) -> jax.Array:
         """The prior term of an idle choice; N(0, 1) where that is not finite."""
         normal = -0.5 * z**2 - 0.5 * jnp.log(2 * jnp.pi)
-        return jnp.where(jnp.isfinite(own), own, jnp.sum(normal.reshape(*own.shape, -1), -1))
+        return jnp.where(jnp.isfinite(own), own, sum_event(normal, own.ndim))
 
 
 @dataclasses.dataclass(frozen=True)
