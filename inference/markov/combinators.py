@@ -12,13 +12,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.inference.run.adaptation import Phase
+from weft.inference.run.settings import require_counts, require_positive
 from weft.ppl import Target
 from weft.ppl.analysis.dependence import site_inputs
 from weft.ppl.stage.addresses import Address, dotted, flatten, unflatten
-from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
 
 from .kernel import Choices, Info, Kernel, chosen, entered, idling, pooled, unchanged
@@ -42,10 +41,12 @@ class Combinator(Kernel):
 class Several(Combinator):
     """Base of `cycle` and `mixture`, which have a field `kernels`. The tuning of the i-th kernel has the name "i"."""
 
-    def tuning(self: Any, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
+    def tuning(
+        self: Any, key: PRNGKeyArray, choices: Choices, target: Target, before: Any = None
+    ) -> Any:
         keys = jax.random.split(key, len(self.kernels))
         found = {
-            str(i): kernel.tuning(own, choices, target)
+            str(i): kernel.tuning(own, choices, target, (before or {}).get(str(i)))
             for i, (own, kernel) in enumerate(zip(keys, self.kernels, strict=True))
         }
         return {i: tuning for i, tuning in found.items() if tuning is not None} or None
@@ -89,8 +90,10 @@ class block(Combinator):
         self.kernel = kernel
         self.addresses = tuple(dotted(a) for a in addresses)
 
-    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
-        return self.kernel.tuning(key, *self._inside(choices, target))
+    def tuning(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, before: Any = None
+    ) -> Any:
+        return self.kernel.tuning(key, *self._inside(choices, target), before)
 
     def warm(
         self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None
@@ -174,11 +177,12 @@ class mixture(Several):
 
     def __init__(self, kernels: Sequence[Kernel], weights: Any = None) -> None:
         _require_kernels("mixture", kernels)
-        weights = jnp.ones(len(kernels)) if weights is None else jnp.asarray(weights, float)
+        if weights is None:
+            weights = jnp.ones(len(kernels))
+        require_positive("mixture", "weights are positive numbers", weights, 1)
+        weights = jnp.asarray(weights, float)
         if weights.shape != (len(kernels),):
             raise WeftError(f"mixture: {len(kernels)} kernels and weights of shape {weights.shape}")
-        if not isinstance(weights, Tracer) and not np.all(np.asarray(weights) > 0):
-            raise WeftError(f"mixture: weights are positive numbers, got {np.asarray(weights)}")
         self.kernels = tuple(kernels)
         self.weights = weights
 
@@ -229,11 +233,12 @@ class repeat(Combinator):
 
     def __check_init__(self) -> None:
         _require_kernels("repeat", [self.kernel])
-        if isinstance(self.n, (int, np.integer)) and self.n < 1:
-            raise WeftError(f"repeat: n is at least 1, got {self.n}")
+        require_counts(self, n=1)
 
-    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
-        return self.kernel.tuning(key, choices, target)
+    def tuning(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, before: Any = None
+    ) -> Any:
+        return self.kernel.tuning(key, choices, target, before)
 
     def warm(
         self, key: PRNGKeyArray, choices: Choices, target: Target, tuning: Any, now: Phase | None

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.run.adaptation import Adaptation, AdaptationState, MassLayout, Phase
+from weft.inference.run.settings import require_flags, require_probability
 from weft.ppl import Target
-from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import DensityError, WeftError
 from weft.ppl.stage.modules import Noun
 
@@ -81,7 +81,7 @@ class BoundKernel(Noun):
 
 # Settings of dual averaging. Stan's (0.05 and 10) are for acceptance averaged along a trajectory. That of one
 # proposal is noisier: with them step sizes swing so widely that their average misses the target.
-GAMMA, AHEAD = 0.2, 1.0
+GAMMA, AHEAD, TRIALS = 0.2, 1.0, 8
 
 
 class AdaptiveKernel(DensityKernel):
@@ -103,12 +103,15 @@ class AdaptiveKernel(DensityKernel):
         who = type(self).__name__
         if self.adapt not in (True, False, "step_size"):
             raise WeftError(f"{who}: adapt is True, False or 'step_size', got {self.adapt!r}")
+        require_flags(self, "dense_mass")
+        require_probability(self, "target_acceptance")
+        self.check_scales()
         if not self.adapt and self.scales()[0] is None:
             raise WeftError(f"{who}: adapt=False keeps the step size that is given: give one")
-        step_size = self.scales()[0]
-        known = eqx.is_array_like(step_size) and not isinstance(step_size, Tracer)
-        if known and not np.all(np.asarray(step_size) > 0):
-            raise WeftError(f"{who}: a step size is a positive number, got {step_size}")
+
+    @abc.abstractmethod
+    def check_scales(self) -> None:
+        """Raise WeftError if the step size and the inverse mass that were given cannot be any."""
 
     @abc.abstractmethod
     def scales(self) -> tuple[Any, Any]:
@@ -135,14 +138,16 @@ class AdaptiveKernel(DensityKernel):
                 f"{who}: there is no step size. Give one, {who}(0.1, ...), or let a warm-up find it: "
                 "mcmc(kernel, num_warmup=500), then kernel.adapted(draws) has it"
             )
-        if jnp.shape(step_size):
+        if np.shape(step_size):
             raise WeftError(
-                f"{type(self).__name__}: the step size is one number, got shape {jnp.shape(step_size)}; "
+                f"{type(self).__name__}: the step size is one number, got shape {np.shape(step_size)}; "
                 "an inverse mass gives each coordinate its scale"
             )
         return step_size
 
-    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> AdaptationState | None:
+    def tuning(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, before: Any = None
+    ) -> AdaptationState | None:
         if not self.adapt:
             return None
         space, state = self._at(choices, target)
@@ -153,9 +158,11 @@ class AdaptiveKernel(DensityKernel):
             kernel = self.trial(size, mass[0] if mass else inverse_mass)
             return kernel.step(key, state, space.log_density)
 
+        if before is not None:
+            return adaptation.close(key, before, state, one_step)
         first = None
         if adaptation.adapt_mass and inverse_mass is not None:
-            dense = adaptation.layout.dense[0] and jnp.ndim(inverse_mass) == 1
+            dense = adaptation.layout.dense[0] and np.ndim(inverse_mass) == 1
             first = (jnp.diag(inverse_mass) if dense else jnp.asarray(inverse_mass),)
         return adaptation.init(key, state, one_step, step_size, first)
 
@@ -181,14 +188,28 @@ class AdaptiveKernel(DensityKernel):
         """How this kernel adapts on R^size. A metric does not adapt, and what is not to adapt has no part in it."""
         inverse_mass = self.scales()[1]
         given = inverse_mass is not None
-        if self.adapt == "step_size" or (given and not _is_array(inverse_mass)):
-            return Adaptation(MassLayout((), ()), self.target_acceptance, False, GAMMA, AHEAD)
-        dense = self.dense_mass or (given and jnp.ndim(inverse_mass) == 2)
-        return Adaptation(MassLayout.make(size, dense), self.target_acceptance, True, GAMMA, AHEAD)
+        if given and is_array(inverse_mass):
+            require_fit(type(self).__name__, inverse_mass, size)
+        if self.adapt == "step_size" or (given and not is_array(inverse_mass)):
+            layout, adapt_mass = MassLayout((), ()), False
+        else:
+            dense = self.dense_mass or (given and np.ndim(inverse_mass) == 2)
+            layout, adapt_mass = MassLayout.make(size, dense), True
+        return Adaptation(layout, self.target_acceptance, adapt_mass, GAMMA, AHEAD, TRIALS)
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether a setting is an array, or a list that becomes one."""
     return hasattr(x, "shape") or isinstance(x, list)
+
+
+def require_fit(who: str, inverse_mass: Any, size: int) -> None:
+    """Raise WeftError unless an inverse mass has one number, or one row, for each coordinate of the position."""
+    if np.shape(inverse_mass) not in ((size,), (size, size)):
+        raise WeftError(
+            f"{who}: the inverse mass has shape {np.shape(inverse_mass)}; the position has {size} numbers, so it is "
+            f"{(size,)} or {(size, size)}"
+        )
 
 
 def rate(info: Any) -> Info:

@@ -20,6 +20,7 @@ from weft.inference.results.result import Record as Record
 from weft.inference.run import adaptation
 from weft.inference.run.adaptation import Phase
 from weft.inference.run.algorithm import Algorithm, State
+from weft.inference.run.settings import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.addresses import covers, unflatten, unknown
 from weft.ppl.stage.compat import Tracer
@@ -77,6 +78,10 @@ class ChainSampler(Algorithm):
     ) -> tuple[Any, Stats, Any]:
         """One transition of one chain. Returns where the chain is then, its statistics, and the updated tuning."""
 
+    def close(self, key: PRNGKeyArray, chain: Any, target: Target, tuning: Any) -> Any:
+        """The tuning of one chain after a window of the warm-up."""
+        return tuning
+
     @abc.abstractmethod
     def record(self, chain: Any, target: Target) -> tuple[Record, Stats]:
         """What a draw of one chain stores, and the statistics that are computed for stored draws only."""
@@ -89,12 +94,7 @@ class ChainSampler(Algorithm):
 
     def __check_init__(self) -> None:
         who = type(self).__name__
-        for name, least in (("num_warmup", 0), ("num_samples", 1), ("num_chains", 1), ("thin", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < least:
-                raise WeftError(
-                    f"{who}: {name} must be an integer of at least {least}, got {value!r}"
-                )
+        require_counts(self, num_warmup=0, num_samples=1, num_chains=1, thin=1)
         if self.thin > self.num_samples:
             raise WeftError(
                 f"{who}: thin={self.thin} of num_samples={self.num_samples} iterations keeps no draw"
@@ -148,7 +148,17 @@ class ChainSampler(Algorithm):
         # predicate has no axis of chains: what is not due is skipped.
         chains, stats, tuning, now = self._move(key, state, target)
         if tuning is not None:
-            tuning = jax.lax.cond(now.ends, jax.vmap(adaptation.close), lambda x: x, tuning)
+            rest = jax.random.fold_in(key, self.num_chains)  # the keys below are those of the moves
+
+            def close(index: Array, chain: Any, tuning: Any) -> Any:
+                return self.close(jax.random.fold_in(rest, index), chain, target, tuning)
+
+            tuning = jax.lax.cond(
+                now.ends,
+                lambda x: jax.vmap(close)(jnp.arange(self.num_chains), chains, x),
+                lambda x: x,
+                tuning,
+            )
 
         # 2. Store. The slot of a draw is written at each of its `thin` iterations, last when it is due.
         drawn = state.iteration - self.num_warmup

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, PRNGKeyArray
+from weft.inference.run.settings import require_counts
 from weft.ppl import Target
 from weft.ppl.exact.families import base_of
 from weft.ppl.programs.handlers import Evaluate, Free
@@ -58,6 +59,9 @@ class elliptical_slice(Kernel):
     """
 
     max_shrinkage: int = eqx.field(static=True, default=100)
+
+    def __check_init__(self) -> None:
+        require_counts(self, max_shrinkage=1)
 
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
         space = _Standardised(target)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
+from weft.inference.run.settings import require_counts
 from weft.ppl import Model, Program, Target, condition, marginalize, observed
 from weft.ppl.analysis.dependence import site_inputs
 from weft.ppl.exact.recovery import posterior
@@ -65,6 +66,7 @@ class gibbs(Kernel):
             raise WeftError("gibbs(address, ...) takes at least one address")
         self.addresses = tuple(dotted(a) for a in addresses)
         self.max_terms = max_terms
+        require_counts(self, max_terms=0)
 
     def move(self, key: PRNGKeyArray, choices: Choices, target: Target) -> tuple[Choices, Info]:
         choices = entered(choices, target)

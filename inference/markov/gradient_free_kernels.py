@@ -7,12 +7,14 @@ from typing import Any, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PRNGKeyArray
 from weft.inference.run import libraries
+from weft.inference.run.settings import require_counts, require_covariance, require_positive
 from weft.ppl.stage.errors import WeftError
 
-from .density_kernels import AdaptiveKernel, DensityKernel, LogDensity, rate
+from .density_kernels import AdaptiveKernel, DensityKernel, LogDensity, is_array, rate
 from .kernel import Info
 
 
@@ -35,8 +37,19 @@ class random_walk(AdaptiveKernel):
     scale: Any = 1.0
     target_acceptance: Any = eqx.field(default=0.234, kw_only=True)
 
+    def check_scales(self) -> None:
+        if self.scale is None:
+            return
+        if is_array(self.scale) and np.ndim(self.scale) > 1:
+            require_covariance(self, "a scale of two axes", self.scale)
+        else:
+            several = is_array(self.scale) and np.ndim(self.scale)
+            one = "a step size is a positive number"
+            expected = "the numbers of a scale are positive" if several else one
+            require_positive(self, expected, self.scale, 1)
+
     def scales(self) -> tuple[Any, Any]:
-        if self.scale is None or jnp.ndim(self.scale) == 0:
+        if self.scale is None or np.ndim(self.scale) == 0:
             return self.scale, None
         scale = jnp.asarray(self.scale)
         return 1.0, scale if scale.ndim == 2 else scale**2
@@ -44,7 +57,7 @@ class random_walk(AdaptiveKernel):
     def with_scales(self, step_size: Any, inverse_mass: Any) -> Self:
         if inverse_mass is None:
             scale = step_size
-        elif jnp.ndim(inverse_mass) == 2:
+        elif np.ndim(inverse_mass) == 2:
             scale = step_size**2 * inverse_mass
         else:
             scale = step_size * jnp.sqrt(inverse_mass)
@@ -98,12 +111,22 @@ class slice_sampler(DensityKernel):
     max_expansions: int = 10
     max_shrinkage: int = 100
 
+    def __check_init__(self) -> None:
+        require_positive(self, "width is a positive number, or an array of them", self.width, 1)
+        require_counts(self, max_expansions=0, max_shrinkage=1)
+
     def init(self, position: Any, log_density: LogDensity) -> libraries.slice.SliceState:
         return libraries.slice.init(position, log_density)
 
     def step(
         self, key: PRNGKeyArray, state: libraries.slice.SliceState, log_density: LogDensity
     ) -> tuple[libraries.slice.SliceState, libraries.slice.SliceInfo]:
+        size = ravel_pytree(state.position)[0].size
+        if np.shape(self.width) not in ((), (size,)):
+            raise WeftError(
+                f"slice_sampler: width has shape {np.shape(self.width)}; the position has {size} numbers, so it is () "
+                f"or {(size,)}"
+            )
         kernel = libraries.slice.build_coordinate_kernel(
             interval=libraries.slice.stepping_out,
             initial_widths=self.width,

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, PRNGKeyArray
 from weft.inference.run import libraries
+from weft.inference.run.settings import require_counts, require_covariance, require_positive
+from weft.ppl.stage.errors import WeftError
 
-from .density_kernels import AdaptiveKernel, LogDensity, rate
+from .density_kernels import AdaptiveKernel, LogDensity, is_array, rate, require_fit
 from .kernel import Info
 
 if TYPE_CHECKING:
@@ -21,7 +24,31 @@ if TYPE_CHECKING:
 
 
 class GradientKernel(AdaptiveKernel):
-    """Base of the kernels in this file. All have the fields `step_size` and `inverse_mass`."""
+    """Base of the kernels in this file. All have the fields `step_size` and `inverse_mass`.
+
+    Attributes:
+        takes_metric: whether the inverse mass may be a BlackJAX metric.
+    """
+
+    takes_metric = False
+
+    def check_scales(self: Any) -> None:
+        who, inverse_mass = type(self).__name__, self.inverse_mass
+        if self.step_size is not None:
+            require_positive(who, "a step size is a positive number", self.step_size, 1)
+        if inverse_mass is None or (self.takes_metric and _is_metric(inverse_mass)):
+            return
+        if not is_array(inverse_mass) or np.ndim(inverse_mass) not in (1, 2):
+            came = (
+                f"shape {np.shape(inverse_mass)}" if is_array(inverse_mass) else repr(inverse_mass)
+            )
+            raise WeftError(
+                f"{who}: an inverse mass is an array, (n,) variances or an (n, n) covariance, got {came}"
+            )
+        if np.ndim(inverse_mass) == 2:
+            require_covariance(who, "a dense inverse mass", inverse_mass)
+        else:
+            require_positive(who, "the variances of an inverse mass are positive", inverse_mass, 1)
 
     def scales(self: Any) -> tuple[Any, Any]:
         return self.step_size, self.inverse_mass
@@ -33,6 +60,13 @@ class GradientKernel(AdaptiveKernel):
 
 class Hamiltonian(GradientKernel):
     """Base of `hmc` and `nuts`. One leapfrog step tells whether a first step size is reasonable."""
+
+    takes_metric = True
+
+    def __check_init__(self: Any) -> None:
+        require_positive(
+            self, "divergence_threshold is a positive number", self.divergence_threshold
+        )
 
     def trial(self, step_size: Any, inverse_mass: Any) -> hmc:
         return hmc(step_size, 1, inverse_mass)
@@ -71,11 +105,14 @@ class hmc(Hamiltonian):
     divergence_threshold: int = 1000
     target_acceptance: Any = eqx.field(default=0.8, kw_only=True)
 
+    def __check_init__(self) -> None:
+        require_counts(self, num_steps=1)
+
     def step(
         self, key: PRNGKeyArray, state: HMCState, log_density: LogDensity
     ) -> tuple[HMCState, libraries.hmc.HMCInfo]:
         kernel = libraries.hmc.build_kernel(divergence_threshold=self.divergence_threshold)
-        metric = _metric(self.inverse_mass, state.position)
+        metric = _metric(type(self).__name__, self.inverse_mass, state.position)
         return kernel(key, state, log_density, self.known_step(), metric, self.num_steps)
 
 
@@ -99,11 +136,14 @@ class nuts(Hamiltonian):
     divergence_threshold: int = 1000
     target_acceptance: Any = eqx.field(default=0.8, kw_only=True)
 
+    def __check_init__(self) -> None:
+        require_counts(self, max_tree_depth=1)
+
     def step(
         self, key: PRNGKeyArray, state: HMCState, log_density: LogDensity
     ) -> tuple[HMCState, libraries.nuts.NUTSInfo]:
         kernel = libraries.nuts.build_kernel(divergence_threshold=self.divergence_threshold)
-        metric = _metric(self.inverse_mass, state.position)
+        metric = _metric(type(self).__name__, self.inverse_mass, state.position)
         return kernel(key, state, log_density, self.known_step(), metric, self.max_tree_depth)
 
 
@@ -141,7 +181,11 @@ class mala(GradientKernel):
         move = libraries.mala.build_kernel()
         step_size = self.known_step()
         return _scaled(
-            lambda s, f: move(key, s, f, step_size), state, log_density, self.inverse_mass
+            "mala",
+            lambda s, f: move(key, s, f, step_size),
+            state,
+            log_density,
+            self.inverse_mass,
         )
 
 
@@ -188,7 +232,11 @@ class barker(GradientKernel):
     ) -> tuple[libraries.barker.BarkerState, libraries.barker.BarkerInfo]:
         step_size = self.known_step()
         return _scaled(
-            lambda s, f: _barker_step(key, s, f, step_size), state, log_density, self.inverse_mass
+            "barker",
+            lambda s, f: _barker_step(key, s, f, step_size),
+            state,
+            log_density,
+            self.inverse_mass,
         )
 
 
@@ -214,11 +262,22 @@ def _barker_step(
     return after, info(probability, accepted, proposal)
 
 
-def _metric(inverse_mass: Any, position: Any) -> Any:
-    return jnp.ones_like(ravel_pytree(position)[0]) if inverse_mass is None else inverse_mass
+def _metric(who: str, inverse_mass: Any, position: Any) -> Any:
+    flat = ravel_pytree(position)[0]
+    if inverse_mass is None:
+        return jnp.ones_like(flat)
+    if not is_array(inverse_mass):
+        return inverse_mass
+    require_fit(who, inverse_mass, flat.size)
+    return jnp.asarray(inverse_mass, flat.dtype)
+
+
+def _is_metric(x: Any) -> bool:
+    return not is_array(x) and (callable(x) or isinstance(x, libraries.metrics.Metric))
 
 
 def _scaled(
+    who: str,
     move: Callable[[Any, LogDensity], tuple[Any, Any]],
     state: Any,
     log_density: LogDensity,
@@ -231,6 +290,7 @@ def _scaled(
     if inverse_mass is None:
         return move(state, log_density)
     flat, unravel = ravel_pytree(state.position)
+    require_fit(who, inverse_mass, flat.size)
     inverse_mass = jnp.asarray(inverse_mass, flat.dtype)
     root = jnp.sqrt(inverse_mass) if inverse_mass.ndim == 1 else jnp.linalg.cholesky(inverse_mass)
 

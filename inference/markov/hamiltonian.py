@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 from weft.inference.run import libraries
-from weft.inference.run.adaptation import Adaptation, AdaptationState, MassLayout, Phase
+from weft.inference.run.adaptation import Adaptation, AdaptationState, MassLayout, OneStep, Phase
+from weft.inference.run.settings import (
+    numbers,
+    require_counts,
+    require_flags,
+    require_positive,
+    require_probability,
+)
 from weft.inference.weighted.points import record
 from weft.ppl import Target
 from weft.ppl.analysis.dependence import predicates
@@ -48,6 +55,22 @@ class HamiltonianSampler(ChainSampler):
     keep: Sequence[str] | None = None
     thin: int = 1
     init_strategy: InitStrategy = InitStrategy()
+
+    def __check_init__(self) -> None:
+        require_flags(self, "adapt_mass")
+        require_probability(self, "target_acceptance")
+        if self.step_size is not None:
+            require_positive(self, "step_size is a positive number", self.step_size)
+        if not isinstance(self.init_strategy, InitStrategy):
+            raise WeftError(
+                f"{type(self).__name__}: init_strategy is an InitStrategy, got {self.init_strategy!r}"
+            )
+        groups = self.dense_mass
+        if not isinstance(groups, (bool, np.bool_)) and not _are_addresses(groups):
+            raise WeftError(
+                f"{type(self).__name__}: dense_mass is True, False, a list of addresses or a list of tuples of them, "
+                f"got {groups!r}"
+            )
 
     @abc.abstractmethod
     def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Metric) -> DensityKernel:
@@ -80,20 +103,19 @@ class HamiltonianSampler(ChainSampler):
     def begin(
         self, key: PRNGKeyArray, target: Target, init: Any
     ) -> tuple[HMCState, AdaptationState]:
-        space = target.unconstrain().flat
-        layout, adaptation = self._layout(target), self._adaptation(target)
+        adaptation, one_step = self._adaptation(target), self._one_step(target)
         start_key, step_key = jax.random.split(key)
         start: Any = self.init_strategy(start_key, target, self.num_chains, init)
         chains = libraries.hmc.HMCState(start.position, start.log_density, start.gradient)
-
-        def one_step(key: PRNGKeyArray, state: Any, size: Array, mass: tuple[Array, ...]) -> Any:
-            return kernels.hmc(size, 1, layout.metric(mass)).step(key, state, space.log_density)
 
         def one(chain: Array, state: HMCState) -> AdaptationState:
             key = jax.random.fold_in(step_key, chain)
             return adaptation.init(key, state, one_step, self.step_size)
 
         return chains, jax.vmap(one)(jnp.arange(self.num_chains), chains)
+
+    def close(self, key: PRNGKeyArray, chain: HMCState, target: Target, tuning: Any) -> Any:
+        return self._adaptation(target).close(key, tuning, chain, self._one_step(target))
 
     def cheap_settings(self) -> HamiltonianSampler:
         if not self.init_strategy.prior:
@@ -139,6 +161,15 @@ class HamiltonianSampler(ChainSampler):
         position: Any = chain.position
         return record(target, target.unconstrain().flat.trace(position)), {}
 
+    def _one_step(self, target: Target) -> OneStep:
+        """One leapfrog step, which tells whether a step size is reasonable."""
+        space, layout = target.unconstrain().flat, self._layout(target)
+
+        def one_step(key: PRNGKeyArray, state: Any, size: Array, mass: tuple[Array, ...]) -> Any:
+            return kernels.hmc(size, 1, layout.metric(mass)).step(key, state, space.log_density)
+
+        return one_step
+
     def _adaptation(self, target: Target) -> Adaptation:
         return Adaptation(self._layout(target), self.target_acceptance, self.adapt_mass)
 
@@ -179,6 +210,14 @@ class HamiltonianSampler(ChainSampler):
                 "and whether every branch was visited",
                 stacklevel=4,
             )
+
+
+def _are_addresses(groups: Any) -> bool:
+    """Whether groups of coordinates are given as a list of addresses, or of sequences of addresses."""
+    if isinstance(groups, str) or not isinstance(groups, Sequence):
+        return False
+    each = [group for group in groups if not isinstance(group, str)]
+    return all(isinstance(g, Sequence) and all(isinstance(a, str) for a in g) for g in each)
 
 
 def _start(state: ChainsState) -> ChainStart:
@@ -234,10 +273,7 @@ class nuts(HamiltonianSampler):
     max_tree_depth: int = 10
 
     def __check_init__(self) -> None:
-        if not isinstance(self.max_tree_depth, (int, np.integer)) or self.max_tree_depth < 1:
-            raise WeftError(
-                f"max_tree_depth must be a positive integer, got {self.max_tree_depth!r}"
-            )
+        require_counts(self, max_tree_depth=1)
 
     def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Metric) -> kernels.nuts:
         return kernels.nuts(step_size, metric, self.max_tree_depth)
@@ -281,6 +317,15 @@ class hmc(HamiltonianSampler):
     num_steps: int | None = None
     jitter: float = 0.2
     max_steps: int = 1000
+
+    def __check_init__(self) -> None:
+        require_positive(self, "trajectory_length is a positive number", self.trajectory_length)
+        require_counts(self, max_steps=1)
+        if self.num_steps is not None:
+            require_counts(self, num_steps=1)
+        jitter = numbers(self.jitter)
+        if jitter is None or jitter.ndim or not 0 <= jitter < 1:
+            raise WeftError(f"hmc: jitter is a number from 0 to below 1, got {self.jitter!r}")
 
     def kernel(self, key: PRNGKeyArray, step_size: Array, metric: Metric) -> kernels.hmc:
         factor = jax.random.uniform(key, (), step_size.dtype, 1.0 - self.jitter, 1.0 + self.jitter)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from weft.inference.run.settings import require_counts, require_flags, require_positive
 from weft.ppl import Target
 from weft.ppl.programs.observations import entries
 from weft.ppl.stage.addresses import flatten, unflatten, unknown
@@ -52,6 +53,11 @@ class InitStrategy(Module):
     num_tries: int = 50
     radius: float = 2.0
     prior: bool = True
+
+    def __check_init__(self) -> None:
+        require_counts(self, num_tries=1)
+        require_positive(self, "radius is a positive number", self.radius)
+        require_flags(self, "prior")
 
     def __call__(
         self, key: PRNGKeyArray, target: Target, num_chains: int, init: Any = None

@@ -6,7 +6,7 @@
 nothing between moves. So kernels combine: on parts of the choices, one after another, at random.
 
 A kernel with settings that a warm-up can tune has three more methods. `tuning` gives the state of the warm-up before
-the first move, `warm` moves and learns, and `tuned` makes the kernel with the values found.
+the first move and after each window, `warm` moves and learns, and `tuned` makes the kernel with the values found.
 
 A choice in a branch that is not taken, or under a mask, does not count in the density of a target. So that π is proper
 all the same, an idle choice keeps its own prior here, as it does on the unconstrained scale. The law of the choices
@@ -63,8 +63,16 @@ class Kernel(Module):
             one of them.
         """
 
-    def tuning(self, key: PRNGKeyArray, choices: Choices, target: Target) -> Any:
-        """The state of a warm-up before the first move: an `AdaptationState` for each part that adapts.
+    def tuning(
+        self, key: PRNGKeyArray, choices: Choices, target: Target, before: Any = None
+    ) -> Any:
+        """The state of a warm-up before the first move, or after a window: an `AdaptationState` for each part.
+
+        Args:
+            key: a random key.
+            choices: where the chain is.
+            target: the target.
+            before: the tuning at the end of a window. Its covariance is taken over. None before the first move.
 
         Returns:
             One state, or a nested dict of states by the index of the part; None if there is nothing to tune.

@@ -151,6 +151,9 @@ class mcmc(ChainSampler):
             )
         return Chain(unchanged(chain.choices, after, who), chain.valid), info, tuning
 
+    def close(self, key: PRNGKeyArray, chain: Chain, target: Target, tuning: Any) -> Any:
+        return self.kernel.tuning(key, chain.choices, target, tuning)
+
     def record(self, chain: Chain, target: Target) -> tuple[Record, Info]:
         # Everything is given, so the key draws nothing.
         trace, lp = target.generate(jax.random.key(0), chain.choices)

@@ -23,7 +23,7 @@ from weft.inference.markov.combinators import cycle
 from weft.inference.markov.kernel import Choices, Info, Kernel, entered
 from weft.inference.markov.mcmc import mcmc
 from weft.inference.resampling import multinomial
-from weft.inference.run.algorithm import require_counts
+from weft.inference.run.settings import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import ModelError, WeftError

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 from weft.inference.markov.driver import ChainSampler, Record, Stats
 from weft.inference.run.adaptation import Phase
-from weft.inference.run.algorithm import require_counts
+from weft.inference.run.settings import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.errors import WeftError

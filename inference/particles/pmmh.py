@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 from weft.inference.markov.driver import ChainSampler, ChainsState, Record, Stats
 from weft.inference.run.adaptation import Phase
-from weft.inference.run.algorithm import require_counts
+from weft.inference.run.settings import require_counts
 from weft.ppl import Program, Target
 from weft.ppl.scans.panels import Series
 from weft.ppl.stage.addresses import flatten, unflatten

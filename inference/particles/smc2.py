@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.inference.resampling import systematic
-from weft.inference.run.algorithm import require_counts
+from weft.inference.run.settings import require_counts
 from weft.ppl import Target
 from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.modules import Module

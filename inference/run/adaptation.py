@@ -2,7 +2,7 @@
 
 A warm-up has three parts. In the first and the last only the step size adapts. Between them the inverse mass matrix is
 estimated too, in windows that double in length. Each window forgets the draws before it. At the end of a window its
-estimate replaces the old one, and the search for the step size begins anew.
+estimate replaces the old one. The step size belonged to the old one, so a new one is searched for.
 
 The building blocks are BlackJAX's: dual averaging, the running covariance with its shrinkage, the schedule. This file
 puts them together one iteration at a time, so that a warm-up can be interrupted and resumed. It also lets some
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 InverseMass = tuple[Array, ...]
 """One array for each part of a `MassLayout`: `(n,)` variances, or an `(n, n)` covariance."""
+OneStep = Callable[[PRNGKeyArray, Any, Array, InverseMass], tuple[Any, Any]]
+"""`one_step(key, state, step_size, inverse_mass)`, a transition and its report with `acceptance_rate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +131,26 @@ class Phase(NamedTuple):
 
 
 def phase(iteration: Int[Array, ""], num_warmup: int) -> Phase:
-    """The phase of an iteration, by Stan's schedule for a warm-up of this length."""
+    """The phase of an iteration, in a warm-up of this length."""
     warming = iteration < num_warmup
     if num_warmup == 0:
         return Phase(iteration, warming, jnp.bool_(False), jnp.bool_(False))
-    with jax.ensure_compile_time_eval():
-        table = np.asarray(libraries.build_schedule(num_warmup)).astype(bool)
-    slow, ends = jnp.asarray(table)[jnp.minimum(iteration, num_warmup - 1)]
+    slow, ends = jnp.asarray(_schedule(num_warmup))[jnp.minimum(iteration, num_warmup - 1)]
     return Phase(iteration, warming, warming & slow, warming & ends)
+
+
+def _schedule(num_warmup: int) -> np.ndarray:
+    """For each iteration, whether it lies in a window, and whether it ends one.
+
+    The schedule is Stan's. But a warm-up of less than 150 iterations, which Stan divides 15 : 75 : 10, is divided
+    15 : 55 : 30. The step size of a kernel is settled in the last part, and a handful of moves do not settle it.
+    """
+    sizes = ()
+    if num_warmup < 150:
+        first, last = int(0.15 * num_warmup), int(0.3 * num_warmup)
+        sizes = (first, last, num_warmup - first - last)
+    with jax.ensure_compile_time_eval():
+        return np.asarray(libraries.build_schedule(num_warmup, *sizes)).astype(bool)
 
 
 class AdaptationState(eqx.Module):
@@ -146,13 +160,11 @@ class AdaptationState(eqx.Module):
         step: the state of dual averaging.
         mass: the running covariance and the current inverse mass, for each part of the layout.
         adapt_mass: whether the inverse mass is estimated.
-        ahead: as in `Adaptation`.
     """
 
     step: DualAveragingAdaptationState
     mass: tuple[MassMatrixAdaptationState, ...]
     adapt_mass: bool = eqx.field(static=True, default=True)
-    ahead: float = eqx.field(static=True, default=10.0)
 
     @property
     def inverse_mass(self) -> InverseMass:
@@ -167,29 +179,10 @@ class AdaptationState(eqx.Module):
         mass = {"inverse_mass": self.inverse_mass[0]} if len(self.mass) == 1 else {}
         return {"step_size": self.step_size(warming), **mass}
 
-    def close(self) -> AdaptationState:
-        """The state after a window: its covariance is taken over, and the search for a step size begins anew."""
-        if not self.adapt_mass:
-            return self
-        final = jnp.exp(self.step.log_step_size_avg)
-        ends = (
-            libraries.mass_matrix.mass_matrix_adaptation(m.inverse_mass_matrix.ndim == 1)[2]
-            for m in self.mass
-        )
-        mass = tuple(end(m) for end, m in zip(ends, self.mass, strict=True))
-        step = _first(final, self.ahead)
-        return _like(AdaptationState(step, mass, True, self.ahead), self)
-
 
 def values(tuning: Any) -> Any:
     """The values that a warm-up found, each in the place of its state."""
     return jax.tree.map(AdaptationState.values, tuning, is_leaf=_is_state)
-
-
-def close(tuning: Any) -> Any:
-    """End a window in all states of a warm-up."""
-    end = lambda x: x.close() if _is_state(x) else x  # noqa: E731
-    return jax.tree.map(end, tuning, is_leaf=_is_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +195,8 @@ class Adaptation:
         adapt_mass: whether to estimate the inverse mass matrix.
         gamma: how slowly dual averaging reacts. After t transitions, one whose acceptance is off by d changes the log
             step size by about d / (gamma sqrt(t)).
-        ahead: step sizes are drawn towards this multiple of the step size at which the search began.
+        ahead: step sizes are drawn towards this multiple of the one that a search found.
+        trials: a search goes by the mean acceptance of this many trial moves of each step size.
     """
 
     layout: MassLayout
@@ -210,12 +204,13 @@ class Adaptation:
     adapt_mass: bool = True
     gamma: float = 0.05
     ahead: float = 10.0
+    trials: int = 1
 
     def init(
         self,
         key: PRNGKeyArray,
         state: Any,
-        one_step: Callable[[PRNGKeyArray, Any, Array, InverseMass], tuple[Any, Any]],
+        one_step: OneStep,
         step_size: Any = None,
         inverse_mass: InverseMass | None = None,
     ) -> AdaptationState:
@@ -224,8 +219,7 @@ class Adaptation:
         Args:
             key: a random key.
             state: the state in which the chain begins. `state.position` is a vector.
-            one_step: `one_step(key, state, step_size, inverse_mass)` makes a transition. Its report has
-                `acceptance_rate`, by which the search for a first step size goes.
+            one_step: a transition, by whose acceptance the search for a first step size goes.
             step_size: the first step size. None to search for one.
             inverse_mass: the first inverse mass. None for the identity.
         """
@@ -240,18 +234,54 @@ class Adaptation:
         dtype = position.dtype
         mass = jax.tree.map(lambda x: _cast(x, dtype), mass)
         if step_size is None:
-            first = tuple(m.inverse_mass_matrix for m in mass)
-
-            def generator(size: Any) -> Callable:
-                return lambda k, s: one_step(k, s, size, first)
-
-            one: Any = jnp.ones((), dtype)
-            step_size = libraries.step_size.find_reasonable_step_size(
-                key, generator, state, one, self.target_acceptance
-            )
+            step_size = self._search(key, state, one_step, jnp.ones((), dtype), mass)
         step = _first(jnp.asarray(step_size, dtype), self.ahead)
         step = jax.tree.map(lambda x: _cast(x, dtype), step)
-        return AdaptationState(step, mass, self.adapt_mass, self.ahead)
+        return AdaptationState(step, mass, self.adapt_mass)
+
+    def close(
+        self, key: PRNGKeyArray, before: AdaptationState, state: Any, one_step: OneStep
+    ) -> AdaptationState:
+        """The state after a window: its covariance is taken over, and a step size is searched for that goes with it.
+
+        A window of fewer than two draws has no covariance, and changes nothing.
+        """
+        if not self.adapt_mass:
+            return before
+        learnt = jnp.array([m.wc_state.sample_size > 1 for m in before.mass]).all()
+        ends = zip(self._mass(), before.mass, strict=True)
+        mass = _like(tuple(end(m) for (_, _, end), m in ends), before.mass)
+        size = self._search(key, state, one_step, before.step_size(False), mass)
+        after = AdaptationState(_first(size, self.ahead), mass, True)
+        return jax.tree.map(
+            lambda x, old: jnp.where(learnt, jnp.asarray(x, old.dtype), old), after, before
+        )
+
+    def _search(
+        self, key: PRNGKeyArray, state: Any, one_step: OneStep, step_size: Array, mass: Any
+    ) -> Array:
+        """A step size near `step_size` at which acceptance crosses the target, by doubling or halving.
+
+        If no step size does so, as on R^0, where all moves are accepted, it is `step_size` itself.
+        """
+        inverse_mass = tuple(m.inverse_mass_matrix for m in mass)
+
+        def trial(key: PRNGKeyArray, size: Any, state: Any) -> Array:
+            _, info = one_step(key, state, size, inverse_mass)
+            return jnp.nan_to_num(info.acceptance_rate)
+
+        def generator(size: Any) -> Callable:
+            def move(key: PRNGKeyArray, state: Any) -> tuple[None, _Trials]:
+                keys = jax.random.split(key, self.trials)
+                return None, _Trials(jax.vmap(trial, (0, None, None))(keys, size, state).mean())
+
+            return move
+
+        search: Any = libraries.step_size.find_reasonable_step_size
+        found = search(key, generator, state, step_size, self.target_acceptance)
+        limits = jnp.finfo(step_size.dtype)
+        crosses = (found > limits.tiny) & (found < limits.max)
+        return jnp.where(crosses, found, step_size)
 
     def update(
         self,
@@ -274,7 +304,7 @@ class Adaptation:
             if self.adapt_mass:
                 mass = jax.lax.cond(now.slow, learn, lambda m: m, mass)
             step = update(state.step, jnp.nan_to_num(acceptance))
-            return _like(AdaptationState(step, mass, self.adapt_mass, self.ahead), state)
+            return _like(AdaptationState(step, mass, self.adapt_mass), state)
 
         return jax.lax.cond(now.warming, warm, lambda state: state, state)
 
@@ -283,6 +313,12 @@ class Adaptation:
             libraries.mass_matrix.mass_matrix_adaptation(is_diagonal_matrix=not dense)
             for dense in self.layout.dense
         ]
+
+
+class _Trials(NamedTuple):
+    """What a search reads of the trial moves of one step size."""
+
+    acceptance_rate: Array
 
 
 def _first(step_size: Array, ahead: float) -> DualAveragingAdaptationState:

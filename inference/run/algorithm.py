@@ -21,11 +21,9 @@ from typing import Any, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PRNGKeyArray
 from weft.ppl import Target
 from weft.ppl.programs.printing import Printed
-from weft.ppl.stage.errors import WeftError
 from weft.ppl.stage.keys import as_key
 
 from .loop import Loop, iterate, iteration_keys, strong
@@ -117,16 +115,6 @@ class Algorithm(Printed, Loop):
             raise self.init_error(state, staged)
         state = settings.in_chunks(key, state, staged, title=type(self).__name__, progress=progress)
         return settings.result(state, target)
-
-
-def require_counts(settings: Any, **least: int) -> None:
-    """Raise WeftError unless the named settings are integers, none below the least value given for it."""
-    for name, smallest in least.items():
-        value = getattr(settings, name)
-        if not isinstance(value, (int, np.integer)) or value < smallest:
-            raise WeftError(
-                f"{type(settings).__name__}: {name} must be an integer, {smallest} at least, got {value!r}"
-            )
 
 
 @eqx.filter_jit
