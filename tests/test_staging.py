@@ -147,6 +147,28 @@ def test_staging_is_kept_apart_by_precision() -> None:
     assert model(1.0).simulate(KEY).log_density.dtype == jnp.float32
 
 
+def test_staging_is_kept_apart_by_mesh() -> None:
+    """JAX writes the mesh that is set into the types of arrays, and compares them."""
+    model, counter = counted()
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        with jax.set_mesh(jax.make_mesh((1,), ("i",), axis_types=(kind,))):
+            found = model(1.0).simulate(KEY).choices
+    assert counter.count == 2
+    jax.tree.map(np.testing.assert_array_equal, found, model(1.0).simulate(KEY).choices)
+
+
+def test_staging_is_kept_apart_by_the_precision_of_products() -> None:
+    model = gen(lambda x: sample("y", dist.Normal(x @ x, 1.0)))
+
+    def precision() -> Any:
+        code, _ = model(jnp.ones((2, 2))).code()
+        return next(e.params["precision"] for e in code.jaxpr.eqns if "precision" in e.params)
+
+    with jax.default_matmul_precision("highest"):
+        assert precision() == (jax.lax.Precision.HIGHEST,) * 2
+    assert precision() is None
+
+
 TRANSFORMS: dict[str, Callable[[Model, float], Model]] = {
     "condition": lambda m, v: condition(m, {"y": np.full(3, v)}),
     "condition, a scalar": lambda m, v: condition(m, {"theta": v}),

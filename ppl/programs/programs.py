@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from weft.ppl.stage.addresses import flatten, unflatten
-from weft.ppl.stage.compat import Tracer
+from weft.ppl.stage.compat import Tracer, tracing_context
 from weft.ppl.stage.errors import AddressError, DensityError, ModelError
 from weft.ppl.stage.keys import as_key
 from weft.ppl.stage.packing import Skeleton, pack
@@ -103,7 +103,7 @@ class Program(printing.Printed):
             (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", False)) for x in self.leaves
         )
         try:
-            key = (self.skeleton, avals, jax.config.read("jax_enable_x64"))
+            key = (self.skeleton, avals, tracing_context())
             entry = _staged.get(key)
         except TypeError as e:
             raise TypeError(

@@ -204,6 +204,12 @@ def tracing_generation(number: int) -> Any:
     return contextlib.nullcontext() if generation is None else generation(number)
 
 
+def tracing_context() -> tuple[Any, ...]:
+    """What of JAX's settings is written into a jaxpr: number types, the precision of products, and the mesh."""
+    names = ("jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision")
+    return (*(getattr(jax.config, name) for name in names), jax.sharding.get_abstract_mesh())
+
+
 def where_in_source(eqn: Any) -> str:
     """The line of the user's code that an equation comes from, for messages."""
     try:
