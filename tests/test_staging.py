@@ -20,6 +20,7 @@ import pytest
 from weft.ppl import (
     Model,
     condition,
+    factor,
     gen,
     mask,
     noncentered,
@@ -588,3 +589,38 @@ def test_targets_pass_through_vmap_and_scan() -> None:
     np.testing.assert_allclose(each, exact, rtol=1e-5)
     _, each = jax.lax.scan(lambda c, t: (c, t.log_density(latents)), 0, targets)
     np.testing.assert_allclose(each, exact, rtol=1e-5)
+
+
+SLOPE = 2.0
+
+
+@jax.custom_jvp
+def sloped(x: Any) -> Any:
+    return 1.0 * x
+
+
+sloped.defjvp(lambda primals, tangents: (primals[0], SLOPE * tangents[0]))
+
+
+def test_what_rules_of_derivatives_read_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule runs when a derivative is taken, by compiled code that is found by the staged program."""
+    held = [2.0]
+
+    @jax.custom_vjp
+    def steep(x: Any) -> Any:
+        return 1.0 * x
+
+    steep.defvjp(lambda x: (x, None), lambda _, g: (held[0] * g,))
+
+    @gen
+    def model(x: Any) -> None:
+        factor("f", sloped(x) + steep(x))
+
+    def slope() -> float:
+        return float(jax.grad(lambda x: model(x).log_density({}))(1.0))
+
+    assert slope() == 4.0
+    monkeypatch.setitem(globals(), "SLOPE", 3.0)
+    assert slope() == 5.0
+    held[0] = -0.0
+    assert slope() == 3.0

@@ -48,6 +48,11 @@ def same_code(a: Any, b: Any) -> bool:
     )
 
 
+def same_values(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists hold the same: numbers bit by bit, arrays by identity."""
+    return len(a) == len(b) and all(_same_function(x, y, set()) for x, y in zip(a, b, strict=True))
+
+
 def same_equations(
     a: Sequence[Any], b: Sequence[Any], names: dict[Any, Any], ignored: Sequence[str] = ()
 ) -> bool:
@@ -136,7 +141,7 @@ def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = 
         )
 
     if isinstance(a, types.FunctionType):
-        of_jax = _is_of_jax(a.__globals__.get("__name__"))
+        of_jax = is_of_jax(a.__globals__.get("__name__"))
         outside = of_jax or same(_outside(a, b), _outside(b, a), False)
         return a.__code__ == b.__code__ and same(_held(a), _held(b), of_jax) and outside
     if isinstance(a, types.MethodType):
@@ -155,7 +160,7 @@ def _same_function(a: Any, b: Any, seen: set[tuple[int, int]], internal: bool = 
         return same_code(a, b)
     if internal and (isinstance(a, _BOOKS) or type(a) is object):
         return True
-    if _is_of_jax(type(a).__module__):
+    if is_of_jax(type(a).__module__):
         return _same_wrapper(a, b, same, internal)
     if isinstance(a, dict):
         return same([*a, *a.values()], [*b, *b.values()])
@@ -229,5 +234,5 @@ def is_filled(cell: Any) -> bool:
         return False
 
 
-def _is_of_jax(module: Any) -> bool:
+def is_of_jax(module: Any) -> bool:
     return str(module).split(".")[0] in ("jax", "jaxlib")

@@ -25,10 +25,13 @@ from .compat import (
     tracing_generation,
     types_of_shards_ignored,
 )
-from .equality import global_names, is_filled, outline, same_code
+from .equality import global_names, is_filled, is_of_jax, outline, same_code, same_values
 from .errors import ModelError
+from .jaxprs import equations
+from .packing import is_number
 from .shards import split_axes, types_vary
 from .varying import refuse_read_types
+from .wiring import states_derivative
 
 # --- jaxprs by structure ----------------------------------------------------------------------------------------------
 
@@ -36,12 +39,13 @@ from .varying import refuse_read_types
 class Code:
     """A closed jaxpr without array constants, and the tree of its outputs. It compares by structure."""
 
-    __slots__ = ("__weakref__", "_hash", "jaxpr", "out_tree")
+    __slots__ = ("__weakref__", "_hash", "jaxpr", "out_tree", "read")
     consts = ()
 
     def __init__(self, jaxpr: Any, out_tree: Any) -> None:
         self.jaxpr = jaxpr
         self.out_tree = out_tree
+        self.read = _read_by_rules(jaxpr)
         self._hash: int | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -57,6 +61,7 @@ class Code:
             isinstance(other, Code)
             and hash(self) == hash(other)
             and self.out_tree == other.out_tree
+            and same_values(self.read, other.read)
             and same_code(self.jaxpr, other.jaxpr)
         )
 
@@ -280,6 +285,38 @@ _LIBRARIES = {
 def unchanged(snapshot: Snapshot) -> bool:
     """Whether everything that was captured is still the same object."""
     return len(snapshot) <= MAX_CAPTURED and all(_read(c, n) is value for c, n, value in snapshot)
+
+
+def _read_by_rules(jaxpr: Any) -> list[Any]:
+    """The numbers and arrays that rules of custom derivatives read from outside, as they are now.
+
+    The rules are functions, and run when a derivative is taken. What they read may have changed by then.
+    """
+    rules: list[Any] = []
+    seen: set[int] = set()
+
+    def visit(x: Any) -> None:
+        """Look for the rules that a user wrote, in the functions that JAX wraps them in."""
+        if id(x) in seen:
+            return
+        seen.add(id(x))
+        if isinstance(x, (tuple, list)):
+            parts = list(x)
+        elif hasattr(x, "transforms"):
+            parts = [x.f, x.transforms]
+        elif not is_of_jax(getattr(x, "__module__", None)):
+            rules.extend([x] if callable(x) else [])
+            return
+        else:
+            cells = [c for c in getattr(x, "__closure__", None) or () if is_filled(c)]
+            parts = [c.cell_contents for c in cells]
+        for part in parts:
+            visit(part)
+
+    for eqn, _ in equations(jaxpr):
+        if states_derivative(eqn):
+            visit([x for x in eqn.params.values() if callable(x) or hasattr(x, "transforms")])
+    return [x for _, _, x in captured(rules) if is_number(x) and not isinstance(x, Tracer)]
 
 
 def _read(container: Any, name: Any) -> Any:
