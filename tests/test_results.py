@@ -629,6 +629,8 @@ def test_registrations_that_make_no_sense(
     misspelt = type("Misspelt", (), {"save": Mean.save, "from_save": Mean.from_saved})
     with pytest.raises(StorageError, match="no method 'from_saved' .but 'from_save'."):
         storage.result_type("misspelt")(misspelt)
+    with pytest.raises(StorageError, match="takes the name of the class in files"):
+        storage.result_type(Mean)  # without a name
     with pytest.raises(StorageError, match="no result is called 'drawn' .but 'draws'."):
         storage.write(tmp_path / "d", "drawn", {})
 

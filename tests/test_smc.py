@@ -15,6 +15,7 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from weft.inference import load, multinomial, smc, ssp, stratified, systematic
+from weft.inference.particles.panels import PanelState
 from weft.ppl import DensityError, ModelError, WeftError
 
 from weft import gen, sample
@@ -182,6 +183,18 @@ def test_a_run_that_was_read_goes_on_as_one_that_was_not(history: str, tmp_path:
         np.testing.assert_array_equal(one, other)
     with pytest.raises(ModelError, match="of another model, or of another history"):
         smc(series(12), 20, threshold=1.0).run(KEY, resume=read, progress=False)
+    of_a_panel = eqx.tree_at(lambda r: r.state, part, PanelState(part.state.iteration, 0, KEY))
+    with pytest.raises(ModelError, match="of another model"):
+        longer.run(KEY, resume=of_a_panel, progress=False)
+    for resume in (read, part):
+        with pytest.raises(WeftError, match="has num_particles=20, this one 30"):
+            smc(series(12), 30, history=history).run(KEY, resume=resume, progress=False)
+    if history == "full":  # generations that follow are those of the scheme that follows
+        other = smc(series(12), 20, multinomial, 1.0, history)
+        one, two = (
+            other.run(KEY, resume=r, progress=False).log_evidence_variance for r in (read, part)
+        )
+        assert one == two
 
 
 def test_what_is_printed() -> None:

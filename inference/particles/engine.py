@@ -68,6 +68,16 @@ def resumed(settings: Any, key: PRNGKeyArray, state: Any) -> SMCState:
     """The state of an earlier run, or its arrays as read from a file, with room for more steps."""
     if not isinstance(state, SMCState):
         state = reshaped(state, jax.eval_shape(lambda: first_state(settings, key)))
+    had = {
+        "num_particles": len(state.log_weights),
+        "waste_free": len(state.log_weights) // state.coalescence.num,
+    }
+    for name, value in had.items():
+        if value != getattr(settings, name):
+            raise WeftError(
+                f"smc: the run to be resumed has {name}={value}, this one {getattr(settings, name)}: they must be the "
+                "same"
+            )
     steps = settings.model.num_steps
     more = steps - state.path.ess.shape[0]
     if more < 0:
@@ -93,7 +103,10 @@ def resumed(settings: Any, key: PRNGKeyArray, state: Any) -> SMCState:
     path = jax.tree.map(
         lambda x: jnp.concatenate([x, jnp.zeros((more, *x.shape[1:]), x.dtype)]), state.path
     )
-    return dataclasses.replace(state, path=path)
+    # Generations from here on are those of this run's scheme.
+    independent = settings.resample.independent
+    coalescence = dataclasses.replace(state.coalescence, independent=independent)
+    return dataclasses.replace(state, path=path, coalescence=coalescence)
 
 
 def next_state(settings: Any, key: PRNGKeyArray, state: SMCState) -> SMCState:
@@ -283,14 +296,18 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _derivative_of(*primals), tangents[0]
 
 
-def reshaped(leaves: Sequence[Array], like: Any) -> Any:
-    """Arrays of a state in the structure of another."""
+def reshaped(leaves: Sequence[Array] | State, like: Any) -> Any:
+    """Arrays of a state, as read from a file, in the structure of another."""
     templates, structure = jax.tree.flatten(like)
-    same = len(leaves) == len(templates) and all(
-        x.dtype == y.dtype and x.ndim == y.ndim for x, y in zip(leaves, templates, strict=True)
+    same = (
+        isinstance(leaves, tuple)
+        and len(leaves) == len(templates)
+        and all(
+            x.dtype == y.dtype and x.ndim == y.ndim for x, y in zip(leaves, templates, strict=True)
+        )
     )
     if not same:
         raise ModelError(
-            "smc: the run that was read is one of another model, or of another history or collect"
+            "smc: the run to be resumed is one of another model, or of another history or collect"
         )
     return jax.tree.unflatten(structure, leaves)

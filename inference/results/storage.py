@@ -77,7 +77,8 @@ def result_type(kind: str) -> Callable[[type[R]], type[R]]:
         A class decorator that leaves the class as it is.
 
     Raises:
-        StorageError: if another class has this name, or if the class lacks one of the two methods.
+        StorageError: if another class has this name, if the class lacks one of the two methods, or if the name is no
+            string.
 
     Examples:
         >>> import equinox as eqx, jax.numpy as jnp
@@ -91,6 +92,10 @@ def result_type(kind: str) -> Callable[[type[R]], type[R]]:
         ...     def from_saved(cls, saved, target=None):
         ...         return cls(**saved.tree)
     """
+    if not isinstance(kind, str):
+        raise StorageError(
+            f"result_type takes the name of the class in files, @result_type('my results'), got {kind!r}"
+        )
 
     def register(cls: type[R]) -> type[R]:
         for method in ("save", "from_saved"):
