@@ -6,7 +6,6 @@ The functions take the settings of `smc`, with the model in them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -296,7 +295,7 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _derivative_of(*primals), tangents[0]
 
 
-def reshaped(leaves: Sequence[Array] | State, like: Any) -> Any:
+def reshaped(leaves: Any, like: Any) -> Any:
     """Arrays of a state, as read from a file, in the structure of another."""
     templates, structure = jax.tree.flatten(like)
     same = (
