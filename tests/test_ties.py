@@ -100,7 +100,7 @@ def test_what_is_made_of_an_axis_is_noted(name: str) -> None:
     ties, root, results = followed(MADE[name], 5)
     made, grown = {ties.root(root)}, True
     while grown:
-        new = {ties.root(b) for a, b in ties.made if {ties.root(x) for x in a} & made for b in b}
+        new = {ties.root(b) for _, a, b in ties.made if {ties.root(x) for x in a} & made for b in b}
         grown = not new <= made
         made |= new
     assert all(ties.root(a) in made for axes in results for a in axes)
