@@ -220,7 +220,7 @@ class Evaluator:
 
         def body(jaxpr: Any, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             inner = Evaluator(None, self.max_terms)
-            inner.pure, inner.weighs = self.pure, self.weighs
+            inner.pure, inner.weighs, inner.scores = self.pure, self.weighs, self.scores
             outs = inner.run(jaxpr, [Node(a) for a in args], lambda outs: outs)
             if any(n.relaxed is not None for n in outs):
                 raise not_carried(eqn)
