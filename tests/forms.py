@@ -56,6 +56,11 @@ floor is_finite lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt squ
 for _name in _UNARY.split():
     _low = 1.1 if _name == "acosh" else 0.05
     form(_name, getattr(lax, _name), within(_low, _low + 0.9, *S))
+# JAX 0.12 has primitives for these; for earlier ones they are several equations each.
+form("log2", jnp.log2, within(0.1, 2, *S))
+form("one_minus_square", lambda x: jax.jvp(jnp.tanh, (x,), (jnp.ones_like(x),))[1], real(*S))
+form("polynomial", lambda c, x: jnp.polyval(c, x), real(3), real(*S))
+form("polynomial of rows", lambda c, x: jax.vmap(jnp.polyval)(c, x), real(3, 3), real(*S))
 for _name in ("add", "sub", "mul", "div", "max", "min", "pow", "atan2", "rem", "nextafter"):
     _f = getattr(lax, _name)
     form(_name, _f, within(0.1, 2, *S), within(0.1, 2, *S))

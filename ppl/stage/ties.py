@@ -13,10 +13,8 @@ from typing import Any
 
 from .primitives import BATCHED, CUMULATIVE, ELEMENTWISE, REDUCTIONS, rules
 
-_MORE = """
-bitcast_convert_type complex log2 one_minus_square polynomial ppermute reshard rev sort threefry2x32
-"""
-_SHAPED = CUMULATIVE | set(_MORE.split())
+_MORE = ["bitcast_convert_type", "ppermute", "reshard", "rev", "sort", "threefry2x32"]
+_SHAPED = CUMULATIVE | set(_MORE)
 SHAPED = ELEMENTWISE | _SHAPED
 """Primitives whose results have the shape of their operands, axis by axis."""
 
