@@ -499,7 +499,7 @@ def test_masses_that_cannot_be_are_refused(make: Any) -> None:
 def test_other_settings_that_cannot_be_are_refused() -> None:
     walk = kernels.random_walk()
     mistakes: list[tuple[Any, str]] = [
-        (lambda: kernels.hmc(0.1, 1.5), "num_steps must be an integer, 1 at least, got 1.5"),
+        (lambda: kernels.hmc(0.1, 1.5), "num_steps must be an integer, at least 1, got 1.5"),
         (lambda: kernels.nuts(0.1, max_tree_depth=0), "max_tree_depth must be an integer"),
         (lambda: kernels.nuts(0.1, divergence_threshold=-1), "divergence_threshold is a positive"),
         (
@@ -508,7 +508,7 @@ def test_other_settings_that_cannot_be_are_refused() -> None:
         ),
         (lambda: kernels.slice_sampler(max_shrinkage=0), "max_shrinkage must be an integer"),
         (lambda: kernels.elliptical_slice(max_shrinkage="a"), "max_shrinkage must be an integer"),
-        (lambda: kernels.repeat(walk, 1.5), "n must be an integer, 1 at least, got 1.5"),
+        (lambda: kernels.repeat(walk, 1.5), "n must be an integer, at least 1, got 1.5"),
         (lambda: kernels.mixture([walk, walk], ["a", "b"]), "weights are positive numbers, got"),
         (lambda: kernels.mixture([walk, walk], [1.0, np.inf]), "weights are positive numbers, got"),
         (lambda: nuts(step_size="a"), "step_size is a positive number, got 'a'"),  # pyright: ignore

@@ -26,7 +26,7 @@ def require_counts(settings: Any, **least: int) -> None:
             or not jnp.issubdtype(known.dtype, jnp.integer)
             or known < smallest
         ):
-            _refuse(settings, f"{name} must be an integer, {smallest} at least", value)
+            _refuse(settings, f"{name} must be an integer, at least {smallest}", value)
 
 
 def require_flags(settings: Any, *names: str) -> None:
