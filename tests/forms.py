@@ -217,8 +217,7 @@ form(
 # --- along axes -------------------------------------------------------------------------------------------------------
 
 for _name in ("max", "min", "prod"):
-    form(f"reduce_{_name}", getattr(lax, f"reduce_{_name}"), cube, lambda _: (0, 2))
-    FORMS[f"reduce_{_name}"] = (lambda x, f=getattr(lax, f"reduce_{_name}"): f(x, (0, 2))), [cube]
+    form(f"reduce_{_name}", lambda x, f=getattr(lax, f"reduce_{_name}"): f(x, (0, 2)), cube)
 for _name in ("and", "or", "xor"):
     form(
         f"reduce_{_name}",

@@ -91,8 +91,12 @@ def outcome(code: str, flags: str = "") -> subprocess.CompletedProcess[str]:
 
 
 def test_sums_over_many_rows_are_right_after_the_import() -> None:
-    run = outcome("import weft; print(last_row(32_769) == 32_768**2)")
-    assert run.stdout.split() == ["True"]
+    run = outcome("""
+import weft
+print(last_row(32_769) == 32_768**2)
+with jax.enable_x64(True):
+    print(last_row(16_385) == 16_384**2)""")
+    assert run.stdout.split() == ["True", "True"]
     assert "RuntimeWarning" not in run.stderr
 
 

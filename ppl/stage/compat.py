@@ -29,8 +29,8 @@ from jax.sharding import NamedSharding
 def keep_sums_from_ynnpack() -> None:
     """Set the flag of XLA that keeps sums on a CPU right, if XLA has not started yet.
 
-    From version 0.10.2 on jaxlib hands sums to YNNPACK. Where a fused computation has some ten thousand rows or more,
-    the result can be wrong, and nothing is said (jax-ml/jax#39103). A log evidence by importance sampling was off by 2.
+    From version 0.10.2 on jaxlib hands sums to YNNPACK. Where a fused computation has some thousands of rows, the
+    result can be wrong, and nothing is said (jax-ml/jax#39103). A log evidence by importance sampling was off by 2.
     The flag is left as it is if it is set already. Other versions of jaxlib may not know it, and would not start.
 
     Warns:
