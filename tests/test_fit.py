@@ -402,7 +402,7 @@ def test_stopping_under_vmap() -> None:
 def test_a_rule_that_makes_no_sense() -> None:
     with pytest.raises(WeftError, match="window must be an integer"):
         plateau(1)
-    with pytest.raises(WeftError, match="tolerance must be a number, 0 at least"):
+    with pytest.raises(WeftError, match="tolerance must be a number, at least 0"):
         plateau(10, tolerance=-1.0)
 
 

@@ -724,7 +724,7 @@ def test_options_that_make_no_guide_are_refused(untyped: None) -> None:
         mean_field(REGRESSION, scale=-1.0)
     with pytest.raises(WeftError, match="rank must be a positive integer, got 0"):
         low_rank(REGRESSION, rank=0)
-    with pytest.raises(WeftError, match="num_bins must be an integer, 2 at least, got 1"):
+    with pytest.raises(WeftError, match="num_bins must be an integer, at least 2, got 1"):
         flow(REGRESSION, num_bins=1)
     with pytest.raises(WeftError, match="outside of jit"):
         jax.jit(lambda: laplace(REGRESSION)[1]["loc"])()

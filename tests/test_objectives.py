@@ -246,7 +246,7 @@ def test_what_objectives_refuse() -> None:
 
     with pytest.raises(GradientError, match="'z' cannot be.*vimco"):
         iwelbo(coin_model().given({"y": 1.5}), guess, dreg=True)(KEY, 0.2)
-    with pytest.raises(WeftError, match="iwelbo: num_particles must be an integer, 2 at least"):
+    with pytest.raises(WeftError, match="iwelbo: num_particles must be an integer, at least 2"):
         iwelbo(TARGET, guide, num_particles=1, vimco=True)
     with pytest.raises(WeftError, match="renyi.*take elbo"):
         renyi(TARGET, guide, alpha=1)

@@ -262,5 +262,5 @@ def test_what_cannot_be_sampled() -> None:
         parisian_gibbs(moments, 5).run(KEY, TARGET, progress=False)
     with pytest.raises(WeftError, match="no latent choice before its scan"):
         pmmh(10).run(KEY, KNOWN, progress=False)
-    with pytest.raises(WeftError, match="num_particles must be an integer, 2 at least"):
+    with pytest.raises(WeftError, match="num_particles must be an integer, at least 2"):
         kernels.conditional_smc(1)

@@ -201,7 +201,7 @@ def test_gradients_that_are_not_finite() -> None:
 def test_what_it_takes() -> None:
     with pytest.raises(WeftError, match="no floating array to optimise"):
         of(lambda p: sample("x", dist.Normal(0.0, 1.0)), {"a": fixed(1.0)})
-    with pytest.raises(WeftError, match="num_samples must be an integer, 2 at least"):
+    with pytest.raises(WeftError, match="num_samples must be an integer, at least 2"):
         of(lambda p: p, 1.0, 1)
 
 

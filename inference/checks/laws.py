@@ -458,6 +458,6 @@ def _mover(kernel: Any, target: Target) -> Callable[[PRNGKeyArray, Any], dict[st
 def _check_sizes(what: str, num_runs: int, batch_size: int, false_alarm: float) -> None:
     for name, value, least in (("num_runs", num_runs, 2), ("batch_size", batch_size, 1)):
         if not isinstance(value, (int, np.integer)) or value < least:
-            raise WeftError(f"{what}: {name} must be an integer of at least {least}, got {value!r}")
+            raise WeftError(f"{what}: {name} must be an integer, at least {least}, got {value!r}")
     if not 0 < false_alarm < 1:
         raise WeftError(f"{what}: false_alarm is a probability, got {false_alarm!r}")

@@ -107,7 +107,7 @@ class smc(Algorithm):
     def __check_init__(self) -> None:
         n = self.num_particles
         if not isinstance(n, (int, np.integer)) or n < 2:
-            raise WeftError(f"smc: num_particles must be an integer, 2 at least, got {n!r}")
+            raise WeftError(f"smc: num_particles must be an integer, at least 2, got {n!r}")
         share = self.threshold
         if not eqx.is_array(share) and not (isinstance(share, (int, float)) and 0 <= share <= 1):
             raise WeftError(f"smc: threshold is a share between 0 and 1, got {share!r}")

@@ -190,7 +190,7 @@ def gradient_report(
     """
     if not isinstance(num_samples, (int, np.integer)) or num_samples < 2:
         raise WeftError(
-            f"gradient_report: num_samples must be an integer, 2 at least, got {num_samples!r}"
+            f"gradient_report: num_samples must be an integer, at least 2, got {num_samples!r}"
         )
     key = as_key(key)
     batches = Minibatches.make(batch, batch_size)

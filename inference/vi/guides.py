@@ -396,7 +396,7 @@ def flow(
     """
     for what, value, least in (("num_hidden", num_hidden, 1), ("num_bins", num_bins, 2)):
         if not isinstance(value, (int, np.integer)) or value < least:
-            raise WeftError(f"flow: {what} must be an integer, {least} at least, got {value!r}")
+            raise WeftError(f"flow: {what} must be an integer, at least {least}, got {value!r}")
     if num_bins > 200:
         raise WeftError(f"flow: num_bins must be 200 at most, got {num_bins}")
     start = start_of("flow", target, init, scale, key)

@@ -57,7 +57,7 @@ class Objective(Noun):
         for field, least in counts.items():
             n = getattr(self, field, least)
             if not isinstance(n, (int, np.integer)) or n < least:
-                what = "a positive integer" if least == 1 else f"an integer, {least} at least"
+                what = "a positive integer" if least == 1 else f"an integer, at least {least}"
                 raise WeftError(f"{name}: {field} must be {what}, got {n!r}")
 
     @property

@@ -63,11 +63,11 @@ class plateau(eqx.Module):
 
     def __check_init__(self) -> None:
         if not isinstance(self.window, (int, np.integer)) or self.window < 2:
-            raise WeftError(f"plateau: window must be an integer, 2 at least, got {self.window!r}")
+            raise WeftError(f"plateau: window must be an integer, at least 2, got {self.window!r}")
         for name in ("tolerance", "z"):
             value = getattr(self, name)
             if isinstance(value, (int, float)) and not value >= 0:
-                raise WeftError(f"plateau: {name} must be a number, 0 at least, got {value!r}")
+                raise WeftError(f"plateau: {name} must be a number, at least 0, got {value!r}")
 
     def init(self) -> Windows:
         """The windows before the first estimate."""
