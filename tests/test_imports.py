@@ -7,6 +7,7 @@ import types
 
 import jaxlib
 import pytest
+from weft.ppl.stage.compat import num_cores
 
 import weft
 
@@ -82,11 +83,16 @@ def last_row(n):
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
-def outcome(code: str, flags: str = "") -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "XLA_FLAGS": flags}
-    code = f"import os, jax, jax.numpy as jnp\n{LAST_ROW}\n{code}"
+def outcome(code: str, flags: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
+    """What a fresh process prints, in which XLA has no other settings than these."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PJRT_NPROC", "NPROC")}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+        [sys.executable, "-c", f"import os, jax, jax.numpy as jnp\n{LAST_ROW}\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**env, "XLA_FLAGS": flags, **settings},
+        timeout=300,
     )
 
 
@@ -107,6 +113,37 @@ def test_a_flag_that_is_set_is_left_alone() -> None:
 
 def test_that_jax_has_started_before_the_import_is_said() -> None:
     run = outcome("jax.devices(); import weft")
-    affected = (0, 10, 2) <= jaxlib.version.__version_info__[:3] < (0, 13)
-    assert ("RuntimeWarning: jaxlib" in run.stderr) == affected
-    assert ("Import weft before the first computation" in run.stderr) == affected
+    version = jaxlib.version.__version_info__[:3]
+    for fault, affected in (
+        ("gives wrong sums", (0, 10, 2) <= version < (0, 13)),
+        (
+            "may wait forever",
+            (0, 10) <= version <= (0, 11, 0) and num_cores() < 16,
+        ),
+    ):
+        said = f"RuntimeWarning: jaxlib {jaxlib.__version__} {fault}" in run.stderr
+        assert said == affected
+        assert not affected or "Import weft before the first computation" in run.stderr
+
+
+def test_batches_of_solves_at_the_same_time_end() -> None:
+    """In jaxlib 0.10.0 to 0.11.0 they would wait for each other, see `keep_solves_from_waiting`."""
+    run = outcome("""
+import weft
+def total(x):
+    factor = jnp.tril(jnp.ones((7, 7))) + 1e-3 * x[:, :, None]
+    return sum(
+        jnp.sum(jax.lax.linalg.triangular_solve(i * factor, x[..., None], left_side=True, lower=True))
+        for i in range(1, 7)
+    )
+slope = jax.jit(jax.grad(total))
+for i in range(20):
+    jax.block_until_ready(slope(jnp.ones((20_000, 7)) + i))
+print("done")""")
+    assert run.stdout.split() == ["done"]
+
+
+def test_a_number_of_threads_that_is_set_is_left_alone() -> None:
+    code = "import weft; print(os.environ.get('PJRT_NPROC'))"
+    assert outcome(code, NPROC="3").stdout.split() == ["None"]
+    assert outcome(code, PJRT_NPROC="3").stdout.split() == ["3"]

@@ -31,6 +31,7 @@ from weft.ppl import sample as sample
 from weft.ppl import scale as scale
 from weft.ppl import scope as scope
 from weft.ppl import with_gradients as with_gradients
+from weft.ppl.stage.compat import keep_solves_from_waiting as _keep_solves_from_waiting
 from weft.ppl.stage.compat import keep_sums_from_ynnpack as _keep_sums_from_ynnpack
 from weft.ppl.stage.lazy import on_first_use as _on_first_use
 
@@ -69,3 +70,4 @@ __getattr__, __dir__ = _on_first_use(
 )
 
 _keep_sums_from_ynnpack()
+_keep_solves_from_waiting()

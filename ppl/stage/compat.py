@@ -42,14 +42,53 @@ def keep_sums_from_ynnpack() -> None:
         return
     if not backends_are_initialized():
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=-reduce".strip()
-    elif jax.default_backend() == "cpu":
-        warnings.warn(
-            f"jaxlib {jaxlib.version.__version__} gives wrong sums over large arrays on a CPU "
-            "(https://github.com/jax-ml/jax/issues/39103). Weft sets a flag of XLA that avoids it, but JAX has "
-            "started already. Import weft before the first computation, or start Python with "
+    else:
+        _warn_too_late(
+            "gives wrong sums over large arrays on a CPU (https://github.com/jax-ml/jax/issues/39103)",
             f'XLA_FLAGS="{flag}=-reduce"',
+        )
+
+
+LEAST_THREADS = 16
+
+
+def keep_solves_from_waiting() -> None:
+    """Give XLA 16 threads at least on a CPU, if it has not started yet.
+
+    In jaxlib 0.10.0 to 0.11.0 a batch of Cholesky factors or triangular solves waits, on a thread of XLA's pool, for
+    other threads of the pool. If as many batches run at once as there are threads, they wait for each other forever.
+    On two cores two are enough, say the densities of two multivariate normals under ``vmap``. A number of threads that
+    is set already, in ``PJRT_NPROC`` or ``NPROC``, is left as it is.
+
+    Warns:
+        RuntimeWarning: if XLA has started, on a CPU, with fewer threads.
+    """
+    names = ("PJRT_NPROC", "NPROC")
+    if not (0, 10) <= jaxlib.version.__version_info__[:3] <= (0, 11, 0):
+        return
+    if any(name in os.environ for name in names) or num_cores() >= LEAST_THREADS:
+        return
+    if not backends_are_initialized():
+        os.environ[names[0]] = str(LEAST_THREADS)
+    else:
+        _warn_too_late(
+            "may wait forever for batches of Cholesky factors or triangular solves on a CPU of few cores",
+            f"{names[0]}={LEAST_THREADS}",
+        )
+
+
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _warn_too_late(fault: str, setting: str) -> None:
+    if jax.default_backend() == "cpu":
+        warnings.warn(
+            f"jaxlib {jaxlib.version.__version__} {fault}. Weft avoids it by a setting of XLA, but JAX has started "
+            f"already. Import weft before the first computation, or start Python with {setting}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
