@@ -114,12 +114,10 @@ def test_a_flag_that_is_set_is_left_alone() -> None:
 def test_that_jax_has_started_before_the_import_is_said() -> None:
     run = outcome("jax.devices(); import weft")
     version = jaxlib.version.__version_info__[:3]
+    waits = (0, 10) <= version <= (0, 11, 0) and num_cores() < 16
     for fault, affected in (
         ("gives wrong sums", (0, 10, 2) <= version < (0, 13)),
-        (
-            "may wait forever",
-            (0, 10) <= version <= (0, 11, 0) and num_cores() < 16,
-        ),
+        ("may wait forever", waits),
     ):
         said = f"RuntimeWarning: jaxlib {jaxlib.__version__} {fault}" in run.stderr
         assert said == affected

@@ -57,8 +57,9 @@ def keep_solves_from_waiting() -> None:
 
     In jaxlib 0.10.0 to 0.11.0 a batch of Cholesky factors or triangular solves waits, on a thread of XLA's pool, for
     other threads of the pool. If as many batches run at once as there are threads, they wait for each other forever.
-    On two cores two are enough, say the densities of two multivariate normals under ``vmap``. A number of threads that
-    is set already, in ``PJRT_NPROC`` or ``NPROC``, is left as it is.
+    On two cores two are enough: the densities of two multivariate normals with their gradients, vmapped over 20,000
+    rows. A number of threads that is set already, in ``PJRT_NPROC`` or ``NPROC``, is left as it is. With 16 the wait is
+    not impossible, but takes a program with as many batches at the same time.
 
     Warns:
         RuntimeWarning: if XLA has started, on a CPU, with fewer threads.
