@@ -15,17 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from weft.ppl import Model, Program, Target, marginalize
+from weft.ppl.exact.density import Whole
 from weft.ppl.exact.recovery import posterior
-from weft.ppl.programs.evaluation import (
-    run_generate,
-    run_inside,
-    run_log_densities,
-    run_log_density,
-)
+from weft.ppl.programs.evaluation import run_generate, run_inside, run_log_density
 from weft.ppl.programs.handlers import Given, expand
+from weft.ppl.programs.traces import flat_records
 from weft.ppl.scans.splitting import Split
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import AddressError, ModelError, WeftError
+from weft.ppl.stage.interpreter import interpret
+from weft.ppl.transforms.priors import prior
 
 from .feynman_kac import FeynmanKac
 from .staged import draw_path, evidence_around
@@ -178,7 +177,7 @@ class Filter(FeynmanKac):
             particle["varying"], choices = trace.value, trace.choices
             particle["before"] = self._latent(choices, 0)
         particle["carry"], entry = self._operands(particle)[1::3]
-        particle["message"] = parts.first_message(entry, choices)
+        particle["message"] = parts.first_message(entry, _seen(choices, self._given(0)))
 
         any_key = jax.random.key(0)  # shapes only
 
@@ -211,14 +210,17 @@ class Filter(FeynmanKac):
                     "proposal, or None"
                 )
             if given is None:
-                chosen = posterior(summed, draw_key, seen, "sample")
+                found = posterior(summed, draw_key, seen, "sample")
+                chosen = self._with_missing(program, rest_key, {**data, **_entries(found)})
         elif self.proposal is not None:
             proposal = self.proposal(self._carry(particle), i, self._observed(i)).staged()
             self._check_proposed(proposal)
+            known = {a: data[a] for a in proposal.latents if a in data}  # they are missing in part
             drawn = given
             if given is None:
-                drawn = flatten(_run(proposal, draw_key, {})[0].choices)
+                drawn = flatten(_run(proposal, draw_key, unflatten(known))[0].choices)
             drawn = {a: drawn[a] for a in proposal.latents}
+            proposal = prior(proposal, known) if known else proposal
             log_q, chosen = proposal.log_density(drawn), {**chosen, **drawn}
             if given is not None:
                 log_q = log_q + self._prior(program, data, given, proposal.latents)
@@ -232,7 +234,7 @@ class Filter(FeynmanKac):
         moved = {
             **particle,
             "carry": carry,
-            "message": parts.next_message(trace.choices, *self._read(particle, i)),
+            "message": parts.next_message(_seen(trace.choices, data), *self._read(particle, i)),
             "now": self._latent(trace.choices, 1),
             "ys": [b.at[i].set(y) for b, y in zip(particle["ys"], read, strict=True)],
         }
@@ -250,21 +252,33 @@ class Filter(FeynmanKac):
 
     def _integrated(self, particle: Any, i: Any) -> Program:
         """The step without its latent choices, if no observation is missing."""
-        f, args = self.parts.silent_step(*self._read(particle, i))
         hidden = [a for a in self.latents[1] if a not in self.data]
+        if not hidden:  # summed out already
+            return self._program(particle, i)
+        f, args = self.parts.silent_step(*self._read(particle, i))
         return Model(marginalize(f, *hidden), self.parts.name)(*args).staged()
+
+    def _with_missing(
+        self, program: Program, key: PRNGKeyArray, given: dict[str, Given]
+    ) -> dict[str, Any]:
+        """The latent choices of a step: those that are given, and what is missing of the observations, drawn.
+
+        All that is summed out is among those given.
+        """
+        code, args = program.code()
+        _, records, _ = interpret(code.jaxpr, args, Whole("value"), key, unflatten(given))
+        found = dict(flat_records(records))
+        return {a: found[a]["value"] for a in self.latents[1]}
 
     def _prior(
         self, program: Program, data: dict[str, Given], given: Any, but: Sequence[str]
-    ) -> Array:
+    ) -> Any:
         """The log density of given choices, counting only those that the model draws."""
-        entries = unflatten({**data, **_entries(given)})
-        total = jnp.zeros(())
-        for address, density in flatten(run_log_densities(program, entries)).items():
-            if address in given and address not in but:
-                where = data[address].where if address in data else None
-                total = total + jnp.sum(density if where is None else jnp.where(where, 0, density))
-        return total
+        if set(given) <= set(but):
+            return 0.0
+        entries = _entries(given)
+        drawn = prior(program, {**data, **{a: entries[a] for a in but}})
+        return run_log_density(drawn, unflatten({**data, **entries}))
 
     def _read(self, particle: Any, i: Any) -> tuple[list[Any], ...]:
         """What a step reads: consts, carry, message, and its rows of the sequences."""
@@ -348,6 +362,12 @@ def _run(program: Program, key: PRNGKeyArray | None, given: dict[str, Any]) -> A
 def _two_keys(key: PRNGKeyArray | None, two: bool) -> Any:
     """A key twice; or two keys made from it, if both are needed."""
     return jax.random.split(key) if two and key is not None else (key, key)
+
+
+def _seen(choices: dict[str, Any], data: dict[str, Given]) -> dict[str, Any]:
+    """Entries of all choices of a run. What is left out of the data where it is missing stays out."""
+    left_out = {a: g for a, g in data.items() if g.drop is not None}
+    return unflatten({**_entries(flatten(choices)), **left_out})
 
 
 def _entries(choices: dict[str, Any]) -> dict[str, Given]:

@@ -43,8 +43,9 @@ class filtering(Module):
     The model is taken as it is written: one scan at the top level has sites that are observed. Choices before the scan
     (parameters, the first state) are drawn for each particle and travel with it. Choices and observations after the
     scan are a last step. Elements that are not observed (`observed(y, where=...)`, or data shorter than the scan) are
-    drawn and do not weigh. In a model with choices summed out (`marginalize`) only the other choices are drawn. The
-    part of a summed-out chain that the carry holds is handed on as a law (`weft.ppl.exact.messages`).
+    drawn and do not weigh. With `missing="drop"` they are left out. In a model with choices summed out (`marginalize`)
+    only the other choices are drawn. The part of a summed-out chain that the carry holds is handed on as a law
+    (`weft.ppl.exact.messages`).
 
     A scan under one or several `jax.vmap` is a panel of series. Each series has a filter of its own, with its own
     weights and resamplings, and the evidences multiply. Choices outside of the vmap, which the series share, must be
@@ -53,9 +54,10 @@ class filtering(Module):
     Attributes:
         proposal: what draws the latent choices of a step. By default it is the model itself (the bootstrap filter). It
             may be a function `(carry, t, observed) -> program` (a guided filter). The program draws choices of the step
-            at their addresses, and those that it lacks are drawn from the model. In the carry that the function gets,
-            choices that are summed out are represented by their law. It may also be `"optimal"`: the exact law of the
-            choices given the carry and the observation, if `marginalize` can integrate them out of a step.
+            at their addresses, and those that it lacks are drawn from the model. Of an observation that it draws only
+            the missing elements count. In the carry that the function gets, choices that are summed out are
+            represented by their law. It may also be `"optimal"`: the exact law of the choices given the carry and the
+            observation, if `marginalize` can integrate them out of a step.
         lookahead: a function from `(carry, t, observed)` to a log preference for particles when they are resampled
             before step `t` (the auxiliary filter). With `proposal="optimal"` it is the predictive density of the
             observation, unless given.

@@ -14,8 +14,6 @@ import equinox as eqx
 import jax
 from weft.ppl.exact.messages import Form, blank, walked
 from weft.ppl.exact.plan import Options
-from weft.ppl.programs.handlers import Given
-from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.compat import open_jaxpr
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.staging import Code, stage
@@ -44,19 +42,21 @@ class Handed(eqx.Module):
     addresses: tuple[tuple[str, ...], ...] = eqx.field(static=True)
     options: Options = eqx.field(static=True)
 
-    def first(self, entry: list[Any], choices: dict[str, Any]) -> list[Any]:
+    # `given` has an entry for every choice that is not summed out. An observation that is left out where it is missing
+    # says so there, and tells the message nothing.
+
+    def first(self, entry: list[Any], given: dict[str, Any]) -> list[Any]:
         """The message before the first step."""
         if self.before_code is None:
             return self.form.certain(entry)
-        return self._message(self.before_code, self.before_args, choices)
+        return self._message(self.before_code, self.before_args, given)
 
-    def then(self, args: list[Any], choices: dict[str, Any]) -> list[Any]:
+    def then(self, args: list[Any], given: dict[str, Any]) -> list[Any]:
         """The message after a step."""
-        return self._message(self.step_code, [*self.step_consts, *args], choices)
+        return self._message(self.step_code, [*self.step_consts, *args], given)
 
-    def _message(self, code: Code, args: list[Any], choices: dict[str, Any]) -> list[Any]:
-        given = {a: Given(x, checked=True) for a, x in flatten(choices).items()}
-        found = walked(code.jaxpr, args, unflatten(given), self.addresses, self.options)
+    def _message(self, code: Code, args: list[Any], given: dict[str, Any]) -> list[Any]:
+        found = walked(code.jaxpr, args, given, self.addresses, self.options)
         return found.hand_on(self.slots)[1]
 
 

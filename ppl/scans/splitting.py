@@ -88,21 +88,21 @@ class Split(eqx.Module):
         args = [*self.after_consts, *kept, *carry, *message, *ys]
         return Program.of_code(self.after_code, args, self.name)
 
-    def first_message(self, entry: list[Any], choices: dict[str, Any]) -> list[Any]:
-        """The message that the first step reads. `choices` are those made before the scan."""
-        return [] if self.handed is None else self.handed.first(entry, choices)
+    def first_message(self, entry: list[Any], given: dict[str, Any]) -> list[Any]:
+        """The message that the first step reads. `given` are the choices made before the scan, as entries."""
+        return [] if self.handed is None else self.handed.first(entry, given)
 
     def next_message(
         self,
-        choices: dict[str, Any],
+        given: dict[str, Any],
         consts: list[Any],
         carry: list[Any],
         message: list[Any],
         x: list[Any],
     ) -> list[Any]:
-        """The message after a step whose other choices are known."""
+        """The message after a step whose other choices are known. `given` are these choices, as entries."""
         args = [*consts, *carry, *message, *x]
-        return [] if self.handed is None else self.handed.then(args, choices)
+        return [] if self.handed is None else self.handed.then(args, given)
 
     def carry_of(self, consts: list[Any], carry: list[Any], message: list[Any]) -> Any:
         """The carry as it stands in the source. It includes values that never change, which JAX turns into consts.
