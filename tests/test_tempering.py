@@ -13,13 +13,14 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 from jax.scipy.special import logsumexp
+from scipy import integrate, stats
 from weft.inference import Particles, importance, kernels, nuts, smc, tempering
-from weft.inference.particles.bridges import Bridge, Likelihood
+from weft.inference.particles.bridges import Bridge, Likelihood, MarginalLikelihood
 from weft.ppl import AddressError, DensityError, WeftError
 
 from benchmarks.posteriors import load
 from examples.posteriors import CASES
-from weft import condition, factor, gen, marginalize, observed, sample
+from weft import condition, factor, gen, marginalize, observed, repeat, sample
 
 pytestmark = pytest.mark.slow  # once is enough: not in every lane
 KEY = jax.random.key(5)
@@ -445,6 +446,260 @@ def test_what_comes_out() -> None:
     assert found == other
 
 
+# --- choices summed out -----------------------------------------------------------------------------------------------
+
+
+@gen
+def shares(n: int) -> None:
+    w = sample("w", dist.Beta(2.0, 3.0))
+
+    def row() -> None:
+        z = sample("z", dist.Bernoulli(w))
+        sample("y", dist.Normal(3.0 * z - 1.0, 0.7))
+
+    repeat(row, n, axis_name="row")
+
+
+@gen
+def groups(n: int) -> None:
+    """The mean of all groups is shared by all data."""
+    tau = sample("tau", dist.HalfNormal(2.0))
+    mean = sample("mean", dist.Normal(0.0, 3.0))
+
+    def group() -> None:
+        theta = sample("theta", dist.Normal(mean, tau))
+        repeat(lambda: sample("y", dist.Normal(theta, 0.5)), n, axis_name="row")
+
+    repeat(group, 3)
+
+
+MOTION = [[0.9, 0.1], [0.3, 0.7]]
+
+
+@gen
+def regimes(n: int) -> None:
+    m = sample("m", dist.Normal(0.0, 1.0))
+
+    def step(z: Any, _: Any) -> Any:
+        z = sample("z", dist.Categorical(jnp.array(MOTION)[z]))
+        sample("y", dist.Normal(m + 2.0 * z, 0.5))
+        return z, None
+
+    jax.lax.scan(step, 0, None, length=n)
+
+
+@gen
+def downstream() -> None:
+    """The prior of what is left is a mixture itself; it is observed twice, and a factor counts as an observation."""
+    z = sample("z", dist.Bernoulli(0.3))
+    x = sample("x", dist.Normal(2.0 * z, 0.5))
+    sample("y", dist.Normal(x + z, 0.5))
+    factor("f", -0.5 * (x - 1.0) ** 2)
+
+
+ROWS = np.array([2.1, -0.8, 1.9, -1.1])
+TABLE = np.array([[1.2, 0.8], [-2.0, -1.5], [3.0, 2.5]])
+THERE = np.array([[True, True], [True, False], [True, True]])
+
+
+def joint_shares(w: float, n: int) -> float:
+    each = w * stats.norm.pdf(ROWS[:n], 2.0, 0.7) + (1 - w) * stats.norm.pdf(ROWS[:n], -1.0, 0.7)
+    return stats.beta.logpdf(w, 2, 3) + np.log(each).sum()
+
+
+def joint_groups(tau: float, n: int) -> float:
+    seen = np.argwhere(THERE[:, :n])
+    group = seen[:, :1] == seen[:, 0]
+    cov = 9.0 + tau**2 * group + 0.25 * np.eye(len(seen))
+    y = TABLE[tuple(seen.T)]
+    return stats.halfnorm.logpdf(tau, scale=2.0) + (
+        stats.multivariate_normal.logpdf(y, np.zeros(len(y)), cov) if len(y) else 0.0
+    )
+
+
+def joint_regimes(m: float, n: int) -> float:
+    alpha = np.array([1.0, 0.0])
+    for y in ROWS[:n]:
+        alpha = alpha @ np.array(MOTION) * stats.norm.pdf(y, m + np.array([0.0, 2.0]), 0.5)
+    return stats.norm.logpdf(m) + np.log(alpha.sum())
+
+
+def joint_downstream(x: float, n: int) -> float:
+    z = np.arange(2.0)
+    terms = stats.bernoulli.logpmf([0, 1], 0.3) + stats.norm.logpdf(x, 2 * z, 0.5)
+    if n:
+        terms = terms + stats.norm.logpdf(1.7, x + z, 0.5) - 0.5 * (x - 1.0) ** 2
+    return np.logaddexp.reduce(terms)
+
+
+def summed(name: str) -> Any:
+    """A target; the log density by hand of a value and of the first `n` rows; the number of rows, bounds, a value."""
+    part = observed(TABLE, where=THERE, missing="drop")
+    return {
+        "w": (marginalize(shares, "z")(4).given({"y": ROWS}), joint_shares, 4, (0, 1), 0.3),
+        "tau": (
+            marginalize(groups, "mean", "theta")(2).given({"y": part}),
+            joint_groups,
+            2,
+            (0, 20),
+            0.7,
+        ),
+        "m": (marginalize(regimes, "z")(4).given({"y": ROWS}), joint_regimes, 4, (-9, 9), 0.4),
+        "x": (marginalize(downstream, "z")().given({"y": 1.7}), joint_downstream, 1, (-5, 7), 0.2),
+    }[name]
+
+
+def evidence_of(name: str) -> float:
+    _, joint, n, bounds, _ = summed(name)
+    return float(np.log(integrate.quad(lambda v: np.exp(joint(v, n)), *bounds, limit=200)[0]))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["w", "tau", "m", "x"])
+def test_the_laws_on_the_way_of_what_is_left(name: str) -> None:
+    """The marginal prior times a power of the marginal likelihood; or times that of the first rows."""
+    target, joint, n, _, value = summed(name)
+    target, choices = target.staged(), {name: jnp.asarray(value)}
+    whole, prior = joint(value, n), joint(value, 0)
+    path = MarginalLikelihood(target)
+    np.testing.assert_allclose(path.terms(choices), [whole - prior], rtol=1e-10)
+    space = target.unconstrain()
+    jacobian = space.log_density(space.from_choices(choices)) - target.log_density(choices)
+    for b in (0.0, 0.3, 1.0):
+        law, exact = path.at(jnp.asarray(b)), (1 - b) * prior + b * whole
+        np.testing.assert_allclose(law.log_density(choices), exact, rtol=1e-10)
+        space = law.unconstrain()
+        found = space.log_density(space.from_choices(choices))
+        np.testing.assert_allclose(found - jacobian, exact, rtol=1e-10)
+    if name in ("w", "tau"):
+        path = MarginalLikelihood(target, "row")
+        rows = [joint(value, k) for k in range(n + 1)]
+        if name == "w":  # impossible before any row, and then too
+            nowhere = {"w": jnp.asarray(-0.1)}
+            np.testing.assert_array_equal(path.terms(nowhere), -np.inf)
+        np.testing.assert_allclose(path.terms(choices), np.diff(rows), rtol=1e-9)
+        for k in range(n + 1):
+            found = path.at(jnp.asarray(k)).log_density(choices)
+            np.testing.assert_allclose(found, rows[k], rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_prior_that_branches_under_a_name() -> None:
+    """Summed-out steps in a nested program beside branches, a scan of kept choices, and a site observed in part."""
+
+    @gen
+    def inner() -> None:
+        def step(z: Any, _: Any) -> Any:
+            z = sample("z", dist.Categorical(jnp.array(MOTION)[z]))
+            u = sample("u", dist.Normal(1.0 * z, 1.0))
+            sample("y", dist.Normal(u, 0.5))
+            return z, None
+
+        jax.lax.scan(step, 0, None, length=3)
+
+    @gen
+    def outer() -> None:
+        sample("in", inner())
+        a = sample("a", dist.Normal(0.0, 1.0))
+        branches = [lambda n=n: sample(n, dist.Normal(0.0, 1.0)) for n in ("p", "q")]
+        k = jax.lax.cond(a > 0, *branches)
+        sample("v", dist.Normal(a + k * jnp.ones(2), 1.0))
+
+    data = {"in.y": ROWS[:3], "v": observed(np.ones(2), where=np.array([True, False]))}
+    target = marginalize(outer, "in.z")().given(data).staged()
+    path = MarginalLikelihood(target)
+    for key in jax.random.split(KEY, 4):  # of both branches
+        choices = path.draw(key)
+        u = np.asarray(choices["in"]["u"])
+        k = choices["p"] if choices["a"] > 0 else choices["q"]
+        # Given u, the observations do not depend on z.
+        likelihood = stats.norm.logpdf(ROWS[:3], u, 0.5).sum()
+        likelihood += stats.norm.logpdf(1.0, choices["a"] + k)
+        np.testing.assert_allclose(path.terms(choices)[0], likelihood, rtol=1e-10)
+        for b in (0.0, 0.4, 1.0):
+            found = path.at(jnp.asarray(b)).log_density(choices)
+            exact = target.log_density(choices) - (1 - b) * likelihood
+            np.testing.assert_allclose(found, exact, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["tau", "x"])
+def test_the_evidence_of_what_is_left_is_unbiased(name: str) -> None:
+    steps = tempering(schedule=jnp.array([0.1, 0.4, 1.0]), num_moves=1)
+    algorithm = smc(steps, 50, rejuvenate=WALK, threshold=1.0)
+    runs = replicates(algorithm, summed(name)[0], 400)
+    near(ratios(runs, evidence_of(name)), 1.0)
+    assert np.asarray(runs.path.info["acceptance_rate"]).max() > 0.1
+
+
+def test_rows_whose_choices_are_summed_out() -> None:
+    algorithm = smc(tempering(by="row", rows_per_step=2, num_moves=1), 50, rejuvenate=WALK)
+    runs = replicates(algorithm, summed("w")[0], 400)
+    increments = np.asarray(runs.path.log_increments, float)
+    exact = [integrate.quad(lambda w, n=n: np.exp(joint_shares(w, n)), 0, 1)[0] for n in (2, 4)]
+    near(np.exp(increments[:, 1]), exact[0])
+    near(np.exp(increments[:, 1:3].sum(1)), exact[1])
+
+
+def test_what_is_left_under_vmap_with_moves_fitted_to_particles() -> None:
+    """Temperatures and moves look at the particles; the data are those of several targets."""
+    data = np.stack([ROWS, ROWS[::-1] + 0.4])
+
+    @jax.jit
+    @jax.vmap
+    def runs(keys: Any, y: Any) -> Any:
+        target = marginalize(regimes, "z")(4).given({"y": y})
+        run = smc(tempering(), 200).run
+        return jax.vmap(lambda k: run(k, target, progress=False).log_evidence)(keys)
+
+    found = np.asarray(runs(jax.random.split(KEY, (2, 16)), data), float)
+    for y, logs in zip(data, found, strict=True):
+
+        def density(m: float, y: Any = y) -> float:
+            alpha = np.array([1.0, 0.0])
+            for one in y:
+                alpha = (
+                    alpha @ np.array(MOTION) * stats.norm.pdf(one, m + np.array([0.0, 2.0]), 0.5)
+                )
+            return stats.norm.pdf(m) * alpha.sum()
+
+        ratio = np.exp(logs) / integrate.quad(density, -9, 9)[0]
+        near(ratio, 1.0, ratio.var())
+
+
+def test_discrete_choices_are_left() -> None:
+    @gen
+    def noisy() -> None:
+        u = sample("u", dist.Normal(0.0, 1.0))
+        z = sample("z", dist.Bernoulli(jnp.array([0.2, 0.4, 0.7])))
+        sample("y", dist.Normal(u + z @ jnp.array([1.0, 2.0, 3.0]), 0.7))
+
+    target = marginalize(noisy, "u")().given({"y": 3.4})
+    schedule = jnp.array([0.2, 0.5, 1.0])
+    algorithm = smc(
+        tempering(schedule=schedule, num_moves=1),
+        40,
+        rejuvenate=kernels.gibbs("z"),
+        threshold=1.0,
+    )
+    runs = replicates(algorithm, target, 400)
+    z = np.stack(np.meshgrid(*[[0, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
+    prior = np.prod(np.where(z, [0.2, 0.4, 0.7], [0.8, 0.6, 0.3]), 1)
+    exact = prior @ stats.norm.pdf(3.4, z @ [1.0, 2.0, 3.0], np.sqrt(1.49))
+    near(ratios(runs, float(np.log(exact))), 1.0)
+
+
+def test_a_guide_with_a_choice_summed_out() -> None:
+    @gen
+    def guide() -> None:
+        k = sample("k", dist.Bernoulli(0.4))
+        sample("w", dist.Beta(2.0 + k, 3.0))
+
+    settings = tempering(guide=marginalize(guide, "k")(), schedule=jnp.array([0.4, 1.0]))
+    runs = replicates(smc(settings, 50, rejuvenate=WALK), summed("w")[0], 400)
+    near(ratios(runs, evidence_of("w")), 1.0)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -457,7 +712,17 @@ def flat() -> None:
 @gen
 def coin() -> None:
     p = sample("p", dist.Beta(2.0, 2.0))
-    sample("y", dist.Normal(sample("z", dist.Bernoulli(p)), 1.0))
+    sample("y", dist.Normal(sample("z", dist.Bernoulli(p * jnp.ones(2))), 1.0))
+
+
+@gen
+def pair() -> None:
+    sample("y", dist.Normal(sample("x", dist.Normal(jnp.zeros(2), 1.0))[0], 1.0))
+
+
+@gen
+def two() -> None:
+    sample("x", dist.Normal(sample("z", dist.Bernoulli(0.5)) * jnp.ones(2), 1.0))
 
 
 def test_errors() -> None:
@@ -488,8 +753,10 @@ def test_errors() -> None:
     )
     refuse(gen(lambda: sample("a", dist.Normal()))().given(), "no observation and no factor")
     refuse(flat().given({"y": 1.0}), r"tempering\(guide=program\)")
-    summed = marginalize(coin, "z")().given({"y": 1.0})
-    refuse(summed, "'z' are summed out")
+    half = condition(coin, {"z": observed(jnp.ones(2, int), where=np.array([True, False]))})
+    refuse(marginalize(half, "z")().given({"y": np.ones(2)}), "'z' of 'coin' are conditioned")
+    partly = pair().given({"x": observed(np.ones(2), where=np.array([True, False])), "y": 1.0})
+    refuse(partly, "sums out 'z'", guide=marginalize(two, "z")())
     half = condition(level, {"y": observed(Y, where=Y > 1.0)})(8).given()
     refuse(half, "given")
     everything = level(8).given({"y": Y, "mu": 1.0})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -16,12 +17,18 @@ from weft.ppl import Model, Program, Target, factor, mask
 from weft.ppl.programs.traces import flat_records
 from weft.ppl.programs.unconstraining import sum_event
 from weft.ppl.stage.addresses import flatten, unflatten
+from weft.ppl.stage.control import marginal_p
 from weft.ppl.stage.errors import AddressError, DensityError
-from weft.ppl.stage.interpreter import Context, Handler, walk
-from weft.ppl.stage.records import Records
+from weft.ppl.stage.interpreter import Context, Handler, Result, walk
 from weft.ppl.stage.sites import Site
-from weft.ppl.stage.structure import SiteInfo
-from weft.ppl.transforms.rewriting import Rewrite, Transformed, rebind_scope, stage_call
+from weft.ppl.stage.structure import SiteInfo, summed_out
+from weft.ppl.transforms.rewriting import (
+    Rewrite,
+    Transformed,
+    bind_marginal,
+    rebind_scope,
+    stage_call,
+)
 
 
 class LawPath(eqx.Module):
@@ -56,16 +63,16 @@ class LawPath(eqx.Module):
         """The law at a level."""
 
 
-class Likelihood(LawPath):
-    """The prior times powers of the observations' densities: one power for all, or a power 0 or 1 for each row.
+class FromPrior(LawPath):
+    """A path from the prior, along the temperature or along the rows of the observations.
 
     Attributes:
         target: the last law.
-        axis: the name of the axis of the rows.
+        axis: the name of the axis of the rows; None for a temperature.
     """
 
-    target: Target
-    axis: str | None = eqx.field(static=True, default=None)
+    target: eqx.AbstractVar[Target]
+    axis: eqx.AbstractVar[str | None]
 
     def __check_init__(self) -> None:
         if not self.observed:
@@ -117,6 +124,42 @@ class Likelihood(LawPath):
             ) from None
         return _latent(self.target, drawn.choices)
 
+    def share(self, level: Any) -> Float[Array, " row"]:
+        if self.axis is None:
+            return jnp.reshape(level, (1,))
+        return jnp.where(jnp.arange(self.last) < level, 1.0, 0.0)
+
+    def shares(self, level: Any) -> dict[str, Array]:
+        """The share of each element of the observed sites that counts at a level, by address."""
+        share, found = self.share(level), {}
+        for address in self.observed:
+            shape, place = self.target.sites[address].batch_shape, self._place(address)
+            along = share[0] if place is None else share
+            if place is not None:
+                along = along.reshape(-1, *(1,) * (len(shape) - place - 1))
+            given = self.target.data.get(address)
+            if given is not None and given.where is not None:  # what is missing is latent
+                along = jnp.where(given.where, along, 1.0)
+            found[address] = jnp.broadcast_to(along, shape)
+        return found
+
+    def of(self, function: Callable[..., Any], args: list[Any]) -> Target:
+        """The target with another program, of the same sites."""
+        program = Model(function, self.target.program.name)(*args)
+        return Target(program, self.target.data, self.target.missing)
+
+    def _place(self, address: str) -> int | None:
+        """The position of the axis of the rows at a site."""
+        axes = self.target.sites[address].axes if self.axis is not None else ()
+        return next((i for i, a in enumerate(axes) if a.name == self.axis), None)
+
+
+class Likelihood(FromPrior):
+    """The prior times powers of the observations' densities: one power for all, or a power 0 or 1 for each row."""
+
+    target: Target
+    axis: str | None = eqx.field(static=True, default=None)
+
     def terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
         densities = flatten(self.target.log_densities(choices))
         total = jnp.zeros(self.last)
@@ -131,30 +174,45 @@ class Likelihood(LawPath):
                 total = total + sum_event(jnp.moveaxis(density, place, 0), 1)
         return total
 
-    def share(self, level: Any) -> Float[Array, " row"]:
-        if self.axis is None:
-            return jnp.reshape(level, (1,))
-        return jnp.where(jnp.arange(self.last) < level, 1.0, 0.0)
+    def at(self, level: Any) -> Target:
+        code, args = self.target.program.code()
+        return self.of(_Raised(code, self.shares(level)), args)
+
+
+class MarginalLikelihood(FromPrior):
+    r"""The same where choices $z$ are summed out. Then the likelihood is no product over sites.
+
+    It is one number,
+
+    $$p(y \mid x) = p(x, y) / p(x), \quad p(x, y) = \sum_z p(x, y, z), \quad p(x) = \sum_z p(x, z).$$
+
+    Both densities are those of the target, the second without its observations. So is the density of the first rows.
+    """
+
+    target: Target
+    axis: str | None = eqx.field(static=True, default=None)
+
+    def terms(self, choices: dict[str, Any]) -> Float[Array, " row"]:
+        def log_density(level: Array) -> Array:
+            return self._with_observed(level).log_density(choices)
+
+        # Many rows are taken one after the other.
+        over = jax.vmap(log_density) if self.axis is None else partial(jax.lax.map, log_density)
+        found = over(jnp.arange(self.last + 1))
+        impossible = jnp.isneginf(found[:-1])  # and so is what follows
+        return jnp.where(impossible, -jnp.inf, jnp.diff(found))
 
     def at(self, level: Any) -> Target:
-        share, powers = self.share(level), {}
-        for address in self.observed:
-            shape, place = self.target.sites[address].batch_shape, self._place(address)
-            along = share[0] if place is None else share
-            if place is not None:
-                along = along.reshape(-1, *(1,) * (len(shape) - place - 1))
-            given = self.target.data.get(address)
-            if given is not None and given.where is not None:  # what is missing is latent
-                along = jnp.where(given.where, along, 1.0)
-            powers[address] = jnp.broadcast_to(along, shape)
-        code, args = self.target.program.code()
-        program = Model(_Raised(code, powers), self.target.program.name)(*args)
-        return Target(program, self.target.data, self.target.missing)
+        if self.axis is not None:
+            return self._with_observed(level)
+        code, args = self._with_observed(0).program.code()
+        return self.of(_Bridged(code, self, jnp.asarray(level)), args)
 
-    def _place(self, address: str) -> int | None:
-        """The position of the axis of the rows at a site."""
-        axes = self.target.sites[address].axes if self.axis is not None else ()
-        return next((i for i, a in enumerate(axes) if a.name == self.axis), None)
+    def _with_observed(self, level: Any) -> Target:
+        """The target with those observations only that count at a level, whole."""
+        code, args = self.target.program.code()
+        counts = {a: share > 0 for a, share in self.shares(level).items()}
+        return self.of(mask(code, unflatten(counts)), args)
 
 
 class Bridge(LawPath):
@@ -230,40 +288,57 @@ class _Raised(Transformed):
 
 @dataclasses.dataclass(frozen=True)
 class _InPlace(Rewrite):
-    """Stage every site unchanged, and record the values of the choices."""
+    """Stage every site unchanged, and record the values of the choices, except for those that are summed out."""
 
+    summed: frozenset[str] = frozenset()
     records = True
 
     def site(self, site: Site, key: Any, given: Any) -> tuple[jax.Array, Any, dict[str, Any]]:
         value = self.emit(site)
-        return value, {"value": value} if site.spec.kind == "sample" else None, {}
+        recorded = site.spec.kind == "sample" and ".".join(site.address) not in self.summed
+        return value, {"value": value} if recorded else None, {}
 
-    def scope(
-        self, eqn: Any, args: list[Any], context: Context
-    ) -> tuple[list[Any], Records, dict[str, Any]]:
-        name, trees = eqn.params["name"], []
+    def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
+        if eqn.primitive is not marginal_p:
+            return None
+        addresses, options = eqn.params["addresses"], eqn.params["options"]
+        run, opened = _with_records(eqn.params["jaxpr"], context)
+        return opened(bind_marginal(run, ins, addresses, options))
 
-        def run(*args: Any) -> list[Any]:
-            outs, records, _ = walk(eqn.params["jaxpr"], list(args), context.enter(name))
-            leaves, tree = jax.tree.flatten(records)
-            trees.append((len(outs), tree))
-            return [*outs, *leaves]
+    def scope(self, eqn: Any, args: list[Any], context: Context) -> Result:
+        name = eqn.params["name"]
+        run, opened = _with_records(eqn.params["jaxpr"], context.enter(name))
+        return opened(rebind_scope(name, run, args))
 
-        found = rebind_scope(name, run, args)
+
+def _with_records(jaxpr: Any, context: Context) -> tuple[Callable[..., list[Any]], Any]:
+    """A walk as a flat function, its records among its outputs; and the way from these to a result."""
+    trees = []
+
+    def run(*args: Any) -> list[Any]:
+        outs, records, _ = walk(jaxpr, list(args), context)
+        leaves, tree = jax.tree.flatten(records)
+        trees.append((len(outs), tree))
+        return [*outs, *leaves]
+
+    def opened(found: list[Any]) -> Result:
         n, tree = trees[-1]
         return found[:n], jax.tree.unflatten(tree, found[n:]), {}
 
+    return run, opened
+
 
 class _Bridged(eqx.Module):
-    """A guide, with a factor: a power of the ratio of the target's density to the guide's."""
+    """A program, with a factor: a power of the ratio of the target's density to that of the program."""
 
     inner: Callable[..., Any]
-    path: Bridge
+    path: LawPath
     level: Array
 
     def __call__(self, *args: Any) -> None:
         code, operands = stage_call(self.inner, args, {})
-        _, records, _ = walk(code.jaxpr, operands, Context(_InPlace(), {}, {}))
+        handler = _InPlace(frozenset(summed_out(code.jaxpr)))
+        _, records, _ = walk(code.jaxpr, operands, Context(handler, {}, {}))
         choices = unflatten({a: r["value"] for a, r in flat_records(records)})
-        terms = self.path.terms(choices)[0]
+        terms = self.path.terms(_latent(self.path.target, choices))[0]
         factor("tempering", jnp.where(self.level > 0, self.level * terms, 0))

@@ -26,7 +26,7 @@ from weft.ppl.stage.modules import Module
 from weft.ppl.stage.sites import Site, site_p
 from weft.ppl.stage.structure import summed_out
 
-from .bridges import Bridge, LawPath, Likelihood
+from .bridges import Bridge, LawPath, Likelihood, MarginalLikelihood
 from .tempered import Tempered
 
 
@@ -43,6 +43,10 @@ class tempering(Module):
     variances, with fewer than ten particles for each coordinate). Their step sizes follow the acceptance rate. There
     are as many as it takes until particles are uncorrelated with what they were before, or correlations no longer fall
     (after Buchholz, Chopin and Jacob 2021).
+
+    In a model with choices summed out (`marginalize`) the likelihood is `l(x) = p(x, y) / p(x)`, where `p(x)` is the
+    marginal density of the other choices without their data. So a move takes about three densities in place of one.
+    With `by="row"` the particles need that of the first `n` rows for every `n` after each round of moves.
 
     The first temperature is 0. `log_increments` in `result.path` has the term that each step added to the log evidence.
     With `by="row"`, that of step `n` is the log predictive density of the rows that it adds, given the rows before.
@@ -67,8 +71,8 @@ class tempering(Module):
 
     Raises:
         WeftError: for a schedule that does not increase to 1, or settings that contradict each other.
-        DensityError: for targets without observations or with estimated or summed densities, for priors that cannot be
-            drawn, and if the kernel does not apply to a latent choice.
+        DensityError: for targets without observations or with estimated densities, for priors that cannot be drawn, and
+            if the kernel does not apply to a latent choice.
         AddressError: if the guide does not draw exactly the latent choices, or no observation has the axis.
 
     References:
@@ -134,7 +138,8 @@ class tempering(Module):
             path: LawPath = Bridge(target, guide.staged())
         else:
             _check_program(target.program)
-            path = Likelihood(target, self.by)
+            summed = summed_out(target.program.code()[0].jaxpr)
+            path = MarginalLikelihood(target, self.by) if summed else Likelihood(target, self.by)
         levels, num_levels = None, self.max_steps
         if self.by is not None:
             step, last = self.rows_per_step, path.last
@@ -176,12 +181,6 @@ def _check_exact(program: Program) -> None:
 
 def _check_program(program: Program) -> None:
     _check_exact(program)
-    if summed := summed_out(program.code()[0].jaxpr):
-        raise DensityError(
-            f"tempering: in {program.name!r} {', '.join(map(repr, summed))} are summed out, and a power of the "
-            "sum is no sum of powers: begin at a program that draws the others, their prior say, "
-            "tempering(guide=program), or write the sum as a distribution (dist.MixtureSameFamily)"
-        )
     if fixed := list(_fixed_in_part(program.code()[0].jaxpr)):
         raise DensityError(
             f"tempering: {', '.join(map(repr, fixed))} of {program.name!r} are conditioned in part inside the model, "

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from weft.ppl import Program, Target
 from weft.ppl.stage.addresses import flatten, nearest
 from weft.ppl.stage.errors import AddressError, DensityError, WeftError
-from weft.ppl.stage.structure import SiteInfo
+from weft.ppl.stage.structure import SiteInfo, summed_out
 
 from .supports import is_within
 
@@ -133,6 +133,11 @@ def log_ratio(
         raise DensityError(
             f"the density of {target.program.name!r} is estimated, and choices of it may be idle (branches, masks): "
             "weights of such a target are not known yet"
+        )
+    if summed := summed_out(program.code()[0].jaxpr):
+        raise DensityError(
+            f"choices of {target.program.name!r} may be idle or observed in part, and {program.name!r}, which sums out "
+            f"{_listed(summed)}, has no density of the others alone: propose from a program that sums out nothing"
         )
     against, log_p = target.generate(jax.random.key(0), choices)  # nothing is left to draw
     log_q = jnp.zeros(())
