@@ -85,8 +85,13 @@ def test_rules_and_terms():
     assert found.terms["on"] == 2**6
 
     found = explain(marginalize(effects, "mean", "effect"), 4)
-    assert found.rules["effect"].family is not None
-    assert found.terms == {"effect": 4 * 3 * 3, "mean": 3}
+    assert found.rules["effect"].dimension == 1
+    assert found.rules["effect"].copies == (4,)
+    assert found.terms == {}
+    double = explain(marginalize(effects, "mean", "effect"), 8)
+    assert double.flops["effect"] == 2 * found.flops["effect"]  # linear in copies
+    assert "1 number" in str(found)
+    assert "flops" in str(found)
 
     found = explain(marginalize(steps, "z"), 7)
     assert found.rules["z"].chain == (0, 7, False)

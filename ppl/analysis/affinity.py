@@ -25,7 +25,7 @@ _KEEPS = frozenset(
 )
 
 
-def _keeps(eqn: Any) -> bool:
+def keeps_numbers(eqn: Any) -> bool:
     """Whether an equation gives the numbers that it reads in the same order, in another shape or precision."""
     name = eqn.primitive.name
     turns = name == "reshape" and eqn.params.get("dimensions") is not None
@@ -60,7 +60,7 @@ def power_of(eqn: Any, powers: list[Any]) -> Any:
     if any(p is UNKNOWN for p in powers):
         return UNKNOWN
     first, *rest = powers
-    if _keeps(eqn):
+    if keeps_numbers(eqn):
         return first if first is not None else UNKNOWN
     exponent = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2, "integer_pow": eqn.params.get("y")}.get(
         name
@@ -90,7 +90,7 @@ def multiple_of(eqn: Any, powers: list[Any]) -> Any:
     """The same for a choice that is a positive definite matrix, in the last two axes, times a number."""
     name, shapes = eqn.primitive.name, [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
     first, rest = powers[0], powers[1:]
-    if _keeps(eqn) and first is not UNKNOWN:
+    if keeps_numbers(eqn) and first is not UNKNOWN:
         kept = shapes[0][-2:] == shapes[-1][-2:]
         if name == "broadcast_in_dim":
             n = len(shapes[-1])
@@ -111,6 +111,11 @@ def is_linear(eqn: Any, read: list[int]) -> bool:
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     if not all(map(_is_real, [*(eqn.invars[i] for i in read), *eqn.outvars])):
         return False
+    name = eqn.primitive.name
+    if name in _LINEAR or (name in _BILINEAR and len(read) == 1):
+        return True
+    if set(read) <= _LINEAR_IN.get(name, frozenset()):
+        return True
     return is_polynomial(lambda *xs: bind(eqn, xs), avals, read, 1)
 
 
@@ -143,6 +148,23 @@ def is_polynomial(f: Callable[..., Any], avals: list[Any], read: list[int], degr
     closed = jax.make_jaxpr(derivative)(avals, directions)
     return not any(reads(closed, [*flags, *[False] * (len(read) * degree)]))
 
+
+_NAMES = """
+add add_any broadcast_in_dim concatenate copy copy_p cumsum expand_dims neg reduce_sum reshape rev slice split squeeze
+stack sub tile transpose unstack
+"""
+_LINEAR = frozenset(_NAMES.split())
+"""Linear in all operands together."""
+_BILINEAR = frozenset(["mul", "dot_general"])
+_LINEAR_IN = {
+    "div": frozenset([0]),
+    "gather": frozenset([0]),
+    "dynamic_slice": frozenset([0]),
+    "dynamic_update_slice": frozenset([0, 1]),
+    "scatter": frozenset([0, 2]),
+    "scatter-add": frozenset([0, 2]),
+}
+"""Linear in these operands together."""
 
 _SMOOTH = """
 add add_any broadcast_in_dim cholesky concatenate conv_general_dilated convert_element_type copy copy_p cos cumsum div

@@ -23,7 +23,7 @@ from weft.ppl.stage.records import Records, is_site_record, look_up, recorded
 from .choices import IMPOSSIBLE
 from .factors import Factor
 from .region import Lost, Region, addresses, rule
-from .tables import Limit, Variable, apply, is_table, variables_of
+from .tables import Limit, Variable, apply, is_table, pieces, rebuilt, variables_of
 
 
 @rule(cond_p)
@@ -34,10 +34,7 @@ def branches(
     index, *operands = ins
     limit, last = region.plan.limit, len(eqn.params["branches"]) - 1
     index = apply(lambda i: jnp.clip(i, 0, last), limit, index)
-    operands = [
-        x.like(finite_cotangents(x.array)) if is_table(x) else finite_cotangents(x)
-        for x in operands
-    ]
+    operands = [rebuilt(x, iter([finite_cotangents(a) for a, _ in pieces(x)])) for x in operands]
     outside, known, anonymous = region.read_later(context), {}, context.anonymous
     outs: list[list[Any]] = []
     records: list[Records] = []
@@ -53,6 +50,7 @@ def branches(
         regions.append(inner)
     _check_idle(region, eqn, context)
     created = [v for inner in regions for v in inner.created]
+    _merge_priors(region, index, regions)
     for number, inner in enumerate(regions):
         _count(region, context, index, number, inner, created)
     region.created += created
@@ -83,13 +81,36 @@ def _count(
         weigh(factor)
     constant = apply(here, limit, index, jnp.asarray(inner.constant))
     region.weigh(constant, (*context.prefix, "a branch"))
-    mine = {v for f in inner.factors for v in f.variables}
+    for evidence in (f.without_unit(limit) for f in inner.evidence):
+        parts = [None if x is None else apply(here, limit, index, x) for x, _ in evidence.parts()]
+        parts[1] = evidence.form.precision  # rows that are zero give nothing
+        region.evidence.append(evidence.with_parts(parts))
+    mine = {v for f in inner.factors for v in f.variables} | {v for v in created if v.normal}
     for variable in created:  # idle in this branch: it has its first value
         if variable not in mine:
             rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, IMPOSSIBLE)
             rest = rest.reshape(-1, *(1,) * len(variable.plates))
             shape = (variable.num_values, *(p.size for p in variable.plates))
             weigh(Factor(jnp.broadcast_to(rest, shape), (variable,), variable.plates))
+
+
+def _merge_priors(region: Region, index: Any, regions: list[Region]) -> None:
+    """The priors of normal choices: that of the branch taken, and a standard normal law where a choice is idle."""
+    limit = region.plan.limit
+    for v in dict.fromkeys(v for inner in regions for v in inner.priors):
+        found = [inner.priors.get(v) for inner in regions]
+        first = next(f for f in found if f is not None)
+        rooted = all(f is None or f.root is not None for f in found)
+        shape = first.mean.shape if is_table(first.mean) else jnp.shape(first.mean)
+        eye = jnp.broadcast_to(jnp.eye(shape[-1], dtype=first.mean.dtype), (*shape, shape[-1]))
+        means = [jnp.zeros(shape, first.mean.dtype) if f is None else f.mean for f in found]
+        if rooted:
+            spreads = [eye if f is None else f.root for f in found]
+        else:
+            spreads = [eye if f is None else f.spread(limit) for f in found]
+        parts = [_select(limit, index, means), _select(limit, index, spreads)]
+        parts = [parts[0], *((parts[1], None) if rooted else (None, parts[1]))]
+        region.priors[v] = first.with_parts(parts)
 
 
 def _check_idle(region: Region, eqn: Any, context: Context) -> None:

@@ -7,15 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from weft.ppl.stage.compat import scan_sizes
+from weft.ppl.stage.compat import Literal, scan_sizes
 from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.records import Records
 
-from .chain_state import State, Step, located
+from .chain_laws import fold, hand_on, unfold
+from .chain_state import State, Step
 from .factors import Factor, multiply
 from .filtered import filtered
-from .region import Lost, Region
-from .tables import Entangled, Table, Variable, is_table, variables_of
+from .region import Lost, Region, addresses
+from .tables import (
+    Entangled,
+    PlateAxes,
+    Slope,
+    Table,
+    Variable,
+    axes_of,
+    is_table,
+    pieces,
+    rebuilt,
+    slopes_of,
+    variables_of,
+)
 
 
 class Steps:
@@ -31,8 +44,8 @@ class Steps:
         self.xs = ins[num_consts + num_carry :]
         keys, given = context.only(context.names(self.body))
         self.orders: dict[str, int] = {}  # for each carried choice, the number of steps
-        self.forms = [_one_step(x) if is_table(x) else None for x in self.xs]
-        arrays = [jnp.moveaxis(x.array, len(x.axes), 0) if is_table(x) else x for x in self.xs]
+        self.forms = [_one_step(x) for x in self.xs]
+        arrays = [[jnp.moveaxis(a, lead, 0) for a, lead in pieces(x)] for x in self.xs]
         inputs = (arrays, keys, given)
         self.inputs = jax.tree.map(lambda a: a[::-1], inputs) if eqn.params["reverse"] else inputs
 
@@ -58,9 +71,7 @@ class Steps:
                 summed out.
         """
         plan, (arrays, keys, given) = self.region.plan, x
-        xs = [
-            a if form is None else form.like(a) for a, form in zip(arrays, self.forms, strict=True)
-        ]
+        xs = [rebuilt(form, iter(a)) for a, form in zip(arrays, self.forms, strict=True)]
         # Choices read outside stay. Those of the chain are summed out as soon as no slot reads them.
         outside = frozenset(variables_of([*self.consts, *self.xs]))
         if link:  # scans and lanes within the step may not sum out the past either
@@ -73,7 +84,12 @@ class Steps:
         outs, records = inner.walk(self.body, [*self.consts, *state.slots, *xs], inside)
         inner.refuse_shared("a scan")
         slots, ys = outs[: self.num_carry], outs[self.num_carry :]
-        born = {**state.born, **dict.fromkeys(inner.created, step)}
+        inner.finish({v for v in inner.priors if not _reads(slots, v)}, frozenset(state.born))
+        slots, carried = hand_on(inner, slots, set(inner.priors), state.carried)
+        inner.settle()
+        self._refuse_mixture(state, slots)
+        made = [v for v in inner.created if not v.normal]
+        born = {**state.born, **dict.fromkeys(made, step)}
         key = next((k for v in inner.created if (k := inner.keys.get(v)) is not None), None)
         for i, v in enumerate(state.born):
             if key is not None:  # else the step makes no choice, and these are from before the scan
@@ -88,11 +104,28 @@ class Steps:
         others = [f for f in inner.factors if f not in mine]
         placements = {v: inner.placements[v] for v in born if v in inner.placements}
         alpha = multiply(mine) if mine else None
-        if alpha is not None and not link:
-            placements = {v: located(v, place, alpha) for v, place in placements.items()}
         if plan.filtering and alpha is not None:
             alpha = filtered(plan, alpha, born)
-        return State(slots, alpha, born, placements), Step(ys, records, others, inner.constant, key)
+        after = State(slots, alpha, born, placements, carried)
+        evidence = [f.without_unit(plan.limit) for f in inner.evidence]
+        return after, Step(ys, records, others, evidence, inner.constant, key)
+
+    def _refuse_mixture(self, state: State, slots: Sequence[Any]) -> None:
+        """Refuse normal choices of a chain whose law depends on finite choices of the chain: it is a mixture."""
+        mine = set(state.carried.variables.values())
+        for x in slots:
+            others = {v for v in axes_of(x) if v in state.born}
+            if others and mine & slopes_of(x).keys():
+                names = addresses([*others, *slopes_of(x)])
+                raise Entangled(
+                    f"{names} of a scan cannot be summed out together: the law of a normal choice given all values of "
+                    "the others so far is a mixture that grows with each step; keep one of them as a choice"
+                )
+
+    def begin(self, region: Region, outside: set[Variable]) -> State:
+        """The state before the first step."""
+        slots, carried = fold(region, list(self.carry), outside)
+        return State(slots, None, {}, {}, carried)
 
     def _note_orders(self, born: dict[Variable, int], step: int) -> None:
         """Note for how many steps the choices in a state were carried."""
@@ -100,21 +133,38 @@ class Steps:
             if t >= 0:
                 self.orders[v.address] = max(self.orders.get(v.address, 0), step + 1 - t)
 
-    def repeats(self, state: State, step: int) -> bool:
-        """Whether one more step would leave the pattern of dependences unchanged."""
+    def settled(self, state: State) -> State:
+        """The state with all slots uncertain that become so in the steps. So far their spread is zero."""
+        while True:
+            after = self.after(state, 0)
+            wider = state.widened(after)
+            same = wider.carried.variables.keys() == state.carried.variables.keys()
+            slots = zip(wider.slots, state.slots, strict=True)
+            if same and all(slopes_of(x).keys() == slopes_of(y).keys() for x, y in slots):
+                return state
+            state = wider
+
+    def after(self, state: State, step: int, pending: Sequence[Factor] = ()) -> State:
+        """The form of the state after one more step."""
         found: list[Any] = []
 
         def probe(state_arrays: Any, x: Any) -> Any:
-            after, _ = self.advance(state.with_arrays(state_arrays), step, x)
+            after, _ = self.advance(state.with_arrays(state_arrays), step, x, pending)
             found.append(after)
             return 0
 
         with self.region.plan.limit.repeated(0):
             jax.eval_shape(probe, state.arrays(), self.at(0))
-        (after,) = found
+        return found[0]
+
+    def repeats(self, state: State, step: int) -> bool:
+        """Whether one more step would leave the pattern of dependences unchanged."""
+        after = self.after(state, step)
         if after.pattern(step + 1) != state.pattern(step):
             return False
-        return state.alpha is None or after.alpha.table.dtype == state.alpha.table.dtype
+        if state.alpha is None or after.alpha is None:
+            return True
+        return after.alpha.table.dtype == state.alpha.table.dtype
 
     def collect(
         self, state: State, first: list[Step], rest: list[Step]
@@ -129,6 +179,7 @@ class Steps:
         region = self.region
         for found in (*first, *rest):
             region.factors += found.others
+            region.evidence += found.evidence
             region.constant = region.constant + found.constant
         if state.alpha is not None:
             region.factors.append(state.alpha)
@@ -141,14 +192,28 @@ class Steps:
             if v not in region.created:
                 region.created.append(v)
         avals = [v.aval for v in self.eqn.outvars[self.num_carry :]]
+        slots = unfold(region, state.slots, state.carried, self._read())
         if not first and not rest:  # a scan of no steps
-            return [*state.slots, *(jnp.zeros(a.shape, a.dtype) for a in avals)], {}
+            return [*slots, *(jnp.zeros(a.shape, a.dtype) for a in avals)], {}
         ys = [
             self._stacked_output(i, [s.ys[i] for s in first], [s.ys[i] for s in rest])
             for i in range(len(avals))
         ]
         records = self._stacked([s.records for s in first], [s.records for s in rest])
-        return [*state.slots, *ys], records
+        return [*slots, *ys], records
+
+    def _read(self) -> set[int]:
+        """The slots that something reads after the scan."""
+        frame = self.context.frame
+        assert frame is not None
+        read = {
+            v
+            for e in frame.jaxpr.eqns[frame.at + 1 :]
+            for v in e.invars
+            if not isinstance(v, Literal)
+        }
+        read |= {v for v in frame.jaxpr.outvars if not isinstance(v, Literal)}
+        return {i for i, v in enumerate(self.eqn.outvars[: self.num_carry]) if v in read}
 
     def _stacked_output(self, i: int, parts: list[Any], rest: list[Any]) -> Any:
         lost = variables_of([*parts, *rest])
@@ -170,13 +235,26 @@ class Steps:
         return jax.tree.map(lambda a: a[::-1], joined) if self.eqn.params["reverse"] else joined
 
 
-def _one_step(x: Table) -> Table:
-    """A table as one step of the scan sees it."""
-    for v, places in x.axes.items():
+def _reads(xs: Sequence[Any], v: Variable) -> bool:
+    return any(v in slopes_of(x) for x in xs)
+
+
+def _one_step(x: Any) -> Any:
+    """A value as one step of the scan sees it."""
+    if not is_table(x):
+        return x
+    moved: PlateAxes = {}
+    for v, places in axes_of(x).items():
         if 0 in places:
-            raise Entangled(
+            error = Entangled(
                 f"a scan goes along the axis of the copies of {v.address!r}, so that its carry may gather "
                 f"them; sample {v.address!r} inside the scan's step"
             )
-    axes = {v: tuple(p - 1 for p in places) for v, places in x.axes.items()}
-    return Table(x.array, axes, x.forms)
+            error.addresses = frozenset({v.address} if v.normal else ())
+            raise error
+        moved[v] = tuple(p - 1 for p in places)
+    slopes = {
+        v: Slope(None if s.value is None else _one_step(s.value), moved[v], s.unit)
+        for v, s in x.slopes.items()
+    }
+    return Table(x.array, {v: moved[v] for v in x.axes}, x.forms, slopes, x.curved)

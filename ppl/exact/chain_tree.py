@@ -24,7 +24,7 @@ from .tables import Variable, variables_of
 def in_a_tree(steps: Steps, state: State, start: int) -> tuple[State, Step]:
     """Take the steps from ``start`` on. Returns the state after the last, and what all steps leave behind."""
     slots = _slots(steps, state, start)
-    links = _Links(steps, state, start)
+    links = _Links(steps, state, start, slots.treedef)
     axes = [0 if varying else None for varying in slots.varying]
     length = steps.length - start
     with steps.region.plan.limit.repeated(length):
@@ -34,15 +34,16 @@ def in_a_tree(steps: Steps, state: State, start: int) -> tuple[State, Step]:
     found = links.steps_found[-1].together(stacked)
     alpha, shifts = links.product(tables, length, key)
     found.others += shifts
-    after = state.carry().with_arrays((slots.after, None, [])).slots
+    end = jax.tree.unflatten(slots.treedef, slots.after)
+    after = state.carry().with_arrays((end, None, [], [])).slots
     return State(after, alpha, state.born), found
 
 
 class _Links:
     """The factors of single steps, from the choices before a step (``old``) to those after it (``new``)."""
 
-    def __init__(self, steps: Steps, state: State, start: int) -> None:
-        self.steps, self.state, self.start = steps, state, start
+    def __init__(self, steps: Steps, state: State, start: int, treedef: Any) -> None:
+        self.steps, self.state, self.start, self.treedef = steps, state, start, treedef
         self.old = list(state.born)
         self.new, self.middle = [[_again(v) for v in self.old] for _ in range(2)]
         self.by_label = dict(zip(state.labels(start).values(), self.new, strict=True))
@@ -53,7 +54,8 @@ class _Links:
 
     def link(self, arrays: Any, x: Any) -> Any:
         """The table of one step, and what the step leaves behind."""
-        bare = self.state.carry().with_arrays((arrays, None, []))
+        slots = jax.tree.unflatten(self.treedef, arrays)
+        bare = self.state.carry().with_arrays((slots, None, [], []))
         after, found = self.steps.advance(bare, self.start, x, link=True)
         later = after.labels(self.start + 1)
         names = {v: self.by_label[later[v]] for v in after.born if v not in self.state.born}
@@ -135,25 +137,27 @@ class _Slots:
     before: list[Any]
     varying: list[bool]
     after: list[Any]
+    treedef: Any
 
 
 def _slots(steps: Steps, state: State, start: int) -> _Slots:
     """The slots of the carry before every step. None of their choices is summed out on the way."""
     bare = state.carry()
-    entry = bare.arrays()[0]
+    entry, treedef = jax.tree.flatten(bare.arrays()[0])
 
     def body(arrays: Any, x: Any) -> Any:
-        after, _ = steps.advance(bare.with_arrays((arrays, None, [])), start, x, link=True)
+        before = bare.with_arrays((jax.tree.unflatten(treedef, arrays), None, [], []))
+        after, _ = steps.advance(before, start, x, link=True)
         left = set(variables_of(after.slots))
         born = {v: t for v, t in after.born.items() if v in left}
         after = renamed(State(after.slots, None, born), bare, start)
-        return after.arrays()[0], arrays
+        return jax.tree.leaves(after.arrays()[0]), arrays
 
     with steps.region.plan.limit.repeated(0):
         closed = jax.make_jaxpr(lambda a, x: body(a, x)[0])(entry, steps.at(0))
         varying = [not settled for settled in settled_slots(closed, entry, start)]
         if not any(varying):
-            return _Slots(entry, varying, entry)
+            return _Slots(entry, varying, entry, treedef)
         after, before = jax.lax.scan(body, entry, steps.since(start), steps.length - start)
     before = [b if v else e for b, v, e in zip(before, varying, entry, strict=True)]
-    return _Slots(before, varying, after)
+    return _Slots(before, varying, after, treedef)

@@ -14,6 +14,7 @@ Särkkä and García-Fernández 2021, "Temporal parallelization of inference in 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from weft.ppl.stage.compat import scan_p
@@ -40,15 +41,18 @@ def chain(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
     steps = Steps(region, eqn, ins, context)
     outside = {v for x in (*steps.consts, *steps.xs) for v in axes_of(x)}
     outside |= region.read_later(context)
-    entering = {v for v in variables_of(steps.carry) if v not in outside}
-    state = State(list(steps.carry), None, dict.fromkeys(entering, -1))
+    entering = {v for v in variables_of(steps.carry) if v not in outside and not v.normal}
+    state = steps.begin(region, outside)
+    state.born = dict.fromkeys(entering, -1)
     pending = [f for f in region.factors if entering & set(f.variables)]
     region.factors = [f for f in region.factors if f not in pending]
     if plan.filtering and pending:
         pending = [filtered(plan, multiply(pending), state.born)]
+    if length:
+        state = steps.settled(state)
     begun = None
     if len(pending) == 1 and length and all(v.family is None for v in entering):
-        begun = State(state.slots, pending[0], state.born)
+        begun = dataclasses.replace(state, alpha=pending[0])
         if steps.repeats(begun, 0):  # the choice before the scan is like those in it
             state, pending = begun, []
     first: list[Step] = []
@@ -65,14 +69,15 @@ def chain(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
     region.factors += pending
     rest: list[Step] = []
     parallel = plan.options.parallel and state.alpha is not None and not state.placements
-    parallel = parallel and not plan.filtering
+    parallel = parallel and not plan.filtering and not state.carried.variables
     if step < length:
         state, found = (in_a_tree if parallel else one_by_one)(steps, state, step)
         rest = [found]
+    carried = {v.address for v in state.carried.variables.values()}
     for address in plan.rules.keys() - known:
         how = plan.rules[address]
         if how.chain is None:
-            order = steps.orders.get(address, 0)
+            order = steps.orders.get(address, int(address in carried))
             how.chain = order, length, parallel and order > 0
     return steps.collect(state, first, rest)
 

@@ -1,7 +1,7 @@
 """The rule of a site: a choice that is summed out is a table, and the density of any other choice is a factor.
 
 The table of a finite choice holds its values. That of a continuous choice holds the points of its family
-(``families``). In both cases its own density is a factor over it.
+(``families``). In both cases its own density is a factor over it. Normal choices have no table (``normal_sites``).
 """
 
 from __future__ import annotations
@@ -20,21 +20,41 @@ from weft.ppl.stage.sites import Site, site_p
 from .conjugacy import certify, family_of
 from .factors import PROBE, labels_of
 from .families import Family
-from .gaussian import Gaussian
+from .normal_sites import choice, is_normal, observe
 from .placements import placed
 from .plan import Elimination
 from .region import Region, addresses, rule
 from .scores import Score
-from .tables import Entangled, Plate, PlateAxes, Table, Variable, apply, axes_of, is_table
+from .tables import (
+    Entangled,
+    Plate,
+    PlateAxes,
+    Table,
+    Variable,
+    apply,
+    axes_of,
+    is_table,
+    slopes_of,
+)
 
 IMPOSSIBLE = -1e30
 """As good as minus infinity: its exponential is zero, and derivatives stay finite."""
 
 
 class Weights(NamedTuple):
-    """Given at a choice that is summed out: numbers added to its log density. The axis of the table is the last."""
+    """Given at a choice that is summed out: numbers added to its log density.
+
+    For a finite choice there is one for each of its values (the last axis). For a continuous choice each is multiplied
+    by a number of the choice.
+
+    Attributes:
+        log_weights: these numbers.
+        squares: for a normal choice, matrices that are multiplied by the outer product of the choice, less ``centre``.
+    """
 
     log_weights: jax.Array
+    squares: jax.Array | None = None
+    centre: jax.Array | None = None
 
 
 @rule(site_p)
@@ -65,8 +85,11 @@ def _kept(region: Region, eqn: Any, site: Site, context: Context) -> tuple[list[
     value, record, terms = apply(handle, limit, site.operands, context.given.get(name))
     if site.spec.kind == "sample" and is_table(value):
         raise ModelError(_unknown_value(site, value.axes))
-    if "log_density" in terms:
-        region.weigh(terms["log_density"], site.address, scale)
+    term = terms.get("log_density")
+    if slopes_of(term):
+        observe(region, site, value, term, scale, context)
+    elif term is not None:
+        region.weigh(term, site.address, scale)
     record = None if record is None else _recorded(region, site, record)
     return [value], {} if record is None else {name: record}
 
@@ -150,7 +173,13 @@ def _joint_indices(region: Region, name: str, num_values: int, copies: int) -> n
 def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table:
     """A choice that is integrated out: returns the table of its points, and adds its own density as a factor."""
     plan, spec, name, shape = region.plan, site.spec, ".".join(site.address), site.shape
-    family = family_of(site.skeleton.unpack(range(site.skeleton.num_arrays))["d"], spec.event_shape)
+    weights = context.given.get(site.name)
+    weights = weights if isinstance(weights, Weights) else None
+    d = site.skeleton.unpack(range(site.skeleton.num_arrays))["d"]
+    if is_normal(d):
+        certify(eqn, site, context, normal=True)
+        return choice(region, site, context, weights)
+    family = family_of(d, spec.event_shape)
     if family is None:
         raise DensityError(
             f"the choice {name!r} ({spec.label}) cannot be integrated out: priors of which a closed form is known "
@@ -161,22 +190,19 @@ def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table
         raise ModelError(
             f"the choice {name!r} is given, in part at least; it cannot be integrated out"
         )
-    copies, joint = shape[: len(shape) - len(family.event)], 1
-    if name in plan.together or (plan.options.joint and math.prod(copies) > 1):
-        if not family.quadratic:
-            raise Entangled(
-                f"copies of {name!r} ({spec.label}) meet; only normal choices can be integrated jointly"
-            )
-        joint, family, copies = math.prod(copies), Gaussian(math.prod(shape)), ()
+    copies = shape[: len(shape) - len(family.event)]
+    if plan.options.joint and math.prod(copies) > 1:
+        raise Entangled(
+            f"copies of {name!r} ({spec.label}) meet; only normal choices can be integrated jointly"
+        )
     axes = tuple(i for i, size in enumerate(copies) if size != 1)
-    variable = _variable(region, site, context, family.num_points, axes, family, joint)
+    variable = _variable(region, site, context, family.num_points, axes, family, 1)
     plan.limit.check([variable], f"the choice {name!r}")
     region.placements[variable] = placement = placed(region, site, family)
     points = placement.points(family).reshape(-1, *shape).astype(spec.dtype)
     value = Table(points, {variable: axes}, {variable: (1.0, True)})
     _prior(region, eqn, site, context, value)
-    weights = context.given.get(site.name)
-    if isinstance(weights, Weights):
+    if weights is not None:
         extra = weights.log_weights * family.statistic(points)
         own = extra.reshape(len(points), *copies, -1) if family.event else extra
         own = jnp.sum(own, -1) if family.event else own

@@ -1,9 +1,9 @@
 """Which densities a continuous choice can be integrated over: proofs, from the program, that a table of points serves.
 
-The density must have the form of the choice's family (``families``). For normal choices that is proved from the
-equations: every parameter is affine in the choice (its derivative does not read it), and the log density is quadratic
-(its second derivative does not read it). For other families the distribution decides, by name, from the list
+The density must have the form of the choice's family (``families``). The distribution decides, by name, from the list
 ``CONJUGATE``. That a matrix is the covariance, or the precision, of a normal density is proved by comparing equations.
+For normal choices no table is needed, but the density must be quadratic in them: its parameters are affine (which the
+walk knows), and its second derivative does not read them.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.sites import Site
 
 from .families import Beta, Dirichlet, Family, Gamma, InverseGamma, base_of
-from .gaussian import Gaussian
 from .matrices import InverseWishart, Wishart
+from .normal_sites import is_normal
 from .region import addresses
-from .tables import Variable, axes_of, is_affine, is_table, variables_of
+from .tables import Variable, axes_of, is_table, slopes_of, variables_of
 
 
 def family_of(d: Any, event_shape: tuple[int, ...]) -> Family | None:
     """The family for which a distribution with this event shape is a prior, if there is one."""
     d = base_of(d)
-    if isinstance(d, dist.Normal):
-        return Gaussian()
-    if isinstance(d, dist.MultivariateNormal):
-        return Gaussian(event_shape[-1])
-    if isinstance(d, dist.Beta):
+    if _states(d, dist.Beta):
         return Beta()
-    if isinstance(d, dist.InverseGamma):
+    if _states(d, dist.InverseGamma):
         return InverseGamma()
-    if isinstance(d, (dist.Exponential, dist.Gamma)):
+    if _states(d, dist.Exponential) or _states(d, dist.Gamma):
         return Gamma()
-    if isinstance(d, dist.Dirichlet):
+    if _states(d, dist.Dirichlet):
         return Dirichlet(event_shape[-1])
-    if isinstance(d, dist.Wishart):
+    if _states(d, dist.Wishart):
         return Wishart(event_shape[-1])
-    if isinstance(d, dist.InverseWishart):
+    if _states(d, dist.InverseWishart):
         return InverseWishart(event_shape[-1])
     return None
+
+
+def _states(d: Any, known: Any) -> bool:
+    """Whether a distribution has the density that a class of NumPyro states. A class derived from it may not."""
+    return isinstance(d, known) and type(d).log_prob is known.log_prob
 
 
 FACTORS: dict[type[Family], dict[str, Any]] = {
@@ -91,20 +92,23 @@ multiple of, and whether it must be the choice itself. The other parameters must
 # --- proofs -----------------------------------------------------------------------------------------------------------
 
 
-def certify(eqn: Any, site: Site, context: Context, value: Any = None) -> None:
+def certify(
+    eqn: Any, site: Site, context: Context, value: Any = None, normal: bool = False
+) -> None:
     """Make sure that a density has a form over which the continuous choices that it reads can be integrated.
 
     Args:
         eqn: the equation of a site.
         site: the site. Its operands may be tables.
         context: where it stands.
-        value: the table of its values, if the site itself is integrated out.
+        value: the table of its values, if the site itself is integrated out over points.
+        normal: whether the site is a normal choice that is summed out itself.
 
     Raises:
         ModelError: if it has not. The message says what is possible.
     """
     leaves = [*site.operands, value] if value is not None else site.operands
-    continuous = [v for v in variables_of(leaves) if v.family is not None]
+    continuous = [v for v in variables_of(leaves) if v.normal or v.family is not None]
     if not continuous or site.spec.kind == "deterministic":
         return
     parts = site.skeleton.unpack(range(site.skeleton.num_arrays))
@@ -112,13 +116,12 @@ def certify(eqn: Any, site: Site, context: Context, value: Any = None) -> None:
         if part in parts and set(continuous) & axes_of(leaves[parts[part]]).keys():
             name = ".".join(site.address)
             raise ModelError(f"site {name!r}: its {part} depends on {addresses(continuous)}")
-    _certify_normal(site, leaves, {v for v in continuous if v.family.quadratic})
+    if not normal:
+        _certify_normal(site, leaves)
     d = base_of(parts.get("d"))
     for v in continuous:
         read = [i for i, x in enumerate(leaves) if v in axes_of(x)]
-        if v.family.quadratic or read == [
-            len(site.operands)
-        ]:  # in the second case it is its own prior
+        if v.normal or read == [len(site.operands)]:  # in the second case it is its own prior
             continue
         if v.family.matrix:
             _certify_matrix(v, eqn, read, d, site, context)
@@ -126,25 +129,33 @@ def certify(eqn: Any, site: Site, context: Context, value: Any = None) -> None:
             _certify_conjugate(v, leaves, read, d, site)
 
 
-def _certify_normal(site: Site, leaves: list[Any], normal: set[Variable]) -> None:
-    read = [i for i, x in enumerate(leaves) if normal & axes_of(x).keys()]
-    if not read or (all(is_affine(leaves[i]) for i in read) and _is_quadratic(site, leaves, read)):
+def _certify_normal(site: Site, leaves: list[Any]) -> None:
+    """Make sure that a density is quadratic in the normal choices that it reads."""
+    read = [i for i, x in enumerate(leaves) if slopes_of(x)]
+    curved = next((leaves[i].curved for i in read if leaves[i].curved), None)
+    d = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("d")
+    if curved is None and is_normal(d):  # its scale is looked at where its density is counted
         return
+    if not read or (curved is None and _is_quadratic(site, leaves, read)):
+        return
+    why = (
+        ""
+        if curved is None
+        else f": it reads a function of it that is not affine, by the equation {curved}"
+    )
     raise ModelError(
-        f"site {'.'.join(site.address)!r} ({site.spec.label}) is not quadratic in {addresses(normal)}, so that cannot "
-        "be integrated out: a parameter has to be an affine function of it, with a density that is normal in that "
-        "parameter"
+        f"site {'.'.join(site.address)!r} ({site.spec.label}) is not quadratic in "
+        f"{addresses(v for i in read for v in slopes_of(leaves[i]))}, so that cannot be integrated out{why}. A "
+        "parameter has to be an affine function of it, with a density that is normal in that parameter"
     )
 
 
 def _is_quadratic(site: Site, leaves: list[Any], read: list[int]) -> bool:
-    own = len(leaves) > len(site.operands)
-
     def log_density(*leaves: Any) -> Any:
-        here = site.at(list(leaves[: len(site.operands)]))
+        here = site.at(list(leaves))
         if site.spec.kind == "factor":
             return here.part("weight")
-        return here.log_prob(leaves[-1] if own else jnp.ones(site.shape, site.spec.dtype))
+        return here.log_prob(jnp.ones(site.shape, site.spec.dtype))
 
     avals = [
         jax.ShapeDtypeStruct(x.shape if is_table(x) else jnp.shape(x), x.dtype) for x in leaves
@@ -155,7 +166,7 @@ def _is_quadratic(site: Site, leaves: list[Any], read: list[int]) -> bool:
 def _certify_conjugate(v: Variable, leaves: list[Any], read: list[int], d: Any, site: Site) -> None:
     known = CONJUGATE[type(v.family)]
     for (label, parameter), (power, itself) in known.items():
-        if type(d).__name__ == label and read == [getattr(d, parameter, None)]:
+        if _states(d, getattr(dist, label)) and read == [getattr(d, parameter, None)]:
             form = leaves[read[0]].forms.get(v)
             if form is not None and form[0] == power and (form[1] or not itself):
                 return

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .factors import PROBE, Factor, multiply, narrow, roots_of
+from .factors import Factor, multiply, narrow, roots_of
 from .integrals import integrate
 from .semirings import Semiring
 from .tables import Entangled, Limit, Variable, num_terms
@@ -91,13 +91,8 @@ def _cost(variable: Variable, factors: list[Factor]) -> int | None:
 
 
 def _closed(variable: Variable, mine: list[Factor]) -> bool:
-    """Whether summing out a variable leaves a function that its continuous variables can still be integrated over."""
-    others = {v for f in mine for v in f.variables if v is not variable and v.family is not None}
-    if variable.family is None or not variable.family.quadratic:
-        return not others  # a sum of conjugate densities is not conjugate
-    # The scale of a normal choice may be integrated out, too. Then all readers of the choice must have that scale.
-    scales = {v for v in others if not v.family.quadratic}
-    return all(scales <= set(f.variables) for f in mine if f.sites != (PROBE,))
+    """Whether no continuous variable is left over: a sum of conjugate densities is not conjugate."""
+    return not any(v is not variable and v.family is not None for f in mine for v in f.variables)
 
 
 def _integrate(

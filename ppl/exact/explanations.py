@@ -27,35 +27,51 @@ class Explanation(Printed):
         rules: for every choice that is summed out, by dotted address, how that is done.
         terms: for every such choice, the entries of all tables that are summed over it in one evaluation of the
             density.
+        flops: for every normal choice, about how many operations its elimination takes in one evaluation.
         largest: the entries of the largest table, with copies counted once. ``max_terms`` bounds it.
     """
 
     name: str
     rules: dict[str, Elimination]
     terms: dict[str, int]
+    flops: dict[str, int]
     largest: int
 
     def __repr__(self) -> str:
         if not self.rules:
             return f"{self.name!r}: nothing is summed out"
         n = len(self.rules)
-        head = (
-            f"{self.name!r}: {n} choice{'s' if n > 1 else ''} summed out, {sum(self.terms.values()):,} terms in all, "
-            f"{self.largest:,} in the largest table\n"
-        )
+        counts = []
+        if self.terms:
+            terms = sum(self.terms.values())
+            counts.append(f"{terms:,} terms in all, {self.largest:,} in the largest table")
+        if self.flops:
+            counts.append(f"about {sum(self.flops.values()):,} flops for normal choices")
+        head = f"{self.name!r}: {n} choice{'s' if n > 1 else ''} summed out, {', '.join(counts)}\n"
         rows = [
-            [a, r.distribution, _values(r), _how(r), f"{self.terms.get(a, 0):,}"]
+            [a, r.distribution, _values(r), _how(r), self._cost(a, r)]
             for a, r in self.rules.items()
         ]
-        return head + table(["choice", "distribution", "table", "rule", "terms"], rows, width=64)
+        last = "cost" if self.flops else "terms"
+        return head + table(["choice", "distribution", "table", "rule", last], rows, width=64)
+
+    def _cost(self, address: str, rule: Elimination) -> str:
+        if rule.dimension is not None:
+            return f"{self.flops.get(address, 0):,} flops"
+        terms = f"{self.terms.get(address, 0):,}"
+        return f"{terms} terms" if self.flops else terms
 
 
 def _values(how: Elimination) -> str:
+    if how.dimension is not None:
+        return f"{how.dimension:,} number{'s' if how.dimension > 1 else ''}"
     return f"{how.num_values:,} {'values' if how.family is None else 'points'}"
 
 
 def _how(how: Elimination) -> str:
     words = []
+    if how.dimension is not None:
+        words.append("normal")
     if how.family is not None:
         words.append("closed form")
     if how.joint > 1:
@@ -65,6 +81,8 @@ def _how(how: Elimination) -> str:
     if how.chain is not None:
         order, steps, tree = how.chain
         chain = f"chain of order {order}" if order else "step by step"
+        if how.dimension is not None and order:
+            chain = "Kalman filter"
         words.append(f"{chain}, {steps:,} steps{' in a tree' if tree else ''}")
     return "; ".join(words) or "one sum"
 
@@ -72,8 +90,9 @@ def _how(how: Elimination) -> str:
 def explain(model: Model | Program | Target, *args: Any) -> Explanation:
     """How `marginalize` sums out the choices of a model, and at what cost. Nothing is evaluated.
 
-    Terms are the entries of the tables that are summed in one evaluation of the density. Time is proportional to them,
-    and so is the memory of a gradient.
+    For normal choices it says about how many operations one evaluation of the density takes. For all others, terms are
+    the entries of the tables that are summed in one evaluation. Time is proportional to them, and so is the memory of a
+    gradient.
 
     Args:
         model: a marginalised model, a program or a target. For a target, missing data count as choices.
@@ -118,4 +137,7 @@ def explain(model: Model | Program | Target, *args: Any) -> Explanation:
     jax.eval_shape(score, latent, data, operands)
     rules = {a: r for p in plans for a, r in p.rules.items()}
     terms = {a: n for p in plans for a, n in p.limit.terms.items()}
-    return Explanation(program.name, rules, terms, max((p.limit.largest for p in plans), default=1))
+    flops = {a: n for p in plans for a, n in p.limit.flops.items()}
+    return Explanation(
+        program.name, rules, terms, flops, max((p.limit.largest for p in plans), default=1)
+    )

@@ -107,17 +107,20 @@ def multiply(factors: Sequence[Factor]) -> Factor:
     full = (*(v.num_values for v in variables), *(p.size for p in plates))
     sites = tuple(dict.fromkeys(s for f in factors for s in f.sites))
     table = jnp.broadcast_to(product, full)
-    return Factor(table, tuple(variables), tuple(plates), _scale(factors), sites)
+    names = [v.address for v in variables]
+    scale = same_scale([f.scale for f in factors], names)
+    return Factor(table, tuple(variables), tuple(plates), scale, sites)
 
 
-def _scale(factors: Sequence[Factor]) -> Any:
-    if not all(_same(f.scale, factors[0].scale) for f in factors):
-        names = sorted({v.address for f in factors for v in f.variables})
+def same_scale(scales: Sequence[Any], names: Iterable[str]) -> Any:
+    """The scale of terms that meet in a sum over some choices."""
+    if not all(_same(s, scales[0]) for s in scales):
+        names = sorted(set(names))
         raise ModelError(
             f"the sites that meet in the sum over {', '.join(map(repr, names))} are scaled differently: scale all of "
             "them, the choice that is summed out among them, or none"
         )
-    return factors[0].scale
+    return scales[0] if scales else None
 
 
 def _same(a: Any, b: Any) -> bool:

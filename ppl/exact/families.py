@@ -5,14 +5,14 @@ As a function of a choice $x$ with a conjugate prior, the log density is a combi
 $$f(x) = c_0 + \sum_j c_j \varphi_j(x).$$
 
 These are the sufficient statistics of an exponential family (Diaconis and Ylvisaker 1979, "Conjugate priors for
-exponential families"): $\log x, \log(1 - x)$ for a beta choice, $x, x^2$ (and products) for a normal one, and so on. So
+exponential families"): $\log x, \log(1 - x)$ for a beta choice, $\log x, x$ for a gamma one, and so on. So
 the values of $f$ at as many points as there are functions determine $f$ everywhere. A choice that is integrated out is
 kept as a table over these points, as a discrete choice is kept as a table over its values. Both go through the same
 elimination. For each family, the integral of $\exp f$, a draw from it and its mode are known, and $f$ at any other
 point is a weighted sum of the table.
 
-This file has the families of numbers and of probabilities. Normal choices are in ``gaussian``, positive definite
-matrices in ``matrices``. ``conjugacy`` tells which density has the form of which family.
+This file has the families of numbers and of probabilities, ``matrices`` those of positive definite matrices. Normal
+choices are no such tables: see ``normals``. ``conjugacy`` tells which density has the form of which family.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from jax.scipy.special import gammaln
 class Family:
     """An exponential family: the points of its table, its functions, and its integral, draws and mode."""
 
-    quadratic = False
     linear = False  # whether the statistic is the choice itself
     matrix = False  # positive definite matrices
     event: tuple[int, ...] = ()

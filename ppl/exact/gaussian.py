@@ -1,74 +1,414 @@
-"""Normal choices, as tables over points that determine a quadratic function."""
+r"""Gaussian algebra: what is done with normal choices, on arrays. Copies lead.
+
+*Evidence* on choices $z$ is a function of *rows* $e$, which are affine in $z$:
+
+$$\log f = c + p^\top e - \tfrac12 e^\top \Gamma e.$$
+
+A normal observation gives one row for each of its numbers, in units of its noise, with $\Gamma = I$ and $p = 0$. All
+formulas are stable where a prior is vague, where an observation is far from its prior, and where a covariance is
+singular: nothing is inverted that can be singular, and no large numbers are subtracted that observations do not hold.
+
+- ``eliminate`` integrates over $u \sim N(0, I)$ where $e$ is affine in $u$; ``integrate`` over $u \sim N(0, Q)$ of
+  which only the covariance is known.
+- ``compress`` writes many rows as few.
+- ``update`` conditions a normal law on evidence (Kalman 1960, "A new approach to linear filtering and prediction
+  problems").
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .families import Family
+from .small import (
+    cholesky,
+    gram,
+    inverse,
+    inverse_lower,
+    product,
+    reflection,
+    solve_definite,
+    solve_lower,
+    sums,
+)
+
+Array = jax.Array
 
 
-class Gaussian(Family):
-    """Quadratic functions of ``d`` numbers."""
+def times(matrix: Array, vector: Array) -> Array:
+    """The product of a matrix and a vector."""
+    return (matrix @ vector[..., None])[..., 0]
 
-    quadratic = True
-    linear = True
 
-    def __init__(self, d: int | None = None) -> None:
-        self.event = () if d is None else (d,)
-        self.d = d or 1
-        self.pairs = np.array([(i, j) for i in range(self.d) for j in range(i, self.d)])
-        super().__init__()
+def swap(matrix: Array) -> Array:
+    return jnp.swapaxes(matrix, -1, -2)
 
-    def points(self) -> np.ndarray:
-        one = np.eye(self.d)
-        cross = [one[i] + one[j] for i, j in self.pairs if i != j]
-        grid = np.concatenate([np.zeros((1, self.d)), one, -one, np.reshape(cross, (-1, self.d))])
-        return grid if self.event else grid[:, 0]
 
-    def basis(self, u: Any, xp: Any = jnp) -> Any:
-        u = u if self.event else u[..., None]
-        i, j = self.pairs.T
-        return xp.concatenate([xp.ones((*u.shape[:-1], 1), u.dtype), u, u[..., i] * u[..., j]], -1)
+def between(rows: Array, covariance: Array) -> Array:
+    """The covariance of ``rows @ x``, from that of ``x``."""
+    return rows @ covariance @ swap(rows)
 
-    def natural(self, c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The constant, the linear term (..., d) and the precision (..., d, d)."""
-        h, q = c[..., 1 : 1 + self.d], c[..., 1 + self.d :]
-        i, j = self.pairs.T
-        to_matrix = np.zeros((len(self.pairs), self.d, self.d))
-        to_matrix[np.arange(len(self.pairs)), i, j] -= 1
-        to_matrix[np.arange(len(self.pairs)), j, i] -= 1
-        return c[..., 0], h, jnp.tensordot(q, jnp.asarray(to_matrix, q.dtype), 1)
 
-    def log_integral(self, c: jax.Array) -> jax.Array:
-        if self.d == 1:
-            h, precision = c[..., 1], -2 * c[..., 2]
-            return c[..., 0] + 0.5 * (h**2 / precision - jnp.log(precision / (2 * np.pi)))
-        constant, h, precision = self.natural(c)
-        factor = jnp.linalg.cholesky(precision)
-        half = jax.scipy.linalg.solve_triangular(factor, h[..., None], lower=True)[..., 0]
-        log_det = jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), -1)
-        return constant + 0.5 * jnp.sum(half**2, -1) - log_det + 0.5 * self.d * np.log(2 * np.pi)
+def _identity(matrix: Array) -> Array:
+    return jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
-    def draw(self, key: jax.Array, c: jax.Array) -> jax.Array:
-        _, h, precision = self.natural(c)
-        factor = jnp.linalg.cholesky(precision)
-        noise = jax.random.normal(key, h.shape, h.dtype)[..., None]
-        away = jax.scipy.linalg.solve_triangular(factor, noise, lower=True, trans=1)[..., 0]
-        u = self._mean(h, factor) + away
-        return u if self.event else u[..., 0]
 
-    def mode(self, c: jax.Array) -> jax.Array:
-        _, h, precision = self.natural(c)
-        u = self._mean(h, jnp.linalg.cholesky(precision))
-        return u if self.event else u[..., 0]
+def _symmetric(matrix: Array) -> Array:
+    return (matrix + swap(matrix)) / 2
 
-    @staticmethod
-    def _mean(h: jax.Array, factor: jax.Array) -> jax.Array:
-        return jax.scipy.linalg.cho_solve((factor, True), h[..., None])[..., 0]
 
-    def placement(self, mean: Any, variance: Any) -> tuple[Any, Any]:
-        return mean, jnp.sqrt(variance)
+def definite(matrix: Array) -> tuple[Callable[[Array], Array], Array]:
+    """How to solve with a positive definite matrix, and the log of its determinant."""
+    if matrix.shape[-1] == 1:
+        return lambda b: b / matrix, jnp.log(matrix[..., 0, 0])
+    factor = cholesky(matrix)
+    diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
+    return lambda b: solve_definite(factor, b), 2 * jnp.sum(jnp.log(diagonal), -1)
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------------
+
+
+class Quadratic(NamedTuple):
+    r"""$c + p^\top e - e^\top \Gamma e / 2$ as a function of rows $e$.
+
+    Attributes:
+        precision: $\Gamma$; None for the identity.
+        linear: $p$; None for zero.
+        constant: $c$.
+    """
+
+    precision: Any
+    linear: Any
+    constant: Any
+
+    def weighed(self, rows: Array) -> Array:
+        r"""$\Gamma$ times a matrix with as many rows."""
+        return rows if self.precision is None else self.precision @ rows
+
+    def force(self, rows: Array) -> Array:
+        """The derivative by the rows."""
+        pull = rows if self.precision is None else times(self.precision, rows)
+        return -pull if self.linear is None else self.linear - pull
+
+    def at(self, rows: Array) -> Array:
+        pull = rows if self.precision is None else times(self.precision, rows)
+        inner = -pull / 2 if self.linear is None else self.linear - pull / 2
+        return self.constant + jnp.sum(inner * rows, -1)
+
+    def full(self, like: Array) -> tuple[Array, Array]:
+        """The precision and the linear term as arrays, for rows ``like``."""
+        precision, linear = self.precision, self.linear
+        if precision is None:
+            eye = jnp.eye(like.shape[-1], dtype=like.dtype)
+            precision = jnp.broadcast_to(eye, (*like.shape, like.shape[-1]))
+        return precision, jnp.zeros_like(like) if linear is None else linear
+
+
+class Block(NamedTuple):
+    """Evidence on several choices $z$ at once: rows $A z + b$ and a function of them.
+
+    Attributes:
+        rows: $A$, ``(..., n, D)``.
+        offset: $b$, ``(..., n)``.
+        evidence: the function of the rows.
+    """
+
+    rows: Array
+    offset: Array
+    evidence: Quadratic
+
+
+class Copies(NamedTuple):
+    """How the blocks of rows belong to copies of the choices.
+
+    Attributes:
+        spread: repeats an array with one entry for each copy to each block of rows.
+        total: sums an array with one entry for each block over the blocks of each copy.
+    """
+
+    spread: Callable[[Array], Array]
+    total: Callable[[Array], Array]
+
+
+_ALONE = Copies(lambda x: x, lambda x: x)
+
+
+def compress(block: Block, copies: Copies, prior: int = 0) -> tuple[Array, Array, Quadratic]:
+    r"""Many rows as one row for each number of $z$.
+
+    The new rows are $e' = W (z - \hat z)$, where $\hat z$ is near the largest value of the evidence, and $W$ near a
+    Cholesky factor of $A^\top \Gamma A$: so $\Gamma'$ is near the identity, and $p'$ near zero. $W$ is upper
+    triangular: the first choices enter the first rows only. Any constants $W$ and $\hat z$ would do, so derivatives do
+    not go through them. With $r = A \hat z + b$ and $\tilde A = A W^{-1}$
+
+    $$\Gamma' = \tilde A^\top \Gamma \tilde A, \qquad p' = \tilde A^\top (p - \Gamma r), \qquad
+      c' = c + p^\top r - \tfrac12 r^\top \Gamma r.$$
+
+    The factor comes from a shifted Cholesky factorisation (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa 2020,
+    "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices").
+
+    With ``prior``, the first so many numbers of $z$ have a standard normal law, of which the exponent counts as well.
+
+    Returns:
+        $W$ ``(..., D, D)``, $\hat z$ ``(..., D)``, and the evidence on the new rows.
+    """
+    form = block.evidence
+    still = jax.lax.stop_gradient(block)
+    information = _information(still.rows, still.evidence, copies)
+    if prior:
+        weights = jnp.arange(information.shape[-1]) < prior
+        information = information + jnp.diag(weights.astype(information.dtype))
+    way, back = _coordinates(information)
+    rows = product(block.rows, copies.spread(back))
+    start = sums(jax.lax.stop_gradient(rows), still.evidence.force(still.offset))
+    centre = copies.total(start)
+    away = product(rows, copies.spread(centre)[..., None])[..., 0] + block.offset
+    constant, linear = copies.total(form.at(away)), copies.total(sums(rows, form.force(away)))
+    precision, centre = _information(rows, form, copies), times(back, centre)
+    if prior:  # its rows are the first numbers of z themselves
+        own, there = back[..., :prior, :], centre[..., :prior]
+        precision = precision + gram(own)
+        linear = linear - sums(own, there)
+        constant = constant - jnp.sum(there**2, -1) / 2
+    step = jax.lax.stop_gradient(linear)  # to where nothing linear is left, up to rounding
+    constant = constant + jnp.sum((linear - times(precision, step) / 2) * step, -1)
+    linear = linear - times(precision, step)
+    return way, centre + times(back, step), Quadratic(precision, linear, constant)
+
+
+def _information(rows: Array, form: Quadratic, copies: Copies) -> Array:
+    r"""$A^\top \Gamma A$, summed over the blocks."""
+    if form.precision is None:
+        return copies.total(gram(rows))
+    return _symmetric(copies.total(swap(rows) @ form.weighed(rows)))
+
+
+def _coordinates(information: Array) -> tuple[Array, Array]:
+    """An upper triangular factor of a positive semidefinite matrix, shifted to be definite, and its inverse."""
+    d = information.shape[-1]
+    diagonal = jnp.diagonal(information, axis1=-2, axis2=-1)
+    shift = jnp.where(diagonal > 0, 8 * d * jnp.finfo(diagonal.dtype).eps * diagonal, 1)
+    factor = cholesky(information + shift[..., None] * _identity(information))
+    return swap(factor), swap(inverse_lower(factor))
+
+
+class Eliminated(NamedTuple):
+    r"""A choice integrated out.
+
+    Attributes:
+        turn: the rows that are left are ``turn @ rows``, with the choice at its prior mean.
+        evidence: the evidence on them.
+        log_det: the logarithm of the determinant that the integral has.
+        gain, shift: given other choices, the mean of the choice is its prior mean plus ``gain @ rows + shift``.
+        covariance: its covariance, given other choices.
+    """
+
+    turn: Array
+    evidence: Quadratic
+    log_det: Array
+    gain: Array
+    shift: Array
+    covariance: Array
+
+
+def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
+    r"""Integrate over $u \sim N(0, I)$, of which rows $e + A T u$ are a function.
+
+    Rows and prior together are $a u + (e, 0)$ with $a = (A T, I)$. An orthogonal matrix $H$ takes $a$ to $(R, 0)$: so
+    the last $n$ rows of $H (e, 0)$ are free of $u$, and the integral is $|R|^{-1}$ times the evidence on them (Bierman
+    1977, "Factorization methods for discrete sequential estimation"). $H$ is a constant here: its derivative would be
+    singular where $A$ is. So $H a = (R, \Delta)$, and $\Delta$ is zero but its derivative is not. With
+    $\Delta' = \Delta R^{-1}$ the rows that are left are $e' = (-\Delta', I) H (e, 0)$, and with $\Gamma$ and $p$
+    turned by $H$
+
+    $$M = \Gamma_{11} + \Gamma_{12} \Delta' + \Delta'^\top \Gamma_{21} + \Delta'^\top \Gamma_{22} \Delta', \quad
+      G = \Gamma_{21} + \Gamma_{22} \Delta', \quad h = p_1 + \Delta'^\top p_2,$$
+    $$\Gamma' = \Gamma_{22} - G M^{-1} G^\top, \quad p' = p_2 - G M^{-1} h, \quad
+      c' = c + \tfrac12 h^\top M^{-1} h - \tfrac12 \log |M| - \log |R|.$$
+
+    Args:
+        evidence: the evidence, of ``n`` rows.
+        rows: $A$, ``(..., n, d)``.
+        root: $T$, ``(..., d, d)``.
+    """
+    d = rows.shape[-1]
+    scaled = rows @ root
+    eye = jnp.broadcast_to(_identity(root), (*scaled.shape[:-2], d, d))
+    stack = jnp.concatenate([scaled, eye], -2)
+    turn = reflection(jax.lax.stop_gradient(stack))
+    full = turn @ stack
+    top, low = full[..., :d, :], full[..., d:, :]
+    low = low - jax.lax.stop_gradient(low)
+    back_top, log_det = inverse(top)
+    away = low @ back_top
+    left = turn[..., :, : rows.shape[-2]]
+    onto = left[..., d:, :] - away @ left[..., :d, :]
+    if evidence.precision is None and evidence.linear is None:
+        own = _identity(top) + swap(away) @ away
+        solve, more = definite(own)
+        back, moved = solve(swap(away)), jnp.zeros_like(top[..., 0])
+        evidence = Quadratic(_identity(away @ back) - away @ back, None, evidence.constant)
+    else:
+        precision, linear = evidence.full(rows[..., 0])
+        # The prior's rows have the identity, and nothing linear.
+        rest = turn[..., :, rows.shape[-2] :]
+        precision = left @ precision @ swap(left) + rest @ swap(rest)
+        linear = times(left, linear)
+        cross, corner = precision[..., d:, :d], precision[..., d:, d:]
+        side = cross + corner @ away
+        solve, more = definite(precision[..., :d, :d] + swap(cross) @ away + swap(away) @ side)
+        force = linear[..., :d] + times(swap(away), linear[..., d:])
+        moved, back = solve(force[..., None])[..., 0], solve(swap(side))
+        constant = evidence.constant + jnp.sum(force * moved, -1) / 2
+        precision = _symmetric(corner - side @ back)
+        evidence = Quadratic(precision, linear[..., d:] - times(side, moved), constant)
+    out = root @ back_top
+    gain = -out @ (left[..., :d, :] + back @ onto)
+    covariance = out @ solve(swap(out))
+    return Eliminated(onto, evidence, 2 * log_det + more, gain, times(out, moved), covariance)
+
+
+class Separated(NamedTuple):
+    r"""A choice integrated out of rows that determine all choices.
+
+    Attributes:
+        way, offset: the rows that are left are ``way @ w + offset`` in the other choices $w$.
+        evidence: the evidence on them.
+        log_det: the logarithm of the determinant that the integral has.
+        gain, shift: given the others, the choice is on average its prior mean plus ``gain @ w + shift``.
+        covariance: its covariance, given other choices.
+    """
+
+    way: Array
+    offset: Array
+    evidence: Quadratic
+    log_det: Array
+    gain: Array
+    shift: Array
+    covariance: Array
+
+
+def separate(
+    evidence: Quadratic, rows: Array, root: Array, offset: Array, others: Array
+) -> Separated:
+    r"""Integrate over $u \sim N(0, I)$, for rows $A T u + B w + b$ of which there are as many as numbers of $(u, w)$.
+
+    Rows and prior are compressed together: $e' = W ((u, w) - \hat z)$ with a triangular $W$. So the rows $e'_2$ are
+    free of $u$, and for any $w$ the integral over $u$ is one over $e'_1$.
+
+    Args:
+        evidence: the evidence, of ``n`` rows.
+        rows: $A$, ``(..., n, d)``.
+        root: $T$, ``(..., d, d)``.
+        offset: $b$, ``(..., n)``.
+        others: $B$, ``(..., n, m)``.
+    """
+    d = rows.shape[-1]
+    data = jnp.concatenate([product(rows, root), others], -1)
+    way, centre, found = compress(Block(data, offset, evidence), _ALONE, d)
+    precision, linear = found.full(centre)
+    own, side, rest = precision[..., :d, :d], precision[..., :d, d:], precision[..., d:, d:]
+    solve, log_det = definite(own)
+    moved, across = solve(linear[..., :d, None])[..., 0], solve(side)
+    constant = found.constant + jnp.sum(linear[..., :d] * moved, -1) / 2
+    left = Quadratic(
+        _symmetric(rest - swap(side) @ across),
+        linear[..., d:] - times(swap(side), moved),
+        constant,
+    )
+    top, beside, low = way[..., :d, :d], way[..., :d, d:], way[..., d:, d:]
+    back, size = inverse(top)
+    out = product(root, back)
+    gain = -out @ (across @ low + beside)
+    shift = times(root, centre[..., :d]) + times(out, moved) - times(gain, centre[..., d:])
+    return Separated(
+        low,
+        -times(low, centre[..., d:]),
+        left,
+        log_det + 2 * size,
+        gain,
+        shift,
+        out @ solve(swap(out)),
+    )
+
+
+def integrate(evidence: Quadratic, rows: Array, covariance: Array) -> Eliminated:
+    r"""The same as ``eliminate`` for $u \sim N(0, Q)$ of which only the covariance is known.
+
+    With $V = A Q A^\top$ and $N = (I + \Gamma V)^{-1}$ the result is evidence on $e$ itself:
+
+    $$\Gamma' = N \Gamma, \qquad p' = N p, \qquad c' = c + \tfrac12 p^\top V N p - \tfrac12 \log |I + \Gamma V|.$$
+
+    Args:
+        evidence: the evidence, of ``n`` rows.
+        rows: $A$, ``(..., n, d)``.
+        covariance: $Q$, ``(..., d, d)``.
+    """
+    found = update(evidence, between(rows, covariance))
+    form, cross = found.evidence, rows @ covariance
+    if form.precision is None:  # the rows were turned
+        turn = found.transform(
+            jnp.broadcast_to(_identity(rows @ swap(rows)), (*rows.shape[:-1], rows.shape[-2]))
+        )
+    else:
+        turn = jnp.broadcast_to(_identity(form.precision), form.precision.shape)
+    gain = swap(found.weigh(cross))
+    shift = jnp.zeros_like(covariance[..., 0])
+    if form.linear is not None:
+        shift = times(swap(cross), form.linear)
+    left = _symmetric(covariance - gain @ cross)
+    return Eliminated(turn, form, found.log_det, -gain, shift, left)
+
+
+# --- a law and evidence on it -----------------------------------------------------------------------------------------
+
+
+class Update(NamedTuple):
+    r"""What evidence on rows $e + A u$ with $u \sim N(0, C)$ does to a law, given $V = A C A^\top$.
+
+    For a value $x$ with $K = A C_x$, its covariances with the rows, let ``weighed`` be $\Gamma' K$ and ``noise`` be
+    $Z$. Then the mean of $x$ moves by $K^\top (p' - \Gamma' e)$, and its covariance becomes $D C D^\top + Z^\top
+    \Gamma Z$ with $D = F - K^\top \Gamma' A$, if $x = F u$ (Joseph's form: no cancellation).
+
+    Attributes:
+        evidence: the evidence that is left, on the rows ``transform(e)``.
+        log_det: the logarithm of the determinant that the integral has.
+    """
+
+    evidence: Quadratic
+    transform: Callable[[Array], Array]
+    weigh: Callable[[Array], Array]
+    noise: Callable[[Array], Array]
+    log_det: Array
+
+
+def update(evidence: Quadratic, spread: Array) -> Update:
+    r"""Condition a law on evidence. For observations alone ($\Gamma = I$) this is the Kalman filter (Kalman 1960)."""
+    if evidence.precision is None and evidence.linear is None:
+        total = _identity(spread) + spread
+        if total.shape[-1] == 1:
+            root, log_det = jnp.sqrt(total), jnp.log(total[..., 0, 0])
+            return Update(
+                evidence, lambda b: b / root, lambda b: b / total, lambda b: b / total, log_det
+            )
+        factor = cholesky(total)
+        log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), -1)
+
+        def transform(b: Array) -> Array:
+            return solve_lower(factor, b)
+
+        def solve(b: Array) -> Array:
+            return solve_definite(factor, b)
+
+        return Update(evidence, transform, solve, solve, log_det)
+    precision, linear = evidence.full(spread[..., 0])
+    back, log_det = inverse(_identity(spread) + precision @ spread)
+    new = times(back, linear)
+    constant = evidence.constant + jnp.sum(linear * times(spread, new), -1) / 2
+    kept = _symmetric(back @ precision)
+    left = Quadratic(kept, new, constant)
+    return Update(left, lambda b: b, lambda b: kept @ b, lambda b: swap(back) @ b, log_det)

@@ -7,6 +7,7 @@ before the vmap of which every lane reads its own copy has one plate less inside
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,10 +26,14 @@ from .tables import (
     Forms,
     Plate,
     PlateAxes,
+    Slope,
     Table,
     Variable,
+    apply,
     axes_of,
     is_table,
+    pieces,
+    rebuilt,
     variables_of,
 )
 
@@ -76,12 +81,12 @@ def _over(
 
 
 class _Begin:
-    """How the walk of a lane begins: its operands, and the factors that can be summed out in it.
+    """How the walk of a lane begins: its operands, and what can be summed out in it.
 
     Attributes:
         slices: the way of variables into the lane.
         inputs: the operands.
-        factors: the factors of the region around that go into the lanes.
+        factors, evidence, priors: those of the region around that go into the lanes.
         dying: variables of a lane that nothing reads after the lanes.
         later: variables that are read after the lanes.
     """
@@ -90,29 +95,43 @@ class _Begin:
         self, region: Region, lane: Lane, body: Any, ins: list[Any], later: frozenset[Variable]
     ) -> None:
         self.region = region
-        self.slices = slices = _Slices(Plate(lane.size, f"the axis {lane.name or 'of a vmap'!r}"))
-        self.inputs = [slices.enter(x, m) for x, m in zip(ins, lane.mapped, strict=True)]
-        dying = slices.dying(ins, body, later)
+        self.slices = slices = Slices(Plate(lane.size, f"the axis {lane.name or 'of a vmap'!r}"))
+        self.inputs = [
+            slices.enter(x, 0 if m else None) for x, m in zip(ins, lane.mapped, strict=True)
+        ]
+        dying = slices.dying(region, ins, body, later)
         self.factors = [f for f in region.factors if dying & set(f.variables)]
         region.factors = [f for f in region.factors if f not in self.factors]
         self.inner_factors = [slices.enter_factor(f) for f in self.factors]
+        inside = [f for f in region.evidence if dying & set(f.variables)]
+        region.evidence = [f for f in region.evidence if f not in inside]
+        evidence = [f.without_unit(region.plan.limit) for f in inside]
+        self.evidence = [(f, slices.enter_parts(f, f.plates)) for f in evidence]
+        priors = [region.priors.pop(v) for v in dying if v.normal]
+        self.priors = [(f, slices.enter_parts(f, f.variable.plates)) for f in priors]
         if any(v in slices.inside for x in self.inputs for v in axes_of(x.form)):
-            raise Entangled(
+            error = Entangled(
                 f"lanes of {slices.plate.name} read both their own copy of {addresses(slices.inside)} and all of them"
             )
+            error.addresses = frozenset(v.address for v in slices.inside if v.normal)
+            raise error
         self.placed = [v for v in slices.whole if slices.whole[v][0] in region.placements]
         self.dying = {slices.inside[v] for v in dying}
         self.later = frozenset(slices.inside.get(v, v) for v in later)
 
+    def _entered(self) -> list[Entered]:
+        return [*self.inputs, *(x for _, parts in (*self.evidence, *self.priors) for x in parts)]
+
     def arrays(self) -> Any:
         """Everything that differs between lanes."""
         placements = [self.region.placements[self.slices.whole[v][0]] for v in self.placed]
-        return [x.array for x in self.inputs], [f.table for f in self.factors], placements
+        arrays = [x.arrays for x in self._entered()]
+        return arrays, [f.table for f in self.factors], placements
 
     def axes(self) -> Any:
         """The axes of these arrays along the lanes."""
         placements = [self.slices.whole[v][1] for v in self.placed]
-        return [x.axis for x in self.inputs], [i for _, i in self.inner_factors], placements
+        return [x.axes for x in self._entered()], [i for _, i in self.inner_factors], placements
 
     def lane(self, arrays: Any, index: Any) -> tuple[Region, list[Any]]:
         """The region of one lane, and its operands."""
@@ -123,11 +142,22 @@ class _Begin:
             dataclasses.replace(f, table=t)
             for (f, _), t in zip(self.inner_factors, tables, strict=True)
         ]
+        values = iter([x.value(a) for x, a in zip(self._entered(), inputs, strict=True)])
+        ins = [next(values) for _ in self.inputs]
+        root = self.slices.plate.root()
+        for f, parts in self.evidence:
+            plates = tuple(p for p in f.plates if p.root() is not root)
+            found = f.with_parts([next(values) for _ in parts])
+            inner.evidence.append(dataclasses.replace(found, plates=plates))
+        for f, parts in self.priors:
+            part = self.slices.inside[f.variable]
+            found = f.with_parts([next(values) for _ in parts])
+            inner.priors[part] = dataclasses.replace(found, variable=part)
         for whole, part in self.slices.inside.items():
             key = around.keys.get(whole)
             inner.keys[part] = None if key is None else jax.random.fold_in(key, index)
         inner.placements = {**around.placements, **dict(zip(self.placed, placements, strict=True))}
-        return inner, [x.value(a) for x, a in zip(self.inputs, inputs, strict=True)]
+        return inner, ins
 
 
 class _End:
@@ -135,32 +165,58 @@ class _End:
 
     def __init__(self, inner: Region, outs: list[Any]) -> None:
         self.inner, self.outs = inner, outs
+        inner.evidence = [f.without_unit(inner.plan.limit) for f in inner.evidence]
         left = {*variables_of(outs), *(v for f in inner.factors for v in f.variables)}
+        left |= {v for f in inner.evidence for x, _ in f.parts() for v in axes_of(x)} | {
+            *inner.priors
+        }
+        left |= {v for f in inner.priors.values() for x, _ in f.parts() for v in axes_of(x)}
         self.created = [v for v in inner.created if v in left]
         self.placed = [v for v in self.created if v in inner.placements]
         self.keyed = [v for v in self.created if inner.keys.get(v) is not None]
+        self.values = [x for f in (*inner.evidence, *inner.priors.values()) for x, _ in f.parts()]
 
     def arrays(self) -> Any:
         """Everything that differs between lanes."""
         inner = self.inner
-        outs = [None if isinstance(x, Lost) else x.array if is_table(x) else x for x in self.outs]
+        outs = [[] if isinstance(x, Lost) else [a for a, _ in pieces(x)] for x in self.outs]
         keys = [inner.keys[v] for v in self.keyed]
         placements = [inner.placements[v] for v in self.placed]
-        return outs, [f.table for f in inner.factors], inner.constant, keys, placements
+        values = [[] if x is None else [a for a, _ in pieces(x)] for x in self.values]
+        values = jax.tree.map(jnp.asarray, values)
+        return outs, [f.table for f in inner.factors], values, inner.constant, keys, placements
 
-    def leave(self, region: Region, slices: _Slices, arrays: Any) -> list[Any]:
+    def leave(self, region: Region, slices: Slices, arrays: Any) -> list[Any]:
         """The outputs of all lanes, from arrays that lead with the lanes. The rest goes to the region around."""
-        outs, tables, constant, keys, placements = arrays
+        outs, tables, values, constant, keys, placements = arrays
+        inner, one_copy = self.inner, slices.plate.size == 1
         for v, place in zip(self.placed, placements, strict=True):
-            one_copy = slices.plate.size == 1
             place = jax.tree.map(lambda x: x[0], place) if one_copy else place
             region.placements[slices.leave(v)] = place
         region.constant = region.constant + jnp.sum(constant)
         for v, key in zip(self.keyed, keys, strict=True):
             region.keys[slices.leave(v)] = key[0]
         region.created += [slices.leave(v) for v in self.created]
-        for f, table in zip(self.inner.factors, tables, strict=True):
+        for f, table in zip(inner.factors, tables, strict=True):
             region.factors.append(slices.leave_factor(f, table))
+        left = iter(
+            [
+                None if old is None else slices.leave_value(old, new, one_copy)
+                for old, new in zip(self.values, values, strict=True)
+            ]
+        )
+        for f in inner.evidence:
+            found = f.with_parts([next(left) for _ in f.parts()])
+            plates = f.plates if one_copy else (slices.plate, *f.plates)
+            region.evidence.append(dataclasses.replace(found, plates=plates))
+        for v, f in inner.priors.items():
+            whole, at = slices.whole.get(v, (slices.leave(v), 0))
+            parts = [next(left) for _ in f.parts()]
+            if at:
+                limit = region.plan.limit
+                move = functools.partial(jnp.moveaxis, source=0, destination=at)
+                parts = [None if x is None else apply(move, limit, x) for x in parts]
+            region.priors[whole] = dataclasses.replace(f.with_parts(parts), variable=whole)
         return [
             old if isinstance(old, Lost) else slices.leave_value(old, new)
             for old, new in zip(self.outs, outs, strict=True)
@@ -172,19 +228,18 @@ class _End:
 
 @dataclasses.dataclass(frozen=True)
 class Entered:
-    """An input of a vmap: its array, the table that one lane sees, and the axis that is mapped."""
+    """A value on its way into a vmap: its arrays, the axes that are mapped, and the value as one lane sees it."""
 
-    array: Any
-    form: Table | None
-    axis: int | None
+    arrays: list[Any]
+    axes: list[int | None]
+    form: Any
 
-    def value(self, part: Any) -> Any:
-        """The input of one lane, from its slice of the array."""
-        array = self.array if self.axis is None else part
-        return array if self.form is None else self.form.like(array)
+    def value(self, arrays: list[Any]) -> Any:
+        """The value in one lane, from its slices of the arrays."""
+        return rebuilt(self.form, iter(arrays)) if arrays else None
 
 
-class _Slices:
+class Slices:
     """Variables, values and factors on their way into one lane of a vmap, and back.
 
     Attributes:
@@ -200,11 +255,19 @@ class _Slices:
         self.whole: dict[Variable, tuple[Variable, int]] = {}
         self.promoted: dict[Variable, Variable] = {}
 
-    def dying(self, ins: list[Any], body: Any, later: frozenset[Variable]) -> set[Variable]:
+    def dying(
+        self, region: Region, ins: list[Any], body: Any, later: frozenset[Variable]
+    ) -> set[Variable]:
         """Variables that lanes with a scan read, and that nothing reads later. They can be summed out in the scan."""
         if not any(map(is_loop, open_jaxpr(body)[0].eqns)):
             return set()
-        return {v for x in ins for v in axes_of(x) if v in self.inside and v not in later}
+        found = {v for x in ins for v in axes_of(x) if v in self.inside and v not in later}
+        found = {v for v in found if not v.normal or v in region.priors}
+        while True:  # the prior of another choice reads it
+            read = {v for f in region.priors.values() if f.variable not in found for v in f.parents}
+            if not found & read:
+                return found
+            found -= read
 
     def slice(self, variable: Variable, i: int) -> Variable:
         """One copy of a variable along its plate ``i``."""
@@ -220,22 +283,38 @@ class _Slices:
             )
         return part
 
-    def enter(self, x: Any, mapped: bool) -> Entered:
-        """An input, as one lane sees it."""
+    def enter(self, x: Any, at: int | None) -> Entered:
+        """A value as one lane sees it. Its axis ``at`` is mapped."""
+        found = pieces(x)
+        axes = [None if at is None else lead + at for _, lead in found]
+        return Entered([a for a, _ in found], axes, self._entered(x, at))
+
+    def _entered(self, x: Any, at: int | None) -> Any:
         if not is_table(x):
-            return Entered(x, None, 0 if mapped else None)
-        axes: PlateAxes = {}
-        forms: Forms = {}
-        for v, places in x.axes.items():
-            inside, rest = v, tuple(p - mapped for p in places)
-            if mapped and 0 in places:
-                i = places.index(0)
-                inside = self.slice(v, i)
-                rest = tuple(p - 1 for j, p in enumerate(places) if j != i)
-            axes[inside] = rest
-            if v in x.forms:
-                forms[inside] = x.forms[v]
-        return Entered(x.array, Table(x.array, axes, forms), len(x.axes) if mapped else None)
+            return x
+        moved = {v: self._place(v, places, at) for v, places in axes_of(x).items()}
+        axes = dict(moved[v] for v in x.axes)
+        forms = {moved[v][0]: f for v, f in x.forms.items()}
+        slopes = {}
+        for v, slope in x.slopes.items():
+            inside, places = moved[v]
+            value = None if slope.value is None else self._entered(slope.value, at)
+            slopes[inside] = Slope(value, places, slope.unit)
+        return Table(x.array, axes, forms, slopes, x.curved)
+
+    def _place(
+        self, v: Variable, places: tuple[int, ...], at: int | None
+    ) -> tuple[Variable, tuple[int, ...]]:
+        """A variable as one lane sees it, and the places of its plates there."""
+        if at is None:
+            return v, places
+        rest = tuple(p - (p > at) for p in places if p != at)
+        return (self.slice(v, places.index(at)) if at in places else v), rest
+
+    def enter_parts(self, f: Any, plates: tuple[Plate, ...]) -> list[Entered]:
+        """The values of evidence or of a prior, over copies along the lanes, as one lane sees them."""
+        at = [p.root() for p in plates].index(self.plate.root())
+        return [_NOTHING if x is None else self.enter(x, at) for x, _ in f.parts()]
 
     def enter_factor(self, factor: Factor) -> tuple[Factor, int]:
         """A factor over copies along the lanes, as one lane sees it, and the axis of its table to map."""
@@ -261,23 +340,35 @@ class _Slices:
             self.promoted[variable] = dataclasses.replace(variable, plates=plates)
         return self.promoted[variable]
 
-    def leave_value(self, old: Any, new: Any) -> Any:
+    def leave_value(self, old: Any, new: list[Any], drop: bool = False) -> Any:
+        """A value of all lanes, from that of one and arrays that lead with the lanes; or of the only lane."""
+        arrays = [
+            a[0] if drop else jnp.moveaxis(a, 0, lead)
+            for a, (_, lead) in zip(new, pieces(old), strict=True)
+        ]
+        return rebuilt(self._left(old, 0 if drop else 1), iter(arrays))
+
+    def _left(self, old: Any, more: int) -> Any:
         if not is_table(old):
-            return new
+            return old
         axes: PlateAxes = {}
-        forms: Forms = {}
-        for v, places in old.axes.items():
-            outside, shifted = v, [p + 1 for p in places]
-            if v in self.whole:
-                outside, i = self.whole[v]
-                shifted.insert(i, 0)
-            elif v in self.promoted:
-                outside = self.promoted[v]
+        for v, places in axes_of(old).items():
+            shifted = [p + more for p in places]
+            if v in self.whole and more:
+                shifted.insert(self.whole[v][1], 0)
+            elif v in self.promoted and more:
                 shifted.insert(0, 0)
-            axes[outside] = tuple(shifted)
-            if v in old.forms:
-                forms[outside] = old.forms[v]
-        return Table(jnp.moveaxis(new, 0, len(old.axes)), axes, forms)
+            axes[v] = tuple(shifted)
+
+        def out(v: Variable) -> Variable:
+            return self.whole[v][0] if v in self.whole else self.promoted.get(v, v)
+
+        slopes = {
+            out(v): Slope(None if s.value is None else self._left(s.value, more), axes[v], s.unit)
+            for v, s in old.slopes.items()
+        }
+        forms: Forms = {out(v): f for v, f in old.forms.items()}
+        return Table(old.array, {out(v): axes[v] for v in old.axes}, forms, slopes, old.curved)
 
     def leave_factor(self, factor: Factor, table: Any) -> Factor:
         mine = [v for v in factor.variables if v in self.whole or v in self.promoted]
@@ -288,3 +379,6 @@ class _Slices:
         return dataclasses.replace(
             factor, table=table, variables=variables, plates=(self.plate, *factor.plates)
         )
+
+
+_NOTHING = Entered([], [], None)

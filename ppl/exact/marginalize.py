@@ -86,7 +86,8 @@ def marginalize(
     r"""The model without some of its choices, which are summed out exactly: $p(x) = \sum_z p(x, z)$.
 
     The choices $z$ are discrete with finitely many values. Or they are continuous with a conjugate prior: normal, beta,
-    gamma, inverse-gamma, Dirichlet, Wishart and inverse-Wishart choices are integrated out in closed form.
+    gamma, inverse-gamma, Dirichlet, Wishart and inverse-Wishart choices are integrated out in closed form. For normal
+    choices that is linear algebra: means must be affine in them, and scales must not depend on them.
 
     Choices may stand at the top level, under ``vmap`` (each copy is summed by itself), in branches, in nested programs,
     and in a ``lax.scan``. In a scan they are a Markov chain of any order (the forward recursion, Rabiner 1989). Several
@@ -96,10 +97,11 @@ def marginalize(
         model: a model or a function with sites.
         *addresses: the choices to sum out. Wildcards work as elsewhere.
         joint: whether to sum over all joint values of the copies of a choice, where copies meet. That is exponential in
-            their number.
+            their number. Copies of normal choices that meet are integrated jointly without it.
         parallel: whether to compose the steps of chains by an associative scan over time, of depth $O(\log T)$, in
             place of the sequential recursion.
-        max_terms: the largest table allowed, in joint values of the choices in it.
+        max_terms: the largest table allowed, in joint values of the choices in it; for a normal choice, the largest
+            covariance, in entries.
 
     Raises:
         ModelError: if a choice cannot be summed out exactly. The message names the equation that stands in the way. The

@@ -12,13 +12,14 @@ the mixture Kalman filter (Chen and Liu 2000; Doucet, de Freitas, Murphy and Rus
 filtering").
 
 A message is a list of arrays. If the carry is an affine function of normal choices, these are the mean of its leaves,
-joined into one vector, and a root of their covariance. If it is a function of finite choices, they are the log
+joined into one vector, and their covariance. If it is a function of finite choices, they are the log
 probabilities of the choices' joint values, and each leaf at each of these values.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,13 +35,14 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.structure import site_table
 
+from .chain_laws import Carried, hand_on
 from .density import untangled
 from .factors import Factor, multiply
-from .gaussian import Gaussian
+from .normal_sites import Centred
 from .plan import Options, Plan
 from .region import Lost, Region
 from .scores import Score
-from .tables import Entangled, Limit, Table, Variable, is_affine, is_table, variables_of
+from .tables import Entangled, Limit, Variable, at_zero, is_table, slopes_of, variables_of
 
 HANDED = "handed on"
 """The name of the choice through which a step reads the message of the step before."""
@@ -79,9 +81,8 @@ class Form:
     def draw(self, message: Sequence[jax.Array]) -> list[jax.Array]:
         """The carry, as a function of a new choice that is to be summed out."""
         if self.num_values is None:
-            mean, root = message
-            noise = sample(HANDED, dist.Normal(0.0, 1.0).expand([mean.size]).to_event(1))
-            return self._apart(mean + root @ noise)
+            mean, covariance = message
+            return self._apart(mean + sample(HANDED, Centred(covariance)))
         log_probs, *tables = message
         value = sample(HANDED, dist.Categorical(logits=log_probs))
         return [table[value] for table in tables]
@@ -90,14 +91,17 @@ class Form:
         """The law of each leaf of the carry. For finite choices, the law of the index of their joint value."""
         if self.num_values is not None:
             return [dist.Categorical(logits=message[0])] * len(self.leaves)
-        means, rows = self._apart(message[0]), self._apart(message[1])
+        sizes = np.cumsum([0, *(math.prod(s) for s, _ in self.leaves)])
+        blocks = [message[1][a:b, a:b] for a, b in itertools.pairwise(sizes)]
         return [
-            dist.Normal(m, jnp.linalg.norm(r))
+            dist.Normal(m, jnp.sqrt(c[0, 0]))
             if m.ndim == 0
-            else dist.MultivariateNormal(m, _covariance(r))
+            else dist.MultivariateNormal(
+                m, c + jnp.finfo(c.dtype).tiny * jnp.eye(len(c), dtype=c.dtype)
+            )
             if m.ndim == 1
-            else dist.Normal(m, jnp.linalg.norm(r, axis=-1)).to_event(m.ndim)
-            for m, r in zip(means, rows, strict=True)
+            else dist.Normal(m, jnp.sqrt(jnp.diagonal(c)).reshape(m.shape)).to_event(m.ndim)
+            for m, c in zip(self._apart(message[0]), blocks, strict=True)
         ]
 
     def _join(self, leaves: Sequence[Any]) -> jax.Array:
@@ -114,10 +118,6 @@ class Form:
             x.reshape(*s, *x.shape[1:]).astype(d)
             for x, (s, d) in zip(jnp.split(vector, parts), self.leaves, strict=True)
         ]
-
-
-def _covariance(rows: jax.Array) -> jax.Array:
-    return rows @ rows.T + jnp.finfo(rows.dtype).tiny * jnp.eye(len(rows), dtype=rows.dtype)
 
 
 @dataclasses.dataclass
@@ -143,54 +143,52 @@ class Walked:
                 raise ModelError(x.why)
         values = [x if is_table(x) else jnp.asarray(x) for x in values]
         region, chosen = self.region, variables_of(values)
-        region.finish({v for f in region.factors for v in f.variables} - set(chosen))
+        names = " and ".join(dict.fromkeys(repr(v.address) for v in chosen if v.address != HANDED))
+        normal = {v for v in chosen if v.normal}
+        if normal and len(normal) < len(chosen):
+            raise _mixed(names)
+        if normal:
+            return self._normal(values, names)
+        region.finish(
+            {v for f in region.factors for v in f.variables} - set(chosen) | {*region.priors}
+        )
         left = [f for f in region.factors if f.variables]
         alpha = multiply(left) if left else Factor(jnp.zeros(()), ())  # nothing is: one joint value
-        names = " and ".join(dict.fromkeys(repr(v.address) for v in chosen if v.address != HANDED))
         if alpha.scale is not None:
-            raise ModelError(f"filtering: {names} is scaled, and so has no law to be handed on")
-        if all(v.family is None for v in chosen):
-            return _finite(values, chosen, alpha, names)
-        if not all(v.family is not None and v.family.quadratic for v in chosen):
-            raise ModelError(
-                f"filtering: a step hands on {names}, whose law given the past is a mixture, or of a family that no "
-                "step keeps; normal choices alone, or finite ones alone, can be handed on: leave one kind in the model"
-            )
-        return self._normal(values, chosen, alpha, names)
+            raise _scaled(names)
+        if any(v.family is not None for v in chosen):
+            raise _mixed(names)
+        return _finite(values, chosen, alpha, names)
 
-    def _normal(
-        self, values: list[Any], chosen: list[Variable], alpha: Factor, names: str
-    ) -> tuple[Form, list[jax.Array]]:
-        for x in values:
-            if not jnp.issubdtype(x.dtype, jnp.inexact) or (is_table(x) and not is_affine(x)):
-                raise ModelError(
-                    f"filtering: the carry of the scan holds a function of {names} that is not affine: carry the "
-                    "choice, and compute what is wanted of it in the next step"
-                )
+    def _normal(self, values: list[Any], names: str) -> tuple[Form, list[jax.Array]]:
+        region = self.region
         form = Form(tuple((tuple(x.shape), np.dtype(x.dtype)) for x in values), None)
-        # The factor is quadratic in all of them jointly: its values at all pairs of points determine it.
-        sizes = [v.family.d for v in chosen]
-        grids = [v.family.grid.reshape(v.num_values, -1) for v in chosen]
-        index = np.indices([len(g) for g in grids]).reshape(len(grids), -1)
-        points = np.concatenate([g[i] for g, i in zip(grids, index, strict=True)], -1)
-        joint = Gaussian(sum(sizes))
-        solve = np.linalg.pinv(joint.basis(points, np))
-        table = alpha.table.reshape(-1)
-        _, h, precision = joint.natural(jnp.asarray(solve, table.dtype) @ (table - jnp.max(table)))
-        factor = jnp.linalg.cholesky(precision)
-        mean = jax.scipy.linalg.cho_solve((factor, True), h)
+        used = {v for x in values for v in slopes_of(x)}
+        region.finish(region.priors.keys() - used)
+        if any(f.scale is not None for f in (*region.evidence, *region.priors.values())):
+            raise _scaled(names)
+        values, carried = hand_on(region, values, set(region.priors), Carried())
+        joined = form._join([at_zero(x) for x in values])
+        blocks: list[list[Any]] = []
+        for i, x in enumerate(values):
+            sizes = [math.prod(x.shape), *(math.prod(y.shape) for y in values)]
+            zeros = [jnp.zeros((sizes[0], n), joined.dtype) for n in sizes[1:]]
+            blocks.append([carried.block(i, j, region.plan.limit, z) for j, z in enumerate(zeros)])
+        covariance = jnp.concatenate([jnp.concatenate(row, -1) for row in blocks], -2)
+        if is_table(covariance) or any(map(is_table, map(at_zero, values))):
+            raise _mixed(names)
+        return form, [joined, covariance]
 
-        constant = form._join([_corner(x) for x in values])
-        slopes = form._join([_slopes(x, chosen, sizes) for x in values])
-        spread = jax.scipy.linalg.solve_triangular(factor, slopes.T, lower=True).T
-        covariance = spread @ spread.T
-        # The size of rounding errors: leaves may be copies of each other, or constant.
-        ridge = 8 * jnp.finfo(covariance.dtype).eps * jnp.diagonal(covariance)
-        ridge = ridge + jnp.finfo(covariance.dtype).tiny
-        return form, [
-            constant + slopes @ mean,
-            jnp.linalg.cholesky(covariance + jnp.diag(ridge)),
-        ]
+
+def _mixed(names: str) -> ModelError:
+    return ModelError(
+        f"filtering: a step hands on {names}, whose law given the past is a mixture, or of a family that no "
+        "step keeps; normal choices alone, or finite ones alone, can be handed on: leave one kind in the model"
+    )
+
+
+def _scaled(names: str) -> ModelError:
+    return ModelError(f"filtering: {names} is scaled, and so has no law to be handed on")
 
 
 def _finite(
@@ -220,24 +218,6 @@ def _finite(
     return form, [log_probs - jnp.max(log_probs), *tables]
 
 
-def _corner(x: Any) -> jax.Array:
-    """A table of normal choices at the first point, zero, of all of them."""
-    return x.array[(0,) * len(x.axes)] if is_table(x) else x
-
-
-def _slopes(x: Any, chosen: list[Variable], sizes: list[int]) -> jax.Array:
-    """The derivative of an affine function by each number of each choice. The axis of these comes last."""
-    found = []
-    for v, d in zip(chosen, sizes, strict=True):
-        if not isinstance(x, Table) or v not in x.axes:
-            found.append(jnp.zeros((*x.shape, d), x.dtype))
-            continue
-        along = jnp.moveaxis(x.array, list(x.axes).index(v), -1)
-        along = along[(0,) * (len(x.axes) - 1)]
-        found.append(along[..., 1 : 1 + d] - along[..., :1])  # the unit vectors come after zero
-    return jnp.concatenate(found, -1)
-
-
 def walked(
     jaxpr: Any,
     args: Sequence[Any],
@@ -260,7 +240,7 @@ def walked(
         plan = Plan(targets, options, Limit(options.max_terms), together=together)
         region = Region(plan, Score())
         outs, _ = region.walk(jaxpr, list(args), Context(region, {}, given))
-        apart = {v.address for v in variables_of(outs) if v.plates and v.family is not None}
+        apart = {v.address for v in variables_of(outs) if v.plates and v.normal}
         if not apart <= together:
             meet = Entangled(
                 f"the copies of {' and '.join(map(repr, apart))} are handed on together"

@@ -38,7 +38,8 @@ class Elimination:
         num_values: the number of values, or points, of its table.
         copies: the sizes of the axes along which copies are summed one by one.
         family: the family of a continuous choice.
-        joint: the number of copies that are summed over all their joint values, or integrated jointly.
+        joint: the number of copies that are summed over all their joint values.
+        dimension: how many numbers of a normal choice are integrated jointly; None for any other choice.
         chain: for a choice that a scan hands on: the order, the number of steps, and whether they are composed in a
             tree. The order is zero if no step hands it on.
     """
@@ -48,6 +49,7 @@ class Elimination:
     copies: tuple[int, ...] = ()
     family: Family | None = None
     joint: int = 1
+    dimension: int | None = None
     chain: tuple[int, int, bool] | None = None
 
 

@@ -25,11 +25,12 @@ from weft.ppl.programs.traces import flat_records
 from weft.ppl.stage.addresses import unflatten
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import interpret
+from weft.ppl.stage.keys import derive_keys, key_plan
 from weft.ppl.stage.structure import SiteInfo, summed_out
 
 from .choices import Weights
 from .density import Posterior, Whole
-from .families import Family
+from .plan import Elimination
 from .semirings import best, drawn, log_sum
 
 SUMS = {"sample": drawn, "marginals": log_sum, "filtered": log_sum, "viterbi": best}
@@ -55,14 +56,15 @@ def posterior(
     table = summed_out(code.jaxpr)
     start = {a: jnp.zeros(_form(s), jnp.result_type(float)) for a, s in table.items()}
     handler = Posterior(SUMS[sites], sites == "filtered")
+    keys = derive_keys(key_plan(code.jaxpr), key) if sites == "sample" else None
 
     def log_density(log_weights: dict[str, Any]) -> jax.Array:
         entries = {**given, **{a: Weights(w) for a, w in log_weights.items()}}
-        return interpret(code.jaxpr, args, handler, key, unflatten(entries))[2]["log_density"]
+        return interpret(code.jaxpr, args, handler, keys, unflatten(entries))[2]["log_density"]
 
     found = jax.grad(log_density)(start)
-    families = {a: rule.family for plan in handler.plans for a, rule in plan.rules.items()}
-    return {a: _value(table[a], found[a], families.get(a), sites) for a in found}
+    rules = {a: rule for plan in handler.plans for a, rule in plan.rules.items()}
+    return {a: _value(table[a], found[a], rules.get(a), sites) for a in found}
 
 
 def _form(info: SiteInfo) -> tuple[int, ...]:
@@ -73,12 +75,15 @@ def _form(info: SiteInfo) -> tuple[int, ...]:
     return (*info.shape, len(info.values)) if info.values is not None else info.shape
 
 
-def _value(info: SiteInfo, found: jax.Array, family: Family | None, sites: str) -> jax.Array:
+def _value(info: SiteInfo, found: jax.Array, rule: Elimination | None, sites: str) -> jax.Array:
     if info.values is not None:
         if sites in MOMENTS:
             return found
         return jnp.asarray(info.values, info.dtype)[jnp.argmax(found, -1)]
-    assert family is not None
+    assert rule is not None
+    family = rule.family
+    if family is None:  # a normal choice
+        return found.astype(info.dtype)
     if sites not in MOMENTS:
         return family.from_statistic(found).astype(info.dtype)
     if not family.linear:

@@ -28,8 +28,18 @@ from weft.ppl.stage.wiring import described, is_call
 from .elimination import sum_out
 from .factors import Factor, factor_of
 from .families import Placement
+from .normals import Evidence, Prior, eliminate, mixture, read_by, stuck, waits
+from .picks import is_integer
 from .plan import Address, Plan
-from .tables import Plate, Variable, equation, is_table, variables_of
+from .tables import (
+    Plate,
+    Table,
+    Variable,
+    affine,
+    equation,
+    is_table,
+    variables_of,
+)
 
 
 class Lost:
@@ -52,7 +62,9 @@ class Region(Handler):
         factors: the density terms that are tables.
         constant: the sum of all other density terms.
         keys: the keys of the variables, for draws.
-        placements: the placements of the continuous variables.
+        placements: the placements of the continuous variables that are not normal.
+        priors: the priors of the normal variables.
+        evidence: the density terms that depend on normal variables.
         created: the variables made in the region.
         shared: for each site whose density is known only together with that of others, the plates of its axes.
     """
@@ -72,6 +84,8 @@ class Region(Handler):
         self.constant: Any = 0.0
         self.keys: dict[Variable, Any] = {}
         self.placements: dict[Variable, Placement] = {}
+        self.priors: dict[Variable, Prior] = {}
+        self.evidence: list[Evidence] = []
         self.created: list[Variable] = []
         self.shared: dict[Address, list[Plate | None]] = {}
 
@@ -91,7 +105,9 @@ class Region(Handler):
             return [lost] * len(eqn.outvars), {}, {}
         tables = any(map(is_table, ins))
         if not sited:
-            return (equation(eqn, ins, self.plan.limit), {}, {}) if tables else None
+            if not tables and not is_integer(eqn):
+                return None
+            return equation(eqn, ins, self.plan.limit), {}, {}
         if tables or eqn.primitive is site_p or self.plan.holds(eqn, context.prefix):
             outs, records = RULES.get(eqn.primitive, _call)(self, eqn, ins, context)
         else:
@@ -119,6 +135,13 @@ class Region(Handler):
             )
         self.factors.append(factor_of(term, ".".join(address), scale))
 
+    def weigh_copies(self, term: Any, variable: Variable, address: Address, scale: Any) -> None:
+        """Count a density term with one entry for each copy of a variable."""
+        axes = term.axes if is_table(term) else {}
+        array = term.array if is_table(term) else term
+        plates = tuple(p.root() for p in variable.plates)
+        self.factors.append(Factor(array, tuple(axes), plates, scale, (".".join(address),)))
+
     def finish(
         self,
         variables: Iterable[Variable] | None = None,
@@ -126,15 +149,46 @@ class Region(Handler):
     ) -> None:
         """Sum out variables; all of them if None.
 
-        Variables that ``may_stay`` stay if others have to be summed out before them.
+        Variables that ``may_stay`` stay if others have to be summed out before them. So do normal variables, unless all
+        are summed out.
         """
+        everything = variables is None
+        wanted = set(self.priors) if variables is None else {v for v in variables if v.normal}
+        left = self._eliminate(wanted)
+        if everything and left:
+            raise stuck(left, self.priors, self.evidence, self.plan.limit)
+        held = {v for f in (*self.evidence, *self.priors.values()) for v in f.others}
         if variables is None:
             variables = {v for f in self.factors for v in f.variables}
+        finite = {v for v in variables if not v.normal}
+        meeting = (finite & held) - may_stay
+        if meeting:
+            raise mixture(meeting, self.evidence)
         scales = {v: place.log_scale(v.family) for v, place in self.placements.items()}
         semiring, limit = self.plan.semiring, self.plan.limit
         self.factors = sum_out(
-            self.factors, variables, semiring, limit, self.keys, scales, may_stay
+            self.factors, finite - held, semiring, limit, self.keys, scales, may_stay
         )
+
+    def _eliminate(self, wanted: set[Variable]) -> set[Variable]:
+        """Integrate over normal variables, as far as it goes, from the leaves to the roots. Returns those that stay."""
+        wanted = wanted & self.priors.keys()
+        limit = self.plan.limit
+        while ready := [v for v in wanted if waits(v, self.priors, self.evidence, limit) is None]:
+            v = max(ready, key=lambda v: (len(v.plates), v.number))
+            wanted.discard(v)
+            mine = [f for f in self.evidence if read_by(f, v, limit)]
+            self.evidence = [f for f in self.evidence if f not in mine]
+            self.evidence += eliminate(self.priors.pop(v), mine, self.plan.semiring, limit)
+        self.settle()
+        return wanted
+
+    def settle(self) -> None:
+        """Turn evidence that depends on no normal variable any more into factors."""
+        limit = self.plan.limit
+        self.evidence = [f if f.variables else f.without_unit(limit) for f in self.evidence]
+        self.factors += [f.factor(limit) for f in self.evidence if not f.variables]
+        self.evidence = [f for f in self.evidence if f.variables]
 
     def log_density(self) -> jax.Array:
         """The log density, after everything is summed out."""
@@ -180,7 +234,9 @@ def _added(records: Records, address: Address, at: Any, table: Any) -> Records:
 def _cast(x: Any, aval: Any) -> Any:
     if isinstance(x, Lost):
         return x
-    return x.like(cast(x.array, aval)) if is_table(x) else cast(x, aval)
+    if not is_table(x):
+        return cast(x, aval)
+    return affine(Table(cast(x.array, aval), x.axes, x.forms), x.slopes, x.curved)
 
 
 def addresses(variables: Iterable[Variable]) -> str:

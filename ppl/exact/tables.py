@@ -4,6 +4,9 @@ A choice $z$ that is summed out has no value while a program is scored. What is 
 Such a function is kept as a ``Table``: an array with one leading axis for every choice it depends on, followed by its
 own axes. Any JAX equation is applied to tables by ``jax.vmap`` over the leading axes, so nothing has to be known of it.
 
+A normal choice has no such axis. A value must be an affine function of all normal choices together, and its table has
+the value where they are zero, and its *slopes* by each of them. Equations are applied to both (``jax.jvp``).
+
 A choice of shape $(N,)$ is $N$ choices $z_1 \ldots z_N$. A table over all of them would have $V^N$ entries. But a value
 may be *diagonal*: every element reads at most the copy with its own index. Then $V$ evaluations, with all copies set to
 the same value, determine it. Batch-axis propagation proves that an equation keeps values diagonal
@@ -18,17 +21,25 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from weft.ppl.analysis.affinity import UNKNOWN, is_linear, multiple_of, power_of
+from weft.ppl.analysis.affinity import (
+    UNKNOWN,
+    is_linear,
+    keeps_numbers,
+    multiple_of,
+    power_of,
+)
 from weft.ppl.analysis.constants import folded
 from weft.ppl.analysis.independence import Unaligned, align
 from weft.ppl.stage.compat import bind, inner_jaxprs, reads_ref, where_in_source
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.jaxprs import evaluate
 from weft.ppl.stage.wiring import is_call
+
+from .picks import Indices, Pick, reading
 
 _numbers = itertools.count()
 
@@ -61,9 +72,10 @@ class Variable:
 
     Attributes:
         address: the dotted address of its site.
-        num_values: the number of values it may take.
+        num_values: the number of values it may take; one for a normal choice.
         plates: the axes of its copies.
-        family: the family of a continuous choice, which is integrated out. Its table is over points (``families``).
+        family: the family of a continuous choice that is not normal. Its table is over points (``families``).
+        dimension: how many numbers one copy of a normal choice has; None for any other choice.
         number: variables are ordered by this number.
     """
 
@@ -71,7 +83,12 @@ class Variable:
     num_values: int
     plates: tuple[Plate, ...] = ()
     family: Any = None
+    dimension: int | None = None
     number: int = dataclasses.field(default_factory=lambda: next(_numbers))
+
+    @property
+    def normal(self) -> bool:
+        return self.dimension is not None
 
     def __repr__(self) -> str:
         return f"Variable({self.address}, {self.num_values})"
@@ -83,9 +100,22 @@ PlateAxes = dict[Variable, tuple[int, ...]]
 Forms = dict[Variable, tuple[float, bool]]
 """What kind of function of continuous choices a value is, where that is known.
 
-For a normal choice the entry is (1, ...): the value is affine in all normal choices together. For any other choice it
-is the power of which the value is a multiple, and whether the value is the choice itself.
+It is the power of the choice of which the value is a multiple, and whether the value is the choice itself.
 """
+
+
+class Slope(NamedTuple):
+    """The derivative of a value by a normal choice.
+
+    Attributes:
+        value: an array or a table. The value's own axes are followed by one for the numbers of one copy of the choice.
+        places: the positions of the choice's plates among the value's own axes.
+        unit: whether the value's numbers are those of the choice, in order: the derivative is an identity matrix.
+    """
+
+    value: Any
+    places: tuple[int, ...]
+    unit: bool = False
 
 
 class Table:
@@ -95,17 +125,28 @@ class Table:
         array: has one leading axis for each variable, in the order of their numbers, then the value's own axes.
         axes: the variables, each with the positions of its plates among the value's own axes.
         forms: which function of the continuous variables the value is.
+        slopes: the derivatives by normal choices. The array is the value where these are zero.
+        curved: if the value is not affine in the normal choices, the equation that made it so.
     """
 
-    __slots__ = ("array", "axes", "forms")
+    __slots__ = ("array", "axes", "curved", "forms", "slopes")
 
-    def __init__(self, array: Any, axes: PlateAxes, forms: Forms | None = None) -> None:
+    def __init__(
+        self,
+        array: Any,
+        axes: PlateAxes,
+        forms: Forms | None = None,
+        slopes: dict[Variable, Slope] | None = None,
+        curved: str | None = None,
+    ) -> None:
         self.array = array
         self.axes = dict(sorted(axes.items(), key=lambda item: item[0].number))
         self.forms = {} if forms is None else forms
+        self.slopes = slopes or {}
+        self.curved = curved
 
     def like(self, array: Any) -> Table:
-        """Another table of the same kind."""
+        """Another table of the same kind, without slopes."""
         return Table(array, self.axes, self.forms)
 
     @property
@@ -118,11 +159,57 @@ class Table:
         return self.array.dtype
 
     def __repr__(self) -> str:
-        return f"Table({', '.join(v.address for v in self.axes)}; {self.dtype}{list(self.shape)})"
+        names = ", ".join(v.address for v in axes_of(self))
+        return f"Table({names}; {self.dtype}{list(self.shape)})"
 
 
 def axes_of(x: Any) -> PlateAxes:
-    return x.axes if isinstance(x, Table) else {}
+    """All variables that a value depends on, each with the positions of its plates among the value's own axes."""
+    if not isinstance(x, Table):
+        return {}
+    return {**x.axes, **{v: slope.places for v, slope in x.slopes.items()}}
+
+
+def slopes_of(x: Any) -> dict[Variable, Slope]:
+    return x.slopes if isinstance(x, Table) else {}
+
+
+def at_zero(x: Any) -> Any:
+    """A value where all normal choices are zero."""
+    if not slopes_of(x):
+        return x
+    return x.like(x.array) if x.axes else x.array
+
+
+def affine(value: Any, slopes: dict[Variable, Slope], curved: str | None = None) -> Any:
+    """The value that is ``value`` where normal choices are zero, and has these slopes."""
+    if not slopes:
+        return value
+    if isinstance(value, Table):
+        return Table(value.array, value.axes, value.forms, slopes, curved)
+    return Table(value, {}, None, slopes, curved)
+
+
+def pieces(x: Any) -> list[tuple[Any, int]]:
+    """The arrays of a value, each with the number of its axes before the value's own axes."""
+    if not isinstance(x, Table):
+        return [(x, 0)]
+    found = [(x.array, len(x.axes))]
+    for slope in x.slopes.values():
+        found += [] if slope.value is None else pieces(slope.value)
+    return found
+
+
+def rebuilt(x: Any, arrays: Iterator[Any]) -> Any:
+    """A value of the same form with other arrays."""
+    if not isinstance(x, Table):
+        return next(arrays)
+    array = next(arrays)
+    slopes = {
+        v: s if s.value is None else s._replace(value=rebuilt(s.value, arrays))
+        for v, s in x.slopes.items()
+    }
+    return Table(array, x.axes, x.forms, slopes, x.curved)
 
 
 def variables_of(xs: Iterable[Any]) -> list[Variable]:
@@ -154,15 +241,19 @@ class Limit:
     Attributes:
         max_terms: the limit.
         terms: for every choice, the number of entries of all tables that were summed over it.
+        flops: for every normal choice, about how many operations its elimination takes.
         largest: the number of entries of the largest of them, with copies counted once.
         lanes: the sizes of the vmaps around the walk.
+        indices: what is known of integers that read copies of normal choices.
     """
 
     def __init__(self, max_terms: int) -> None:
         self.max_terms = max_terms
         self.terms: dict[str, int] = {}
+        self.flops: dict[str, int] = {}
         self.largest = 1
         self.lanes: tuple[int, ...] = ()
+        self.indices = Indices()
         self._times = 1
 
     @contextlib.contextmanager
@@ -180,6 +271,12 @@ class Limit:
         if self._times:
             self.terms[address] = self.terms.get(address, 0) + entries * self._times
             self.largest = max(self.largest, num_terms(joint))
+
+    def spend(self, addresses: Iterable[str], flops: int) -> None:
+        """Enter operations in the account, in equal parts for some choices."""
+        names = list(dict.fromkeys(addresses))
+        for name in names if self._times else ():
+            self.flops[name] = self.flops.get(name, 0) + flops * self._times // len(names)
 
     def check(self, variables: Sequence[Variable], what: str) -> None:
         terms = num_terms(variables)
@@ -218,7 +315,7 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     """Apply one equation without sites to operands that may be tables."""
     variables = variables_of(ins)
     if not variables:
-        return bind(eqn, ins)
+        return limit.indices.evaluate(eqn, ins)
     if reads_ref(eqn):
         names = ", ".join(repr(v.address) for v in variables)
         raise ModelError(
@@ -227,6 +324,8 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
         )
     if is_call(eqn):
         return evaluate(inner_jaxprs(eqn)[0], ins, functools.partial(equation, limit=limit))
+    if any(map(slopes_of, ins)):
+        return _affine(eqn, ins, limit)
     limit.check(variables, f"the equation {eqn.primitive.name!r}{where_in_source(eqn)}")
     out_axes = _plate_axes(eqn, ins, variables)
     f: Callable[..., Any] = functools.partial(_bind, eqn)
@@ -257,6 +356,108 @@ def _plate_axes(eqn: Any, ins: list[Any], variables: list[Variable]) -> list[Pla
     return out_axes
 
 
+def _affine(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
+    """One equation on values some of which are affine in normal choices."""
+    normal = [v for v in variables_of(ins) if v.normal]
+    read = [i for i, x in enumerate(ins) if slopes_of(x)]
+    values = [at_zero(x) for x in ins]
+    curved = next((ins[i].curved for i in read if ins[i].curved), None)
+    if curved is None and not is_linear(eqn, read):
+        curved = f"{eqn.primitive.name!r}{where_in_source(eqn)}"
+    outs = equation(eqn, values, limit)
+    places, picks = _normal_axes(eqn, ins, normal, limit)
+    if curved is not None:
+        return [_curved(out, axes, curved) for out, axes in zip(outs, places, strict=True)]
+    unit = len(read) == 1 and keeps_numbers(eqn) and _size(eqn.invars[read[0]]) == _size(outs[0])
+    slopes: list[dict[Variable, Slope]] = [{} for _ in outs]
+    for v in normal:
+        mine = [i for i in read if v in ins[i].slopes]
+        found = _slopes(eqn, values, {i: ins[i].slopes[v].value for i in mine}, limit)
+        u = picks.get(v, v)
+        for out, axes, slope in zip(slopes, places, found, strict=True):
+            if u in axes:
+                out[u] = Slope(slope, axes[u], unit and ins[mine[0]].slopes[v].unit)
+    return [affine(out, found) for out, found in zip(outs, slopes, strict=True)]
+
+
+def _normal_axes(
+    eqn: Any, ins: list[Any], normal: list[Variable], limit: Limit
+) -> tuple[list[PlateAxes], dict[Variable, Variable]]:
+    """The axes of normal choices in the results of an equation, and picks in place of choices read by an index."""
+    out_axes: list[PlateAxes] = [{} for _ in eqn.outvars]
+    picks: dict[Variable, Variable] = {}
+    for v in normal:
+        try:
+            found = _plate_axes(eqn, ins, [v])
+        except Entangled:
+            pick = _picked(eqn, ins, v, limit)
+            if pick is None:
+                raise
+            picks[v], places = pick
+            found = [{picks[v]: places}]
+        for axes, own in zip(out_axes, found, strict=True):
+            axes.update(own)
+    return out_axes, picks
+
+
+def _picked(
+    eqn: Any, ins: list[Any], v: Variable, limit: Limit
+) -> tuple[Variable, tuple[int, ...]] | None:
+    """The pick by which an equation reads a choice, and its axes in the result."""
+    if v not in slopes_of(ins[0]) or any(map(slopes_of, ins[1:])) or v in limit.indices.picks:
+        return None
+    places = slopes_of(ins[0])[v].places
+    found = reading(eqn, ins, places, limit.indices)
+    if found is None:
+        return None
+    rest = []
+    for i, place in enumerate(places):
+        if i != found.along:
+            try:
+                [at, *_] = align(eqn, [place if k == 0 else None for k in range(len(ins))])
+            except Unaligned:
+                return None
+            rest.append(at)
+    shape = eqn.outvars[0].aval.shape
+    rows = [a for a in found.rows if shape[a] != 1]
+    key = v, found.along, found.name
+    known = limit.indices.by_index
+    if key not in known:
+        others = [p for i, p in enumerate(v.plates) if i != found.along]
+        plates = [Plate(shape[a], f"the rows that read {v.address!r}") for a in rows]
+        pick = dataclasses.replace(v, plates=(*plates, *others))
+        index = jnp.reshape(found.index, [shape[a] for a in rows])
+        limit.indices.picks[pick] = Pick(v, found.along, index)
+        known[key] = pick, ins
+    return known[key][0], (*rows, *rest)
+
+
+def _size(x: Any) -> int:
+    return math.prod(getattr(x, "aval", x).shape)
+
+
+def _curved(out: Any, axes: PlateAxes, why: str) -> Any:
+    return affine(out, {v: Slope(None, places) for v, places in axes.items()}, why)
+
+
+def _slopes(eqn: Any, values: list[Any], slopes: dict[int, Any], limit: Limit) -> list[Any]:
+    """The slopes of the results of an equation, from those of some operands. The axis of numbers comes last."""
+    mine = list(slopes)
+
+    def derivative(values: list[Any], slopes: list[Any]) -> Any:
+        def f(*some: Any) -> Any:
+            full = list(values)
+            for i, x in zip(mine, some, strict=True):
+                full[i] = x
+            return bind(eqn, full)
+
+        at = [values[i] for i in mine]
+        return jax.vmap(lambda *ds: jax.jvp(f, at, list(ds))[1], -1, -1)(*slopes)
+
+    values = [x if is_table(x) else jnp.asarray(x) for x in values]
+    return apply(derivative, limit, values, list(slopes.values()))
+
+
 def _bind(eqn: Any, *args: Any) -> list[Any]:
     return bind(eqn, args)
 
@@ -276,7 +477,7 @@ def _entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> Entangle
         f"number reads one copy only; where copies do meet, marginalize(model, {variable.address!r}, joint=True) sums "
         f"over all {variable.num_values}^{plate.size} joint values"
     )
-    if variable.family is not None and variable.family.quadratic:
+    if variable.normal:
         error.addresses = frozenset({variable.address})
     return error
 
@@ -287,20 +488,10 @@ def _entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> Entangle
 def forms_of(eqn: Any, ins: list[Any], variables: list[Variable]) -> Forms:
     """Which functions of continuous choices the results are. Unknown ones are left out."""
     forms: Forms = {}
-    normal = {v for v in variables if v.family is not None and v.family.quadratic}
-    if normal:
-        read = [i for i, x in enumerate(ins) if normal & axes_of(x).keys()]
-        if all(is_affine(ins[i]) for i in read) and is_linear(eqn, read):
-            forms.update(dict.fromkeys(normal, (1.0, False)))
     for v in variables:
-        if v.family is not None and v not in normal:
+        if v.family is not None:
             powers = [x.forms.get(v, UNKNOWN) if v in axes_of(x) else None for x in ins]
             power = (multiple_of if v.family.matrix else power_of)(eqn, powers)
             if power is not UNKNOWN:
                 forms[v] = power
     return forms
-
-
-def is_affine(x: Any) -> bool:
-    """Whether a value is an affine function of the normal choices that it depends on."""
-    return all(v in x.forms for v in axes_of(x) if v.family is not None and v.family.quadratic)

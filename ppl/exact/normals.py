@@ -1,0 +1,874 @@
+r"""Normal choices in a program: their priors, the evidence on them, and their elimination one by one.
+
+A normal choice that is summed out has a ``Prior``: a mean that is affine in other such choices, and a covariance.
+Density terms that depend on normal choices are ``Evidence``. Choices are eliminated from the leaves to the roots: with
+$x \mid w \sim N(m + B w, Q)$ the evidence that contains $x$ becomes evidence on $w$ (``gaussian``). Copies along a
+plate are eliminated together, each with its own rows. Means, covariances and rows may be tables over other choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import gaussian
+from .factors import Factor, roots_of, same_scale
+from .gaussian import Block, Copies, Quadratic, compress, times, update
+from .semirings import Semiring, best
+from .tables import (
+    Entangled,
+    Limit,
+    Plate,
+    Slope,
+    Table,
+    Variable,
+    affine,
+    apply,
+    at_zero,
+    is_table,
+    slopes_of,
+)
+
+NOISE = Variable("~noise", 1, dimension=1)
+"""Stands for the noise of a draw: where it is one, the mean of all choices is a joint draw of them (``perturbed``)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prior:
+    """The law of a normal choice given others.
+
+    Attributes:
+        mean: its plates, then the numbers of one copy. Affine in other normal choices.
+        root: its plates, then a square matrix: a root of the covariance.
+        covariance: the covariance itself, if no root of it is known.
+        scale: the number of times that the choice counts.
+    """
+
+    variable: Variable
+    mean: Any
+    root: Any
+    covariance: Any = None
+    scale: Any = None
+
+    def spread(self, limit: Limit) -> Any:
+        """The covariance."""
+        if self.root is None:
+            return self.covariance
+        return apply(lambda t: t @ jnp.swapaxes(t, -1, -2), limit, self.root)
+
+    @property
+    def parents(self) -> list[Variable]:
+        return [v for v in slopes_of(self.mean) if v is not NOISE]
+
+    def parts(self) -> list[tuple[Any, int]]:
+        """The values of the prior, and how many axes each has after the plates."""
+        return [(self.mean, 1), (self.root, 2), (self.covariance, 2)]
+
+    @property
+    def others(self) -> dict[Variable, tuple[int, ...]]:
+        """The choices that are not normal on which it depends, with the places of their plates."""
+        return others_in(self.parts())
+
+    def with_parts(self, parts: Sequence[Any]) -> Prior:
+        mean, root, covariance = parts
+        return dataclasses.replace(self, mean=mean, root=root, covariance=covariance)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evidence:
+    r"""A density term that depends on normal choices: $(c + p^\top e - e^\top \Gamma e / 2) / \sigma^2$.
+
+    Attributes:
+        rows: $e$: plates, then rows. Affine in normal choices.
+        form: $\Gamma$, $p$ and $c$, as values with the same plates.
+        plates: the plates.
+        unit: a number $\sigma$; one if None. So rows of data do not depend on the scale of their noise, and sums over
+            them are the same for any scale.
+        constant: with a unit, what is added to the term, with the same plates.
+        scale: the number of times that the sum over its choices counts.
+        sites: the sites that it comes from.
+        probe: whether it is zero and serves for its derivative only. Without a precision it is linear.
+    """
+
+    rows: Any
+    form: Quadratic
+    plates: tuple[Plate, ...]
+    scale: Any = None
+    sites: tuple[str, ...] = ()
+    probe: bool = False
+    unit: Any = None
+    constant: Any = None
+
+    def without_unit(self, limit: Limit) -> Evidence:
+        """The same with rows in units of their noise."""
+        if self.unit is None:
+            return self
+        rows, form = _in_units(self.rows, self.form, self.unit, self.constant, limit)
+        return dataclasses.replace(self, rows=rows, form=form, unit=None, constant=None)
+
+    @property
+    def variables(self) -> list[Variable]:
+        return [v for v in slopes_of(self.rows) if v is not NOISE]
+
+    def parts(self) -> list[tuple[Any, int]]:
+        """The values of the evidence, and how many axes each has after the plates."""
+        form = self.form
+        return [(self.rows, 1), (form.precision, 2), (form.linear, 1), (form.constant, 0)]
+
+    @property
+    def others(self) -> dict[Variable, tuple[int, ...]]:
+        """The choices that are not normal on which it depends, with the places of their plates."""
+        return others_in([*self.parts(), (self.unit, 0), (self.constant, 0)])
+
+    def with_parts(self, parts: Sequence[Any]) -> Evidence:
+        return dataclasses.replace(self, rows=parts[0], form=Quadratic(*parts[1:]))
+
+    def _at(self, form: Quadratic, rows: Any) -> Any:
+        if self.probe and form.precision is None:
+            return form.constant + jnp.sum(form.linear * rows, -1)
+        return form.at(rows)
+
+    def factor(self, limit: Limit) -> Factor:
+        """The same as a factor, once it depends on no normal choice."""
+        offset = at_zero(self.rows)
+        value = apply(self._at, limit, self.form, offset)
+        if NOISE in slopes_of(self.rows):
+            # The value is that without noise, the derivative that with noise.
+            noise = slopes_of(self.rows)[NOISE].value
+
+            def drawn(form: Quadratic, offset: Any, noise: Any) -> Any:
+                found = self._at(form, offset + noise[..., 0])
+                return found - jax.lax.stop_gradient(found)
+
+            value = apply(jax.lax.stop_gradient, limit, value)
+            value = apply(jnp.add, limit, value, apply(drawn, limit, self.form, offset, noise))
+        table = value if is_table(value) else Table(value, {})
+        for v, places in table.axes.items():
+            for place, plate in zip(places, v.plates, strict=True):
+                plate.merge(self.plates[place])
+        return Factor(table.array, tuple(table.axes), self.plates, self.scale, self.sites)
+
+
+def _in_units(rows: Any, form: Quadratic, unit: Any, constant: Any, limit: Limit) -> Any:
+    def scaled(form: Quadratic, unit: Any, constant: Any) -> Quadratic:
+        linear = None if form.linear is None else form.linear / unit
+        return Quadratic(form.precision, linear, form.constant / unit**2 + constant)
+
+    return apply(jnp.divide, limit, rows, unit), apply(scaled, limit, form, unit, constant)
+
+
+def others_in(parts: Iterable[tuple[Any, int]]) -> dict[Variable, tuple[int, ...]]:
+    """The choices that are not normal on which values, or their slopes, depend, with the places of their plates."""
+    found: dict[Variable, tuple[int, ...]] = {}
+    for x, _ in parts:
+        for y in (x, *(s.value for s in slopes_of(x).values())):
+            if is_table(y):
+                found.update(y.axes)
+    return found
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+def unit_slope(shape: Sequence[int], places: Sequence[int], dtype: Any) -> Slope:
+    """The slope of a choice by itself, as a value of some shape of which some axes are its plates."""
+    inner = [n for i, n in enumerate(shape) if i not in places]
+    outer = [n if i in places else 1 for i, n in enumerate(shape)]
+    eye = np.eye(math.prod(inner), dtype=dtype)
+    one = [1 if i in places else n for i, n in enumerate(shape)]
+    eye = eye.reshape(*one, len(eye))
+    full = np.broadcast_to(
+        eye, (*(max(a, b) for a, b in zip(one, outer, strict=True)), eye.shape[-1])
+    )
+    return Slope(full, tuple(places), True)
+
+
+def without(x: Any, gone: Iterable[Variable]) -> Any:
+    """A value with the slopes by some choices left out."""
+    gone = set(gone)
+    rest = {v: s for v, s in slopes_of(x).items() if v not in gone}
+    return affine(at_zero(x), rest, x.curved if is_table(x) else None)
+
+
+def _arranged(
+    x: Any, trailing: int, plates: Sequence[Plate], order: Sequence[Plate], limit: Limit
+) -> Any:
+    """A value with axes for some plates, in order, then one for all other plates together, then the trailing ones."""
+    own = [p.root() for p in plates]
+    first = [own.index(p) for p in order]
+    rest = [i for i in range(len(own)) if i not in first]
+
+    def arrange(x: Any) -> Any:
+        n = len(own)
+        x = jnp.transpose(x, [*first, *rest, *range(n, n + trailing)])
+        return x.reshape(*(p.size for p in order), -1 if x.size else 0, *x.shape[n:])
+
+    return apply(arrange, limit, x)
+
+
+def _blocks(
+    mine: Sequence[Evidence], order: Sequence[Plate], limit: Limit
+) -> list[tuple[Any, Quadratic]]:
+    """Rows and forms with axes for some plates, one for all others, and those of the rows."""
+    found = []
+    for f in mine:
+        rows, *form = (
+            None if x is None else _arranged(x, n, f.plates, order, limit) for x, n in f.parts()
+        )
+        if form[0] is None and form[1] is None:  # the rows of all blocks are independent
+            rows = apply(lambda x: x.reshape(*x.shape[:-2], 1, -1), limit, rows)
+            form[2] = apply(lambda x: jnp.sum(x, -1, keepdims=True), limit, form[2])
+        found.append((rows, Quadratic(*form)))
+    return found
+
+
+def read_by(f: Evidence, v: Variable, limit: Limit) -> list[Variable]:
+    """The choice and its picks, as far as evidence depends on them."""
+    picks = limit.indices.picks
+    return [u for u in slopes_of(f.rows) if u is v or (u in picks and picks[u].variable is v)]
+
+
+def gathered(
+    mine: Sequence[Evidence], plates: Sequence[Plate], first: Variable | None, limit: Limit
+) -> tuple[Any, Quadratic]:
+    """Evidence of several terms as that of one, with some plates: its rows and its form.
+
+    There are no more rows than numbers of the choices on which they depend.
+    """
+    order = [p.root() for p in plates]
+    found = [_summed(f, order, first, limit) for f in mine]
+    if len(found) == 1:
+        return found[0]
+    rows, form = _joined(found, limit)
+    variables = _ordered([rows], first)
+    if rows.shape[-1] > sum(v.dimension or 0 for v in variables):
+        block = apply(
+            lambda r, q: jax.tree.map(lambda x: jnp.expand_dims(x, len(order)), (r, q)),
+            limit,
+            rows,
+            form,
+        )
+        return _compressed(block[0], block[1], variables, _copies(len(order)), limit)
+    return rows, form
+
+
+def _ordered(values: Sequence[Any], first: Variable | None) -> list[Variable]:
+    """The choices in some values, one of them first."""
+    others = {u: None for x in values for u in slopes_of(x) if u is not first}
+    return [*([] if first is None else [first]), *others]
+
+
+def _summed(
+    f: Evidence, order: Sequence[Plate], first: Variable | None, limit: Limit
+) -> tuple[Any, Quadratic]:
+    """Evidence with axes for some plates only. There are no more rows than numbers of its choices."""
+    at, (read, *_) = len(order), [first] if first is None else read_by(f, first, limit)
+    if read is not first:
+        assert first is not None
+        assert read is not None
+        rows, form = _by_index(f, order, first, read, limit)
+    else:
+        ((rows, form),) = _blocks([f], order, limit)
+        variables = _ordered([rows], first)
+        many = math.prod(rows.shape[at:]) > sum(v.dimension or 0 for v in variables)
+        if rows.shape[at] > 1 or many:
+            rows, form = _compressed(rows, form, variables, _copies(at), limit)
+        else:
+            rows, form = apply(
+                lambda r, q: jax.tree.map(lambda x: jnp.squeeze(x, at), (r, q)), limit, rows, form
+            )
+    if f.unit is None:
+        return rows, form
+    constant = _arranged(f.constant, 0, f.plates, order, limit) if read is first else None
+    if constant is None:
+        constant = _constant_by_index(f, order, first, read, limit)
+    else:
+        constant = apply(lambda x: jnp.sum(x, -1), limit, constant)
+    return _in_units(rows, form, f.unit, constant, limit)
+
+
+def _joined(found: Sequence[tuple[Any, Quadratic]], limit: Limit) -> tuple[Any, Quadratic]:
+    """All rows, one block after another."""
+
+    def join(rows: Any, forms: Any) -> Any:
+        constant = sum((f.constant for f in forms[1:]), forms[0].constant)
+        joined = jnp.concatenate(rows, -1)
+        if all(f.precision is None and f.linear is None for f in forms):
+            return joined, Quadratic(None, None, constant)
+        full = [f.full(x) for f, x in zip(forms, rows, strict=True)]
+        linear = jnp.concatenate([p for _, p in full], -1)
+        return joined, Quadratic(_diagonal([g for g, _ in full]), linear, constant)
+
+    return apply(join, limit, [r for r, _ in found], [f for _, f in found])
+
+
+def _diagonal(blocks: Sequence[Any]) -> Any:
+    """A block diagonal matrix."""
+    n = sum(b.shape[-1] for b in blocks)
+    rows, at = [], 0
+    for b in blocks:
+        k = b.shape[-1]
+        pad = [(0, 0)] * (b.ndim - 1) + [(at, n - at - k)]
+        rows.append(jnp.pad(b, pad))
+        at += k
+    return jnp.concatenate(rows, -2)
+
+
+def _compressed(
+    rows: Any, form: Quadratic, variables: Sequence[Variable], copies: Copies, limit: Limit
+) -> tuple[Any, Quadratic]:
+    """As many rows as the choices have numbers."""
+    sizes = [v.dimension or 0 for v in variables]
+
+    def together(offset: Any, slopes: Any, form: Quadratic) -> Any:
+        slopes = [
+            jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)
+        ]
+        block = Block(jnp.concatenate(slopes, -1), offset, form)
+        way, centre, found = compress(block, copies)
+        return -times(way, centre), _columns(way, sizes), found
+
+    own = slopes_of(rows)
+    slopes = [own[v].value for v in variables]
+    offset, ways, found = apply(together, limit, at_zero(rows), slopes, form)
+    new = {v: Slope(w, own[v].places) for v, w in zip(variables, ways, strict=True)}
+    return affine(offset, new), found
+
+
+def _columns(x: Any, sizes: Sequence[int]) -> list[Any]:
+    """The columns of a matrix that belong to each choice."""
+    ends = np.cumsum([0, *sizes])
+    return [x[..., a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _copies(at: int) -> Copies:
+    """Blocks of rows that stand along an axis."""
+    return Copies(lambda x: jnp.expand_dims(x, at), lambda x: jnp.sum(x, at))
+
+
+def _by_index(
+    f: Evidence, order: Sequence[Plate], v: Variable, u: Variable, limit: Limit
+) -> tuple[Any, Quadratic]:
+    """The same for evidence that reads a choice by an index: it is summed by the copy that it reads."""
+    pick = limit.indices.picks[u]
+    others = [p for i, p in enumerate(order) if i != pick.along]
+    row_plates = [p.root() for p in u.plates[: len(u.plates) - len(others)]]
+    ((rows, form),) = _blocks([f], [*row_plates, *others], limit)
+    slopes = {(v if w is u else w): s for w, s in slopes_of(rows).items()}
+    copies = _copies_by_index(pick, len(row_plates), order)
+    rows = affine(at_zero(rows), slopes)
+    return _compressed(rows, form, _ordered([rows], v), copies, limit)
+
+
+def _constant_by_index(f: Evidence, order: Sequence[Plate], v: Any, u: Any, limit: Limit) -> Any:
+    pick = limit.indices.picks[u]
+    others = [p for i, p in enumerate(order) if i != pick.along]
+    row_plates = [p.root() for p in u.plates[: len(u.plates) - len(others)]]
+    constant = _arranged(f.constant, 0, f.plates, [*row_plates, *others], limit)
+    return apply(_copies_by_index(pick, len(row_plates), order).total, limit, constant)
+
+
+def _copies_by_index(pick: Any, num_rows: int, order: Sequence[Plate]) -> Copies:
+    """How rows belong to the copies of a choice, by an index."""
+    at, along = num_rows + len(order) - 1, pick.along
+
+    def spread(x: Any) -> Any:
+        return jnp.expand_dims(jnp.moveaxis(x, along, 0)[pick.index], at)
+
+    def total(x: Any) -> Any:
+        x = jnp.sum(x, at)
+        x = x.reshape(-1, *x.shape[num_rows:])
+        return jnp.moveaxis(
+            jax.ops.segment_sum(x, pick.index.reshape(-1), order[along].size), 0, along
+        )
+
+    return Copies(spread, total)
+
+
+# --- elimination ------------------------------------------------------------------------------------------------------
+
+
+def eliminate(
+    prior: Prior, mine: Sequence[Evidence], semiring: Semiring, limit: Limit
+) -> list[Evidence]:
+    """The evidence on its parents, once a choice is integrated out. ``mine`` is all evidence that contains it."""
+    v, data = prior.variable, [f for f in mine if not f.probe]
+    probes = [f for f in mine if f.probe]
+    if not data:
+        return [_probe_left(f, prior, prior.mean, prior.spread(limit), limit) for f in probes]
+    rows, form = gathered(data, v.plates, v, limit)
+    slope = slopes_of(rows)[v].value
+    at_mean = apply(lambda r, a, m: r + times(a, m), limit, without(rows, [v]), slope, prior.mean)
+
+    others = _ordered([at_mean], None)
+    limit.spend([v.address], _flops(prior, data))
+    sizes = [u.dimension or 0 for u in others]
+    scale = same_scale([prior.scale, *(f.scale for f in data)], [v.address])
+    sites = tuple(dict.fromkeys(s for f in data for s in f.sites))
+    plates = tuple(p.root() for p in v.plates)
+
+    def counted(found: Any) -> Any:
+        if semiring is best:  # the normalising constant of the prior is counted where it is made
+            return found
+        constant = found.evidence.constant - found.log_det / 2
+        return found._replace(evidence=found.evidence._replace(constant=constant))
+
+    def separated(form: Any, slope: Any, root: Any, offset: Any, slopes: Any) -> Any:
+        wide = [jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)]
+        wide = [jnp.zeros((*offset.shape, 0), offset.dtype), *wide]
+        found = gaussian.separate(form, slope, root, offset, jnp.concatenate(wide, -1))
+        ways, gains = _columns(found.way, sizes), _columns(found.gain, sizes)
+        return counted(found)._replace(way=ways, gain=gains)
+
+    def eliminated(form: Quadratic, slope: Any, root: Any, covariance: Any) -> Any:
+        if root is None:
+            return counted(gaussian.integrate(form, slope, covariance))
+        return counted(gaussian.eliminate(form, slope, root))
+
+    if prior.root is not None and rows.shape[-1] >= sum(sizes) + (v.dimension or 0):
+        own = slopes_of(at_mean)
+        slopes = [own[u].value for u in others]
+        found = apply(separated, limit, form, slope, prior.root, at_zero(at_mean), slopes)
+        way = {u: Slope(w, own[u].places) for u, w in zip(others, found.way, strict=True)}
+        new = affine(found.offset, way)
+        gains = {u: Slope(g, own[u].places) for u, g in zip(others, found.gain, strict=True)}
+        moved = affine(found.shift, gains)
+    else:
+        found = apply(eliminated, limit, form, slope, prior.root, prior.covariance)
+        new = apply(times, limit, found.turn, at_mean)
+        moved = None
+    left = Evidence(new, found.evidence, plates, scale, sites)
+    if not probes:
+        return [left]
+    if moved is None:
+        moved = apply(lambda g, r, s: times(g, r) + s, limit, found.gain, at_mean, found.shift)
+    mean = apply(jnp.add, limit, prior.mean, moved)
+    return [left, *(_probe_left(f, prior, mean, found.covariance, limit) for f in probes)]
+
+
+def _flops(prior: Prior, data: Sequence[Evidence]) -> int:
+    """About how many operations it takes to integrate a choice out: linear in rows and copies."""
+    v = prior.variable
+    d = sum(u.dimension or 0 for u in _ordered([prior.mean, *(f.rows for f in data)], v))
+    rows = sum(math.prod(f.rows.shape) for f in data)
+    return 2 * rows * d * (d + 2) + 4 * math.prod(p.size for p in v.plates) * d**3
+
+
+def _probe_left(f: Evidence, prior: Prior, mean: Any, covariance: Any, limit: Limit) -> Evidence:
+    """A probe of a choice, once the choice is integrated out: to first order it reads the mean given other choices."""
+    v = prior.variable
+    for u in read_by(f, v, limit):
+        own_mean, own_covariance = mean, covariance
+        if u is not v:
+            pick = limit.indices.picks[u]
+
+            def read(x: Any, pick: Any = pick) -> Any:
+                return jnp.moveaxis(x, pick.along, 0)[pick.index]
+
+            own_mean, own_covariance = (apply(read, limit, x) for x in (mean, covariance))
+        f = _probe_of(f, u, own_mean, own_covariance, limit)
+    return f
+
+
+def _probe_of(f: Evidence, u: Variable, mean: Any, covariance: Any, limit: Limit) -> Evidence:
+    roots, order = [p.root() for p in f.plates], [p.root() for p in u.plates]
+    order = [*order, *(p for p in roots if p not in order)]
+    more = range(len(u.plates), len(order))
+
+    def front(x: Any) -> Any:
+        place = [roots.index(p) for p in order]
+        return jnp.transpose(x, [*place, *range(len(order), x.ndim)])
+
+    f = f.with_parts([None if x is None else apply(front, limit, x) for x, _ in f.parts()])
+    slope, form = slopes_of(f.rows)[u].value, f.form
+    moved = apply(
+        lambda r, a, m: r + times(a, jnp.expand_dims(m, more)),
+        limit,
+        without(f.rows, [u]),
+        slope,
+        mean,
+    )
+    if form.precision is not None:
+
+        def trace(form: Quadratic, a: Any, c: Any) -> Quadratic:
+            own = gaussian.between(a, jnp.expand_dims(c, more))
+            return form._replace(
+                constant=form.constant - jnp.sum(form.precision * own, (-1, -2)) / 2
+            )
+
+        form = apply(trace, limit, form, slope, covariance)
+    return dataclasses.replace(f, rows=moved, form=form, plates=tuple(order))
+
+
+def waits(
+    v: Variable, priors: Mapping[Variable, Prior], evidence: Sequence[Evidence], limit: Limit
+) -> tuple[str, Variable] | None:
+    """Why a choice cannot be eliminated now, and the choice because of which; None if it can."""
+    picks = limit.indices.picks
+    for u, prior in priors.items():
+        if any(w is v or (w in picks and picks[w].variable is v) for w in slopes_of(prior.mean)):
+            return "child", u
+    own, prior = roots_of(v.plates), priors[v]
+    mine = [(f, found) for f in evidence if (found := read_by(f, v, limit))]
+    shared = {u for u in prior.others if u.family is not None}
+    shared |= {u for f, _ in mine for u in f.others if u.family is not None}
+    for f, (read, *more) in mine:
+        if f.probe:
+            continue
+        if more:
+            return "crossed", v
+        deeper = roots_of(f.plates) - own
+        for u in (*f.variables, *f.others):
+            if u is not read and deeper & roots_of(u.plates):
+                return ("crossed" if u.normal else "mixture"), u
+    for family in shared:  # a scale that is integrated out must scale all of it
+        terms = (prior, *(f for f, _ in mine if not f.probe))
+        if any(family not in f.others for f in terms):
+            return "scale", family
+    return None
+
+
+def stuck(
+    left: Iterable[Variable],
+    priors: Mapping[Variable, Prior],
+    evidence: Sequence[Evidence],
+    limit: Limit,
+) -> Entangled:
+    """The error if no order of elimination is left. Choices that could be integrated jointly are named in it."""
+    reasons = {v: why for v in left if (why := waits(v, priors, evidence, limit)) is not None}
+    crossed = {v for v, (what, u) in reasons.items() if what == "crossed"}
+    crossed |= {u for what, u in reasons.values() if what == "crossed"}
+    picks = limit.indices.picks
+    crossed = {picks[v].variable if v in picks else v for v in crossed}
+    crossed = {v for v in crossed if v.plates}
+    if crossed:
+        smallest = min(crossed, key=lambda v: (_numbers(v), v.number))
+        names = " and ".join(repr(a) for a in sorted({v.address for v in crossed}))
+        error = Entangled(f"the copies of {names} meet in all pairs")
+        error.addresses = frozenset({smallest.address})
+        return error
+    others = {u for what, u in reasons.values() if what in ("mixture", "scale")}
+    return mixture(others, evidence, [v for v, (w, _) in reasons.items() if w != "child"])
+
+
+def mixture(
+    others: Iterable[Variable], evidence: Sequence[Evidence], normal: Iterable[Variable] = ()
+) -> Entangled:
+    """The error if other choices would have to be summed out before a normal one."""
+    names = {v.address for v in normal}
+    for f in evidence if not names else ():
+        if set(others) & f.others.keys():
+            names |= {v.address for v in f.variables}
+    all_names = sorted({*names, *(v.address for v in others)})
+    names |= {v.address for v in others if v.family is not None}
+    return Entangled(
+        f"{' and '.join(map(repr, sorted(names)))} cannot be integrated out in closed form: what is summed out beside "
+        "would leave a mixture, or a scale that only some of the densities share; keep one of "
+        f"{', '.join(map(repr, all_names))} as a choice"
+    )
+
+
+def _numbers(v: Variable) -> int:
+    return (v.dimension or 0) * math.prod(p.size for p in v.plates)
+
+
+# --- laws of several choices ------------------------------------------------------------------------------------------
+
+
+class Joint:
+    """Covariances between normal choices, given all others.
+
+    Args:
+        priors: the priors of some choices. Parents without a prior here are given.
+        known: the covariances of choices that have none.
+    """
+
+    def __init__(
+        self, priors: Mapping[Variable, Prior], known: Mapping[Any, Any], limit: Limit
+    ) -> None:
+        self.priors, self.limit = priors, limit
+        self.found: dict[tuple[Variable, Variable], Any] = dict(known)
+        self.members = {*priors, *(v for pair in known for v in pair)}
+        self.depth: dict[Variable, int] = {}
+        self.means: dict[Variable, Any] = {}
+
+    def _depth(self, v: Variable) -> int:
+        if v not in self.depth:
+            parents = (
+                [p for p in self.priors[v].parents if p in self.members] if v in self.priors else []
+            )
+            self.depth[v] = (
+                0 if v not in self.priors else 1 + max(map(self._depth, parents), default=0)
+            )
+        return self.depth[v]
+
+    def __call__(self, u: Variable, v: Variable) -> Any:
+        """The covariance of two choices; None if it is zero."""
+        if (u, v) in self.found:
+            return self.found[u, v]
+        if (v, u) not in self.found and self._depth(u) < self._depth(v):
+            u, v = v, u
+            swapped = True
+        else:
+            swapped = False
+        if (u, v) not in self.found and (v, u) in self.found:
+            x = self.found[v, u]
+            self.found[u, v] = (
+                None if x is None else apply(lambda x: jnp.swapaxes(x, -1, -2), self.limit, x)
+            )
+        if (u, v) not in self.found:
+            self.found[u, v] = self._along(u, v)
+        return self(v, u) if swapped else self.found[u, v]
+
+    def expected(self, x: Any) -> Any:
+        """The mean of a value of the plates of the choices, then of numbers; given all other choices."""
+        total = without(x, self.members)
+        for v, slope in slopes_of(x).items():
+            if v in self.priors:
+                if v not in self.means:
+                    self.means[v] = self.expected(self.priors[v].mean)
+                mean = self.means[v]
+                if not slope.unit:
+                    mean = apply(times, self.limit, slope.value, mean)
+                total = apply(jnp.add, self.limit, total, mean)
+        return total
+
+    def _along(self, u: Variable, v: Variable) -> Any:
+        """The covariance of a choice with one that is no descendant of it, by its parents."""
+        prior = self.priors.get(u)
+        total = prior.spread(self.limit) if prior is not None and u is v else None
+        if prior is None:
+            return None
+        for p in prior.parents:
+            if p in self.members and (c := self(p, v)) is not None:
+                slope = slopes_of(prior.mean)[p]
+                total = plus(product(slope, c, self.limit), total, self.limit)
+        return total
+
+
+def product(slope: Slope, x: Any, limit: Limit) -> Any:
+    """A slope times a matrix."""
+    return x if slope.unit else apply(jnp.matmul, limit, slope.value, x)
+
+
+def plus(x: Any, y: Any, limit: Limit) -> Any:
+    if x is None or y is None:
+        return y if x is None else x
+    return apply(jnp.add, limit, x, y)
+
+
+def _one_block(f: Evidence, order: Sequence[Plate], limit: Limit) -> tuple[Any, Quadratic]:
+    """A probe with some plates only. Its rows along other plates stand one after another."""
+    ((rows, form),) = _blocks([f], order, limit)
+    at = len(order)
+
+    def flat(rows: Any, form: Quadratic) -> Any:
+        shape = (*rows.shape[:at], -1)
+        precision = form.precision
+        if precision is not None:
+            r, n = rows.shape[at:]
+            eye = jnp.eye(r, dtype=precision.dtype)
+            precision = jnp.einsum("...rij,rs->...risj", precision, eye)
+            precision = precision.reshape(*rows.shape[:at], r * n, r * n)
+        linear = form.linear.reshape(shape)
+        return rows.reshape(shape), Quadratic(precision, linear, jnp.sum(form.constant, -1))
+
+    return apply(flat, limit, rows, form)
+
+
+class Law:
+    """Some values that are affine in normal choices, given evidence on these: a normal law, given other choices.
+
+    Args:
+        joint: the covariances of the choices.
+        values: the values, with the same plates, then the numbers of one copy.
+        mine: the evidence.
+        plates: the plates.
+
+    Attributes:
+        means: the mean of each value. Affine in choices that are no part of the law.
+        left: what the evidence says of other choices.
+    """
+
+    def __init__(
+        self,
+        joint: Joint,
+        values: Sequence[Any],
+        mine: Sequence[Evidence],
+        plates: Sequence[Plate],
+        semiring: Semiring,
+        filtering: bool = False,
+    ) -> None:
+        self.joint, self.limit = joint, joint.limit
+        roots = tuple(p.root() for p in plates)
+        probes = [f for f in mine if f.probe]
+        data = [f for f in mine if not f.probe]
+        probed = [_one_block(f, roots, self.limit) for f in probes]
+        values = [*values, *(rows for rows, _ in probed)]
+        self.slopes = [self._inside(x) for x in values]
+        self.means = [joint.expected(x) for x in values]
+        self.added: dict[tuple[int, int], Any] = {}
+        self.left: list[Evidence] = []
+        self.noise: list[Any] = [None] * len(
+            values
+        )  # the part of each value that the rows' noise makes
+        self.noise_form: Any = None
+        if data:
+            self._condition(data, roots, semiring)
+        n = len(values) - len(probes)
+        for i, (f, (_, form)) in enumerate(zip(probes, probed, strict=True)):
+            self._tilt(n + i, n, f, form, roots, filtering)
+        self.means = self.means[:n]
+
+    def _inside(self, x: Any) -> dict[Variable, Slope]:
+        return {v: s for v, s in slopes_of(x).items() if v in self.joint.members}
+
+    def _condition(
+        self, data: Sequence[Evidence], plates: tuple[Plate, ...], semiring: Semiring
+    ) -> None:
+        limit = self.limit
+        rows, form = gathered(data, plates, None, limit)
+        reads = self._inside(rows)
+        wanted = {*reads, *(v for slopes in self.slopes for v in slopes)}
+        along: dict[Variable, Any] = {}  # the covariances of rows and choices
+        for v in wanted:
+            total = None
+            for u, slope in reads.items():
+                if (c := self.joint(u, v)) is not None:
+                    total = plus(product(slope, c, limit), total, limit)
+            along[v] = total
+        n = rows.shape[-1]
+        shape = (*(p.size for p in plates), n, n)
+        spread: Any = None
+        for v, slope in reads.items():
+            spread = plus(self._turned(along[v], slope), spread, limit)
+        spread = jnp.zeros(shape, rows.dtype) if spread is None else spread
+        crosses = []
+        for slopes in self.slopes:
+            total = None
+            for v, slope in slopes.items():
+                total = plus(self._turned(along[v], slope), total, limit)
+            crosses.append(total)
+        offset = self.joint.expected(rows)
+
+        def conditioned(form: Quadratic, spread: Any, offset: Any, crosses: Any, means: Any) -> Any:
+            found = update(form, spread)
+            gains = [None if k is None else jnp.swapaxes(found.weigh(k), -1, -2) for k in crosses]
+            noise = [None if k is None else jnp.swapaxes(found.noise(k), -1, -2) for k in crosses]
+            pull = [
+                m if k is None else m - times(k, offset) for m, k in zip(means, gains, strict=True)
+            ]
+            left = found.evidence
+            if left.linear is not None:
+                pull = [
+                    m if k is None else m + times(jnp.swapaxes(k, -1, -2), left.linear)
+                    for m, k in zip(pull, crosses, strict=True)
+                ]
+            if semiring is not best:
+                left = left._replace(constant=left.constant - found.log_det / 2)
+            return pull, gains, noise, found.transform(offset[..., None])[..., 0], left
+
+        self.means, gains, self.noise, offset, left = apply(
+            conditioned, limit, form, spread, offset, crosses, self.means
+        )
+        self.noise_form = form.precision
+        self.slopes = [
+            self._less(own, gain, reads) for own, gain in zip(self.slopes, gains, strict=True)
+        ]
+        names = [v.address for v in self.joint.members]
+        k = sum(v.dimension or 0 for v in wanted)
+        copies = math.prod(p.size for p in plates)
+        limit.spend(names, copies * (2 * n * (2 * k * k + n * n) + 6 * k**3))
+        scale = same_scale([f.scale for f in data], names)
+        sites = tuple(dict.fromkeys(s for f in data for s in f.sites))
+        self.left.append(Evidence(offset, left, plates, scale, sites))
+
+    def _turned(self, along: Any, slope: Slope) -> Any:
+        """Covariances with a choice, as those with a value that has this slope."""
+        if along is None or slope.unit:
+            return along
+        return apply(lambda a, s: a @ jnp.swapaxes(s, -1, -2), self.limit, along, slope.value)
+
+    def _less(self, own: dict[Variable, Slope], gain: Any, reads: dict[Variable, Slope]) -> Any:
+        """The slopes of a value less its estimate from the rows."""
+        if gain is None:
+            return own
+        found = dict(own)
+        for v, slope in reads.items():
+            there = own.get(v)
+            away = apply(lambda k, a: -(k @ a), self.limit, gain, slope.value)
+            away = away if there is None else apply(jnp.add, self.limit, there.value, away)
+            found[v] = Slope(away, slope.places)
+        return found
+
+    def covariance(self, i: int, j: int) -> Any:
+        """The covariance of two values; None if it is zero."""
+        limit, total = self.limit, None
+        for u, s in self.slopes[i].items():
+            along: Any = None
+            for v, t in self.slopes[j].items():
+                if (c := self.joint(u, v)) is not None:
+                    along = plus(self._turned(c, t), along, limit)
+            if along is not None:
+                total = plus(product(s, along, limit), total, limit)
+        if self.noise[i] is not None and self.noise[j] is not None:
+
+            def noise(a: Any, b: Any, precision: Any) -> Any:
+                b = jnp.swapaxes(b, -1, -2)
+                return a @ (b if precision is None else precision @ b)
+
+            more = apply(noise, limit, self.noise[i], self.noise[j], self.noise_form)
+            total = plus(total, more, limit)
+        return plus(total, self.added.get((i, j)), limit)
+
+    def _tilt(
+        self,
+        at: int,
+        num: int,
+        f: Evidence,
+        form: Quadratic,
+        plates: tuple[Plate, ...],
+        filtering: bool,
+    ) -> None:
+        """What a probe does, to first order: it moves the means, and the covariances if it is quadratic."""
+        limit, quadratic = self.limit, f.form.precision is not None
+        mean, own = self.means[at], self.covariance(at, at)
+
+        def still(x: Any) -> Any:
+            return jax.lax.stop_gradient(x)
+
+        def trace(form: Quadratic, own: Any) -> Quadratic:
+            if own is None or form.precision is None:
+                return form
+            more = jnp.sum(form.precision * (still(own) if filtering else own), (-1, -2))
+            return form._replace(constant=form.constant - more / 2)
+
+        rows = apply(still, limit, mean) if filtering else mean
+        form = apply(trace, limit, form, own)
+        self.left.append(Evidence(rows, form, plates, f.scale, f.sites, True))
+        if filtering:
+            return
+        sides = [self.covariance(i, at) for i in range(num)]
+
+        def move(form: Quadratic, mean: Any, sides: Any, means: Any) -> Any:
+            force = form.linear if form.precision is None else form.force(mean)
+            return [
+                m if c is None else m + times(c, force) for m, c in zip(means, sides, strict=True)
+            ]
+
+        self.means[:num] = apply(move, limit, form, mean, sides, self.means[:num])
+        if not quadratic:
+            return
+        for i in range(num):
+            for j in range(num):
+                if sides[i] is not None and sides[j] is not None:
+                    turn = lambda a, g, b: -(a @ g @ jnp.swapaxes(b, -1, -2))  # noqa: E731
+                    more = apply(turn, limit, sides[i], form.precision, sides[j])
+                    self.added[i, j] = plus(self.added.get((i, j)), more, limit)
