@@ -32,6 +32,7 @@ from .tables import (
     affine,
     apply,
     at_zero,
+    still,
     is_table,
     slopes_of,
 )
@@ -147,7 +148,7 @@ class Evidence:
                 found = self._at(form, offset + noise[..., 0])
                 return found - jax.lax.stop_gradient(found)
 
-            value = apply(jax.lax.stop_gradient, limit, value)
+            value = still(value)
             value = apply(jnp.add, limit, value, apply(drawn, limit, self.form, offset, noise))
         table = value if is_table(value) else Table(value, {})
         for v, places in table.axes.items():
@@ -397,12 +398,16 @@ def _copies_by_index(pick: Any, num_rows: int, order: Sequence[Plate]) -> Copies
 
 def eliminate(
     prior: Prior, mine: Sequence[Evidence], semiring: Semiring, limit: Limit
-) -> list[Evidence]:
-    """The evidence on its parents, once a choice is integrated out. ``mine`` is all evidence that contains it."""
+) -> tuple[list[Evidence], Any]:
+    """The evidence on its parents, once a choice is integrated out, and the mean of the choice given its parents.
+
+    ``mine`` is all evidence that contains it.
+    """
     v, data = prior.variable, [f for f in mine if not f.probe]
     probes = [f for f in mine if f.probe]
     if not data:
-        return [_probe_left(f, prior, prior.mean, prior.spread(limit), limit) for f in probes]
+        spread = prior.spread(limit) if probes else None
+        return [_probe_left(f, prior, prior.mean, spread, limit) for f in probes], prior.mean
     rows, form = gathered(data, v.plates, v, limit)
     slope = slopes_of(rows)[v].value
     at_mean = apply(lambda r, a, m: r + times(a, m), limit, without(rows, [v]), slope, prior.mean)
@@ -445,12 +450,87 @@ def eliminate(
         new = apply(times, limit, found.turn, at_mean)
         moved = None
     left = Evidence(new, found.evidence, plates, scale, sites)
-    if not probes:
-        return [left]
     if moved is None:
         moved = apply(lambda g, r, s: times(g, r) + s, limit, found.gain, at_mean, found.shift)
     mean = apply(jnp.add, limit, prior.mean, moved)
-    return [left, *(_probe_left(f, prior, mean, found.covariance, limit) for f in probes)]
+    probed = [_probe_left(f, prior, mean, found.covariance, limit) for f in probes]
+    return [left, *probed], mean
+
+
+# --- origins ----------------------------------------------------------------------------------------------------------
+
+
+def origins(
+    priors: Mapping[Variable, Prior],
+    evidence: Sequence[Evidence],
+    wanted: Iterable[Variable],
+    semiring: Semiring,
+    limit: Limit,
+) -> dict[Variable, Any]:
+    """The posterior means of some choices, as constants; of those that can be eliminated."""
+    left = [_still(f) for f in evidence if not f.probe]
+    rest = {v: _still(f) for v, f in priors.items()}
+    wanted, means = set(wanted), []
+    while v := next_of(wanted, rest, left, limit):
+        wanted.discard(v)
+        mine = [f for f in left if read_by(f, v, limit)]
+        left = [f for f in left if f not in mine]
+        found, mean = eliminate(rest.pop(v), mine, semiring, limit)
+        left += found
+        means.append((v, mean))
+    known: dict[Variable, Any] = {}
+    for v, mean in reversed(means):
+        at = at_zero(moved(mean, known, limit))
+        known[v] = apply(lambda x: jnp.where(jnp.isfinite(x), x, 0), limit, at)
+    return known
+
+
+def _still(f: Any) -> Any:
+    """A prior, or evidence, as a constant."""
+    f = f.with_parts([None if x is None else still(x) for x, _ in f.parts()])
+    if isinstance(f, Evidence) and f.unit is not None:
+        f = dataclasses.replace(f, unit=still(f.unit), constant=still(f.constant))
+    return f
+
+
+def moved(x: Any, known: Mapping[Variable, Any], limit: Limit) -> Any:
+    """A value, of plates and then numbers, in terms of choices less their origins."""
+    picks = limit.indices.picks
+    for v, slope in slopes_of(x).items():
+        origin = known.get(picks[v].variable if v in picks else v)
+        if origin is None:
+            continue
+        if v in picks:
+            pick = picks[v]
+
+            def read(o: Any, pick: Any = pick) -> Any:
+                return jnp.moveaxis(o, pick.along, 0)[pick.index]
+
+            origin = apply(read, limit, origin)
+        ndim, places = len(x.shape) - 1, slope.places
+
+        def there(a: Any, o: Any, ndim: int = ndim, places: Any = places) -> Any:
+            order = sorted(range(len(places)), key=lambda i: places[i])
+            sizes = [1] * ndim
+            for i in order:
+                sizes[places[i]] = o.shape[i]
+            o = jnp.transpose(o, [*order, len(places)]).reshape(*sizes, o.shape[-1])
+            return times(a, o)
+
+        own = apply(there, limit, slope.value, origin)
+        x = affine(apply(jnp.add, limit, at_zero(x), own), slopes_of(x))
+    return x
+
+
+def around(
+    f: Any, known: Mapping[Variable, Any], limit: Limit
+) -> Any:
+    """A prior, or evidence, with choices less their origins in place of the choices."""
+    first, *rest = (x for x, _ in f.parts())
+    first = moved(first, known, limit)
+    if isinstance(f, Prior) and f.variable in known:
+        first = apply(jnp.subtract, limit, first, known[f.variable])
+    return f.with_parts([first, *rest])
 
 
 def _flops(prior: Prior, data: Sequence[Evidence]) -> int:
@@ -533,6 +613,17 @@ def waits(
         if any(family not in f.others for f in terms):
             return "scale", family
     return None
+
+
+def next_of(
+    wanted: Iterable[Variable],
+    priors: Mapping[Variable, Prior],
+    evidence: Sequence[Evidence],
+    limit: Limit,
+) -> Variable | None:
+    """The choice to be eliminated next: the one with the most copies; None if none can be."""
+    ready = [v for v in wanted if waits(v, priors, evidence, limit) is None]
+    return max(ready, key=lambda v: (len(v.plates), v.number), default=None)
 
 
 def stuck(
@@ -841,16 +932,13 @@ class Law:
         limit, quadratic = self.limit, f.form.precision is not None
         mean, own = self.means[at], self.covariance(at, at)
 
-        def still(x: Any) -> Any:
-            return jax.lax.stop_gradient(x)
-
         def trace(form: Quadratic, own: Any) -> Quadratic:
             if own is None or form.precision is None:
                 return form
-            more = jnp.sum(form.precision * (still(own) if filtering else own), (-1, -2))
+            more = jnp.sum(form.precision * (jax.lax.stop_gradient(own) if filtering else own), (-1, -2))
             return form._replace(constant=form.constant - more / 2)
 
-        rows = apply(still, limit, mean) if filtering else mean
+        rows = still(mean) if filtering else mean
         form = apply(trace, limit, form, own)
         self.left.append(Evidence(rows, form, plates, f.scale, f.sites, True))
         if filtering:

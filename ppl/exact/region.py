@@ -28,7 +28,17 @@ from weft.ppl.stage.wiring import described, is_call
 from .elimination import sum_out
 from .factors import Factor, factor_of
 from .families import Placement
-from .normals import Evidence, Prior, eliminate, mixture, read_by, stuck, waits
+from .normals import (
+    Evidence,
+    Prior,
+    around,
+    eliminate,
+    mixture,
+    next_of,
+    origins,
+    read_by,
+    stuck,
+)
 from .picks import is_integer
 from .plan import Address, Plan
 from .tables import (
@@ -172,14 +182,19 @@ class Region(Handler):
 
     def _eliminate(self, wanted: set[Variable]) -> set[Variable]:
         """Integrate over normal variables, as far as it goes, from the leaves to the roots. Returns those that stay."""
+        limit, semiring = self.plan.limit, self.plan.semiring
         wanted = wanted & self.priors.keys()
-        limit = self.plan.limit
-        while ready := [v for v in wanted if waits(v, self.priors, self.evidence, limit) is None]:
-            v = max(ready, key=lambda v: (len(v.plates), v.number))
+        if any(self.priors[v].parents for v in wanted):
+            # Measured from where they are likely, all numbers are small, and no derivative cancels.
+            with limit.repeated(0):
+                known = origins(self.priors, self.evidence, wanted, semiring, limit)
+            self.evidence = [around(f, known, limit) for f in self.evidence]
+            self.priors = {v: around(f, known, limit) for v, f in self.priors.items()}
+        while v := next_of(wanted, self.priors, self.evidence, limit):
             wanted.discard(v)
             mine = [f for f in self.evidence if read_by(f, v, limit)]
             self.evidence = [f for f in self.evidence if f not in mine]
-            self.evidence += eliminate(self.priors.pop(v), mine, self.plan.semiring, limit)
+            self.evidence += eliminate(self.priors.pop(v), mine, semiring, limit)[0]
         self.settle()
         return wanted
 

@@ -212,6 +212,11 @@ def rebuilt(x: Any, arrays: Iterator[Any]) -> Any:
     return Table(array, x.axes, x.forms, slopes, x.curved)
 
 
+def still(x: Any) -> Any:
+    """A value of which no derivative is taken."""
+    return rebuilt(x, iter([jax.lax.stop_gradient(a) for a, _ in pieces(x)]))
+
+
 def variables_of(xs: Iterable[Any]) -> list[Variable]:
     """All variables that some values depend on, in order."""
     found = {v: None for x in xs for v in axes_of(x)}
