@@ -17,7 +17,7 @@ singular: nothing is inverted that can be singular, and no large numbers are sub
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,10 +134,7 @@ class Copies(NamedTuple):
     total: Callable[[Array], Array]
 
 
-_ALONE = Copies(lambda x: x, lambda x: x)
-
-
-def compress(block: Block, copies: Copies, prior: int = 0) -> tuple[Array, Array, Quadratic]:
+def compress(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Quadratic]:
     r"""Many rows as one row for each number of $z$.
 
     The new rows are $e' = W (z - \hat z)$, where $\hat z$ is near the largest value of the evidence, and $W$ near a
@@ -151,33 +148,33 @@ def compress(block: Block, copies: Copies, prior: int = 0) -> tuple[Array, Array
     The factor comes from a shifted Cholesky factorisation (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa 2020,
     "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices").
 
-    With ``prior``, the first so many numbers of $z$ have a standard normal law, of which the exponent counts as well.
-
     Returns:
         $W$ ``(..., D, D)``, $\hat z$ ``(..., D)``, and the evidence on the new rows.
     """
-    form = block.evidence
-    still = jax.lax.stop_gradient(block)
-    information = _information(still.rows, still.evidence, copies)
-    if prior:
-        weights = jnp.arange(information.shape[-1]) < prior
-        information = information + jnp.diag(weights.astype(information.dtype))
-    way, back = _coordinates(information)
-    rows = product(block.rows, copies.spread(back))
-    start = sums(jax.lax.stop_gradient(rows), still.evidence.force(still.offset))
-    centre = copies.total(start)
-    away = product(rows, copies.spread(centre)[..., None])[..., 0] + block.offset
-    constant, linear = copies.total(form.at(away)), copies.total(sums(rows, form.force(away)))
-    precision, centre = _information(rows, form, copies), times(back, centre)
-    if prior:  # its rows are the first numbers of z themselves
-        own, there = back[..., :prior, :], centre[..., :prior]
-        precision = precision + gram(own)
-        linear = linear - sums(own, there)
-        constant = constant - jnp.sum(there**2, -1) / 2
+    still = [(jax.lax.stop_gradient(b), copies) for b, copies in blocks]
+    way, back = _coordinates(_total(_information(b.rows, b.evidence, c) for b, c in still))
+    rows = [product(b.rows, c.spread(back)) for b, c in blocks]
+    centre = _total(
+        c.total(sums(jax.lax.stop_gradient(a), b.evidence.force(b.offset)))
+        for a, (b, c) in zip(rows, still, strict=True)
+    )
+    away = [
+        product(a, c.spread(centre)[..., None])[..., 0] + b.offset
+        for a, (b, c) in zip(rows, blocks, strict=True)
+    ]
+    each = [*zip(rows, away, blocks, strict=True)]
+    constant = _total(c.total(b.evidence.at(r)) for _, r, (b, c) in each)
+    linear = _total(c.total(sums(a, b.evidence.force(r))) for a, r, (b, c) in each)
+    precision = _total(_information(a, b.evidence, c) for a, _, (b, c) in each)
     step = jax.lax.stop_gradient(linear)  # to where nothing linear is left, up to rounding
     constant = constant + jnp.sum((linear - times(precision, step) / 2) * step, -1)
     linear = linear - times(precision, step)
-    return way, centre + times(back, step), Quadratic(precision, linear, constant)
+    return way, times(back, centre + step), Quadratic(precision, linear, constant)
+
+
+def _total(terms: Iterable[Array]) -> Array:
+    first, *rest = terms
+    return sum(rest, first)
 
 
 def _information(rows: Array, form: Quadratic, copies: Copies) -> Array:
@@ -200,10 +197,10 @@ class Eliminated(NamedTuple):
     r"""A choice integrated out.
 
     Attributes:
-        turn: the rows that are left are ``turn @ rows``, with the choice at its prior mean.
+        turn: the rows that are left are ``turn @ rows``.
         evidence: the evidence on them.
         log_det: the logarithm of the determinant that the integral has.
-        gain, shift: given other choices, the mean of the choice is its prior mean plus ``gain @ rows + shift``.
+        gain, shift: given other choices, the mean of the choice is ``gain @ rows + shift``.
         covariance: its covariance, given other choices.
     """
 
@@ -216,37 +213,31 @@ class Eliminated(NamedTuple):
 
 
 def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
-    r"""Integrate over $u \sim N(0, I)$, of which rows $e + A T u$ are a function.
+    r"""Integrate over $v$, of which rows $A v + e$ are a function. The last rows are its prior, $T^{-1} (v - m)$.
 
-    Rows and prior together are $a u + (e, 0)$ with $a = (A T, I)$. An orthogonal matrix $H$ takes $a$ to $(R, 0)$: so
-    the last $n$ rows of $H (e, 0)$ are free of $u$, and the integral is $|R|^{-1}$ times the evidence on them (Bierman
-    1977, "Factorization methods for discrete sequential estimation"). $H$ is a constant here: its derivative would be
-    singular where $A$ is. So $H a = (R, \Delta)$, and $\Delta$ is zero but its derivative is not. With
-    $\Delta' = \Delta R^{-1}$ the rows that are left are $e' = (-\Delta', I) H (e, 0)$, and with $\Gamma$ and $p$
-    turned by $H$
+    An orthogonal matrix $H$ takes $A$ to $(R, 0)$: so the last rows of $H e$ are free of $v$, and the integral is
+    $|R|^{-1}$ times the evidence on them (Bierman 1977, "Factorization methods for discrete sequential estimation").
+    $H$ is a constant here: its derivative would be singular where $A$ is. So $H A = (R, \Delta)$, and $\Delta$ is zero
+    but its derivative is not. With $\Delta' = \Delta R^{-1}$ the rows that are left are $e' = (-\Delta', I) H e$, and
+    with $\Gamma$ and $p$ turned by $H$
 
     $$M = \Gamma_{11} + \Gamma_{12} \Delta' + \Delta'^\top \Gamma_{21} + \Delta'^\top \Gamma_{22} \Delta', \quad
       G = \Gamma_{21} + \Gamma_{22} \Delta', \quad h = p_1 + \Delta'^\top p_2,$$
     $$\Gamma' = \Gamma_{22} - G M^{-1} G^\top, \quad p' = p_2 - G M^{-1} h, \quad
-      c' = c + \tfrac12 h^\top M^{-1} h - \tfrac12 \log |M| - \log |R|.$$
+      c' = c + \tfrac12 h^\top M^{-1} h - \tfrac12 \log |M| - \log |R| - \log |T|.$$
 
     Args:
-        evidence: the evidence, of ``n`` rows.
+        evidence: the evidence on the rows, those of the prior included.
         rows: $A$, ``(..., n, d)``.
-        root: $T$, ``(..., d, d)``.
+        root: $T$, ``(..., d, d)``, lower triangular.
     """
     d = rows.shape[-1]
-    scaled = rows @ root
-    eye = jnp.broadcast_to(_identity(root), (*scaled.shape[:-2], d, d))
-    stack = jnp.concatenate([scaled, eye], -2)
-    turn = reflection(jax.lax.stop_gradient(stack))
-    full = turn @ stack
+    turn = reflection(jax.lax.stop_gradient(rows))
+    full = turn @ rows
     top, low = full[..., :d, :], full[..., d:, :]
-    low = low - jax.lax.stop_gradient(low)
     back_top, log_det = inverse(top)
-    away = low @ back_top
-    left = turn[..., :, : rows.shape[-2]]
-    onto = left[..., d:, :] - away @ left[..., :d, :]
+    away = (low - jax.lax.stop_gradient(low)) @ back_top
+    onto = turn[..., d:, :] - away @ turn[..., :d, :]
     if evidence.precision is None and evidence.linear is None:
         own = _identity(top) + swap(away) @ away
         solve, more = definite(own)
@@ -254,10 +245,8 @@ def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
         evidence = Quadratic(_identity(away @ back) - away @ back, None, evidence.constant)
     else:
         precision, linear = evidence.full(rows[..., 0])
-        # The prior's rows have the identity, and nothing linear.
-        rest = turn[..., :, rows.shape[-2] :]
-        precision = left @ precision @ swap(left) + rest @ swap(rest)
-        linear = times(left, linear)
+        precision = turn @ precision @ swap(turn)
+        linear = times(turn, linear)
         cross, corner = precision[..., d:, :d], precision[..., d:, d:]
         side = cross + corner @ away
         solve, more = definite(precision[..., :d, :d] + swap(cross) @ away + swap(away) @ side)
@@ -266,10 +255,14 @@ def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
         constant = evidence.constant + jnp.sum(force * moved, -1) / 2
         precision = _symmetric(corner - side @ back)
         evidence = Quadratic(precision, linear[..., d:] - times(side, moved), constant)
-    out = root @ back_top
-    gain = -out @ (left[..., :d, :] + back @ onto)
-    covariance = out @ solve(swap(out))
-    return Eliminated(onto, evidence, 2 * log_det + more, gain, times(out, moved), covariance)
+    gain = -back_top @ (turn[..., :d, :] + back @ onto)
+    covariance = back_top @ solve(swap(back_top))
+    log_det = 2 * (log_det + _log_diagonal(root)) + more
+    return Eliminated(onto, evidence, log_det, gain, times(back_top, moved), covariance)
+
+
+def _log_diagonal(root: Array) -> Array:
+    return jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=-2, axis2=-1))), -1)
 
 
 class Separated(NamedTuple):
@@ -279,7 +272,7 @@ class Separated(NamedTuple):
         way, offset: the rows that are left are ``way @ w + offset`` in the other choices $w$.
         evidence: the evidence on them.
         log_det: the logarithm of the determinant that the integral has.
-        gain, shift: given the others, the choice is on average its prior mean plus ``gain @ w + shift``.
+        gain, shift: given the others, the mean of the choice is ``gain @ w + shift``.
         covariance: its covariance, given other choices.
     """
 
@@ -292,24 +285,20 @@ class Separated(NamedTuple):
     covariance: Array
 
 
-def separate(
-    evidence: Quadratic, rows: Array, root: Array, offset: Array, others: Array
-) -> Separated:
-    r"""Integrate over $u \sim N(0, I)$, for rows $A T u + B w + b$ of which there are as many as numbers of $(u, w)$.
+def separate(data: Block, prior: Block, root: Array) -> Separated:
+    r"""Integrate over $v$, for at least as many rows of data as numbers of $z = (v, w)$.
 
-    Rows and prior are compressed together: $e' = W ((u, w) - \hat z)$ with a triangular $W$. So the rows $e'_2$ are
-    free of $u$, and for any $w$ the integral over $u$ is one over $e'_1$.
+    Rows and prior are compressed together: $e' = W (z - \hat z)$ with a triangular $W$. So the rows $e'_2$ are free of
+    $v$, and for any $w$ the integral over $v$ is one over $e'_1$.
 
     Args:
-        evidence: the evidence, of ``n`` rows.
-        rows: $A$, ``(..., n, d)``.
-        root: $T$, ``(..., d, d)``.
-        offset: $b$, ``(..., n)``.
-        others: $B$, ``(..., n, m)``.
+        data: rows of data.
+        prior: the rows $T^{-1} (v - m - B w)$ of the prior.
+        root: $T$, ``(..., d, d)``, lower triangular.
     """
-    d = rows.shape[-1]
-    data = jnp.concatenate([product(rows, root), others], -1)
-    way, centre, found = compress(Block(data, offset, evidence), _ALONE, d)
+    d = root.shape[-1]
+    alone = Copies(lambda x: x, lambda x: x)
+    way, centre, found = compress([(data, alone), (prior, alone)])
     precision, linear = found.full(centre)
     own, side, rest = precision[..., :d, :d], precision[..., :d, d:], precision[..., d:, d:]
     solve, log_det = definite(own)
@@ -322,24 +311,23 @@ def separate(
     )
     top, beside, low = way[..., :d, :d], way[..., :d, d:], way[..., d:, d:]
     back, size = inverse(top)
-    out = product(root, back)
-    gain = -out @ (across @ low + beside)
-    shift = times(root, centre[..., :d]) + times(out, moved) - times(gain, centre[..., d:])
+    gain = -back @ (across @ low + beside)
+    shift = centre[..., :d] + times(back, moved) - times(gain, centre[..., d:])
     return Separated(
         low,
         -times(low, centre[..., d:]),
         left,
-        log_det + 2 * size,
+        log_det + 2 * (size + _log_diagonal(root)),
         gain,
         shift,
-        out @ solve(swap(out)),
+        back @ solve(swap(back)),
     )
 
 
 def integrate(evidence: Quadratic, rows: Array, covariance: Array) -> Eliminated:
-    r"""The same as ``eliminate`` for $u \sim N(0, Q)$ of which only the covariance is known.
+    r"""Integrate over $u \sim N(0, Q)$ of which only the covariance is known, for rows $e + A u$.
 
-    With $V = A Q A^\top$ and $N = (I + \Gamma V)^{-1}$ the result is evidence on $e$ itself:
+    The gain then acts on the rows at $u = 0$, and gives the mean of $u$. With $V = A Q A^\top$ and $N = (I + \Gamma V)^{-1}$ the result is evidence on $e$ itself:
 
     $$\Gamma' = N \Gamma, \qquad p' = N p, \qquad c' = c + \tfrac12 p^\top V N p - \tfrac12 \log |I + \Gamma V|.$$
 

@@ -22,6 +22,7 @@ from . import gaussian
 from .factors import Factor, roots_of, same_scale
 from .gaussian import Block, Copies, Quadratic, compress, times, update
 from .semirings import Semiring, best
+from .small import inverse_lower
 from .tables import (
     Entangled,
     Limit,
@@ -333,7 +334,7 @@ def _compressed(
             jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)
         ]
         block = Block(jnp.concatenate(slopes, -1), offset, form)
-        way, centre, found = compress(block, copies)
+        way, centre, found = compress([(block, copies)])
         return -times(way, centre), _columns(way, sizes), found
 
     own = slopes_of(rows)
@@ -410,51 +411,87 @@ def eliminate(
         return [_probe_left(f, prior, prior.mean, spread, limit) for f in probes], prior.mean
     rows, form = gathered(data, v.plates, v, limit)
     slope = slopes_of(rows)[v].value
-    at_mean = apply(lambda r, a, m: r + times(a, m), limit, without(rows, [v]), slope, prior.mean)
-
-    others = _ordered([at_mean], None)
     limit.spend([v.address], _flops(prior, data))
-    sizes = [u.dimension or 0 for u in others]
+    if prior.root is None:
+        found, new, mean = _without_root(rows, form, slope, prior, limit)
+    elif rows.shape[-1] >= sum(u.dimension or 0 for u in _ordered([rows, prior.mean], v)):
+        found, new, mean = _separated(rows, form, slope, prior, limit)
+    else:
+        found, new, mean = _turned(rows, form, slope, prior, limit)
+    left = found.evidence
+    if semiring is not best:  # else the normalising constant of the prior is counted where it is made
+        constant = apply(lambda c, log_det: c - log_det / 2, limit, left.constant, found.log_det)
+        left = left._replace(constant=constant)
     scale = same_scale([prior.scale, *(f.scale for f in data)], [v.address])
     sites = tuple(dict.fromkeys(s for f in data for s in f.sites))
-    plates = tuple(p.root() for p in v.plates)
-
-    def counted(found: Any) -> Any:
-        if semiring is best:  # the normalising constant of the prior is counted where it is made
-            return found
-        constant = found.evidence.constant - found.log_det / 2
-        return found._replace(evidence=found.evidence._replace(constant=constant))
-
-    def separated(form: Any, slope: Any, root: Any, offset: Any, slopes: Any) -> Any:
-        wide = [jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)]
-        wide = [jnp.zeros((*offset.shape, 0), offset.dtype), *wide]
-        found = gaussian.separate(form, slope, root, offset, jnp.concatenate(wide, -1))
-        ways, gains = _columns(found.way, sizes), _columns(found.gain, sizes)
-        return counted(found)._replace(way=ways, gain=gains)
-
-    def eliminated(form: Quadratic, slope: Any, root: Any, covariance: Any) -> Any:
-        if root is None:
-            return counted(gaussian.integrate(form, slope, covariance))
-        return counted(gaussian.eliminate(form, slope, root))
-
-    if prior.root is not None and rows.shape[-1] >= sum(sizes) + (v.dimension or 0):
-        own = slopes_of(at_mean)
-        slopes = [own[u].value for u in others]
-        found = apply(separated, limit, form, slope, prior.root, at_zero(at_mean), slopes)
-        way = {u: Slope(w, own[u].places) for u, w in zip(others, found.way, strict=True)}
-        new = affine(found.offset, way)
-        gains = {u: Slope(g, own[u].places) for u, g in zip(others, found.gain, strict=True)}
-        moved = affine(found.shift, gains)
-    else:
-        found = apply(eliminated, limit, form, slope, prior.root, prior.covariance)
-        new = apply(times, limit, found.turn, at_mean)
-        moved = None
-    left = Evidence(new, found.evidence, plates, scale, sites)
-    if moved is None:
-        moved = apply(lambda g, r, s: times(g, r) + s, limit, found.gain, at_mean, found.shift)
-    mean = apply(jnp.add, limit, prior.mean, moved)
+    evidence = Evidence(new, left, tuple(p.root() for p in v.plates), scale, sites)
     probed = [_probe_left(f, prior, mean, found.covariance, limit) for f in probes]
-    return [left, *probed], mean
+    return [evidence, *probed], mean
+
+
+def _with_prior(rows: Any, prior: Prior, limit: Limit) -> tuple[Any, Any]:
+    """Rows where a choice is zero, those of its prior included, and how the choice enters the latter."""
+    inverse = apply(inverse_lower, limit, prior.root)
+
+    def stack(rows: Any, inverse: Any, mean: Any) -> Any:
+        return jnp.concatenate([rows, -times(inverse, mean)], -1)
+
+    return apply(stack, limit, without(rows, [prior.variable]), inverse, prior.mean), inverse
+
+
+def _turned(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) -> Any:
+    stacked, inverse = _with_prior(rows, prior, limit)
+
+    def eliminated(form: Quadratic, slope: Any, inverse: Any, root: Any) -> Any:
+        precision, linear = form.precision, form.linear
+        d, pad = root.shape[-1], [(0, 0)] * (root.ndim - 2)
+        if precision is not None:
+            n = precision.shape[-1]
+            eye = jnp.diag((jnp.arange(n + d) >= n).astype(root.dtype))
+            precision = jnp.pad(precision, [*pad, (0, d), (0, d)]) + eye
+        if linear is not None:
+            linear = jnp.pad(linear, [*pad, (0, d)])
+        form = Quadratic(precision, linear, form.constant)
+        return gaussian.eliminate(form, jnp.concatenate([slope, inverse], -2), root)
+
+    found = apply(eliminated, limit, form, slope, inverse, prior.root)
+    new = apply(times, limit, found.turn, stacked)
+    mean = apply(lambda g, r, s: times(g, r) + s, limit, found.gain, stacked, found.shift)
+    return found, new, mean
+
+
+def _separated(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) -> Any:
+    stacked, inverse = _with_prior(rows, prior, limit)
+    n, others = rows.shape[-1], _ordered([stacked], None)
+    sizes = [u.dimension or 0 for u in others]
+
+    def separated(form: Any, slope: Any, inverse: Any, root: Any, offset: Any, slopes: Any) -> Any:
+        wide = [jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)]
+        all_rows = jnp.concatenate([jnp.concatenate([slope, inverse], -2), *wide], -1)
+        data = gaussian.Block(all_rows[..., :n, :], offset[..., :n], form)
+        known = Quadratic(None, None, jnp.zeros_like(form.constant))
+        own = gaussian.Block(all_rows[..., n:, :], offset[..., n:], known)
+        found = gaussian.separate(data, own, root)
+        return found._replace(way=_columns(found.way, sizes), gain=_columns(found.gain, sizes))
+
+    own = slopes_of(stacked)
+    slopes = [own[u].value for u in others]
+    found = apply(separated, limit, form, slope, inverse, prior.root, at_zero(stacked), slopes)
+    way = {u: Slope(w, own[u].places) for u, w in zip(others, found.way, strict=True)}
+    gain = {u: Slope(g, own[u].places) for u, g in zip(others, found.gain, strict=True)}
+    return found, affine(found.offset, way), affine(found.shift, gain)
+
+
+def _without_root(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) -> Any:
+    at_mean = apply(
+        lambda r, a, m: r + times(a, m), limit, without(rows, [prior.variable]), slope, prior.mean
+    )
+    found = apply(gaussian.integrate, limit, form, slope, prior.covariance)
+    new = apply(times, limit, found.turn, at_mean)
+    mean = apply(
+        lambda m, g, r, s: m + times(g, r) + s, limit, prior.mean, found.gain, at_mean, found.shift
+    )
+    return found, new, mean
 
 
 # --- origins ----------------------------------------------------------------------------------------------------------
