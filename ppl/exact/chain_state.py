@@ -83,7 +83,6 @@ class State:
         slots = [[a for a, _ in pieces(x)] for x in self.slots]
         placements = [self.placements[v] for v in self.born if v in self.placements]
         blocks = [[a for a, _ in pieces(x)] for x in self.carried.blocks.values()]
-        slots, blocks = jax.tree.map(jnp.asarray, (slots, blocks))
         return slots, None if self.alpha is None else self.alpha.table, placements, blocks
 
     def with_arrays(self, arrays: Any) -> State:
