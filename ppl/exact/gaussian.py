@@ -327,7 +327,8 @@ def separate(data: Block, prior: Block, root: Array) -> Separated:
 def integrate(evidence: Quadratic, rows: Array, covariance: Array) -> Eliminated:
     r"""Integrate over $u \sim N(0, Q)$ of which only the covariance is known, for rows $e + A u$.
 
-    The gain then acts on the rows at $u = 0$, and gives the mean of $u$. With $V = A Q A^\top$ and $N = (I + \Gamma V)^{-1}$ the result is evidence on $e$ itself:
+    The gain then acts on the rows at $u = 0$, and gives the mean of $u$. With $V = A Q A^\top$ and $N = (I + \Gamma
+    V)^{-1}$ the result is evidence on $e$ itself:
 
     $$\Gamma' = N \Gamma, \qquad p' = N p, \qquad c' = c + \tfrac12 p^\top V N p - \tfrac12 \log |I + \Gamma V|.$$
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from weft.ppl.programs.handlers import expand
-from weft.ppl.stage.errors import DensityError, ModelError
+from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.sites import Site
 
@@ -432,7 +432,7 @@ def _expanded(
 ) -> None:
     """Count any density that is quadratic in normal choices, by its derivatives where they are zero."""
     limit, given = region.plan.limit, context.given.get(site.name)
-    normal = [v for v in term.slopes if v is not NOISE]
+    normal = list(term.slopes)
     read = [i for i, x in enumerate(site.operands) if slopes_of(x)]
     for i in read:
         _refuse_curved(site, site.operands[i], "density")
@@ -444,10 +444,6 @@ def _expanded(
     slopes = [
         [_column(site.operands[i], v, d) for v, d in zip(normal, sizes, strict=True)] for i in read
     ]
-    if any(NOISE in slopes_of(site.operands[i]) for i in read) or region.plan.semiring is drawn:
-        raise DensityError(
-            f"site {_named(site)!r} ({site.spec.label}): joint draws of {addresses(normal)} are not at hand beside it"
-        )
 
     def expansion(operands: Any, slopes: Any, given: Any) -> Any:
         columns = [jnp.concatenate(own, -1) for own in slopes]
@@ -471,12 +467,29 @@ def _expanded(
     operands = [at_zero(x) for x in site.operands]
     constant, linear, precision = apply(expansion, limit, operands, slopes, given)
     precision = apply(jnp.negative, limit, precision)
+    key = context.keys.get(site.name)
+    if region.plan.semiring is drawn and key is not None:
+
+        def noisy(linear: Any, precision: Any) -> Any:
+            """One more row, for the noise: a root of the precision times noise is added to the linear term."""
+            noise = jax.random.normal(jax.random.fold_in(key, 1), linear.shape, linear.dtype)
+            values, vectors = jnp.linalg.eigh(precision)
+            root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+            pull = jnp.concatenate([-times(root, noise), jnp.sum(noise**2, -1, keepdims=True)], -1)
+            pad = [(0, 0)] * (linear.ndim - 1)
+            precision = jnp.pad(precision, [*pad, (0, 1), (0, 1)])
+            precision = precision.at[..., -1, :].set(pull).at[..., :, -1].set(pull)
+            return jnp.pad(linear, [*pad, (0, 1)]), precision
+
+        linear, precision = apply(noisy, limit, linear, precision)
+        normal, sizes = [*normal, NOISE], [*sizes, 1]
     shape = (*(p.size for p in plates), sum(sizes))
     own = {}
     for k, v in enumerate(normal):
         eye = np.eye(sum(sizes), dtype=linear.dtype)[:, sum(sizes[:k]) : sum(sizes[: k + 1])]
         places = tuple(plates.index(p.root()) for p in v.plates)
-        own[v] = Slope(np.broadcast_to(eye, (*shape, sizes[k])), places)
+        known = own[v].value if v in own else 0
+        own[v] = Slope(np.broadcast_to(eye, (*shape, sizes[k])) + known, places)
     rows = affine(np.zeros(shape, linear.dtype), own)
     form = Quadratic(precision, linear, constant)
     region.evidence.append(Evidence(rows, form, plates, scale, (_named(site),)))

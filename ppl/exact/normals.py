@@ -33,9 +33,9 @@ from .tables import (
     affine,
     apply,
     at_zero,
-    still,
     is_table,
     slopes_of,
+    still,
 )
 
 NOISE = Variable("~noise", 1, dimension=1)
@@ -419,7 +419,9 @@ def eliminate(
     else:
         found, new, mean = _turned(rows, form, slope, prior, limit)
     left = found.evidence
-    if semiring is not best:  # else the normalising constant of the prior is counted where it is made
+    if (
+        semiring is not best
+    ):  # else the normalising constant of the prior is counted where it is made
         constant = apply(lambda c, log_det: c - log_det / 2, limit, left.constant, found.log_det)
         left = left._replace(constant=constant)
     scale = same_scale([prior.scale, *(f.scale for f in data)], [v.address])
@@ -559,9 +561,7 @@ def moved(x: Any, known: Mapping[Variable, Any], limit: Limit) -> Any:
     return x
 
 
-def around(
-    f: Any, known: Mapping[Variable, Any], limit: Limit
-) -> Any:
+def around(f: Any, known: Mapping[Variable, Any], limit: Limit) -> Any:
     """A prior, or evidence, with choices less their origins in place of the choices."""
     first, *rest = (x for x, _ in f.parts())
     first = moved(first, known, limit)
@@ -972,7 +972,9 @@ class Law:
         def trace(form: Quadratic, own: Any) -> Quadratic:
             if own is None or form.precision is None:
                 return form
-            more = jnp.sum(form.precision * (jax.lax.stop_gradient(own) if filtering else own), (-1, -2))
+            more = jnp.sum(
+                form.precision * (jax.lax.stop_gradient(own) if filtering else own), (-1, -2)
+            )
             return form._replace(constant=form.constant - more / 2)
 
         rows = still(mean) if filtering else mean
