@@ -132,6 +132,7 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     if "value" in site.parts and "observed" not in site.parts:
         raise ModelError(f"the choice {name!r} is given already, so there is nothing to sum out")
     vector = _is_vector(payload["d"])
+    plan.limit.indices.active = True
     loc, root = _law(region, site)
     inner = 1 if vector else 0
     copies = shape[: len(shape) - inner]

@@ -35,9 +35,11 @@ class Indices:
 
     Attributes:
         picks: for each pick, what it reads.
+        active: whether there are normal choices; else integers are computed as they are.
     """
 
     def __init__(self) -> None:
+        self.active = False
         self.known: dict[Any, list[tuple[Any, list[Any]]]] = {}
         self.made: dict[
             int, tuple[Any, list[Any], Any]
@@ -47,7 +49,7 @@ class Indices:
 
     def evaluate(self, eqn: Any, ins: Sequence[Any]) -> list[Any]:
         """The results of an equation. They are looked up if it was evaluated before."""
-        if not is_integer(eqn):
+        if not self.active or not is_integer(eqn):
             return bind(eqn, ins)
         if not any(isinstance(x, Tracer) for x in ins):
             return folded(eqn, ins)
