@@ -77,6 +77,17 @@ def test_loops_count_in_full():
     assert 70 <= count["flops"] < 150  # 35 multiplications, 35 additions, and the counters
 
 
+def test_factors_and_solves_count():
+    """XLA has no flops for what it leaves to LAPACK."""
+
+    def solve(a, b):
+        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(a), b, lower=True)
+
+    args = jnp.eye(6) + jnp.zeros((10, 6, 6)), jnp.ones((10, 6, 4))
+    count = in_full(solve, args)["flops"] - counts(solve, args)["flops"]
+    assert count == 10 * (6**3 / 3 + 6**2 * 4)
+
+
 SUMS = {
     "hmm_example": lambda: chain(example_prior, *example_data(), move=False),
     "a chain of 3 states": lambda: chain(chain_prior, *chain_data(100), move=True),
