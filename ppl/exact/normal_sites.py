@@ -23,6 +23,7 @@ from .gaussian import Quadratic, times
 from .normals import NOISE, Evidence, Prior, unit_slope
 from .plan import Elimination
 from .region import Region, addresses
+from .scores import Score
 from .semirings import best, drawn
 from .small import solve_lower
 from .tables import (
@@ -243,8 +244,6 @@ def _in_part(
         )
     fixed = site.part("value")
     where = jnp.broadcast_to(expand(site.part("observed"), fixed), fixed.shape)
-    from .scores import Score  # a cycle otherwise
-
     if not (isinstance(region.kept, Score) and region.kept.drawn):
         _add(region, site, apply(jnp.subtract, limit, fixed, loc), root, where, scale, context)
     value = apply(lambda v: jnp.where(where, fixed, v), limit, value)
