@@ -308,7 +308,7 @@ def _gather(eqn: Any, places: Places) -> Places:
         if operand in numbers.operand_batching_dims:
             i = list(numbers.operand_batching_dims).index(operand)
             out.add(batch[numbers.start_indices_batching_dims[i]])
-        elif operand in numbers.start_index_map or sizes[operand] != _shape(eqn)[operand]:
+        elif sizes[operand] != _shape(eqn)[operand]:
             raise Unaligned(f"takes parts of their axis {operand}")
         else:
             dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}

@@ -207,7 +207,7 @@ def _meet(variables: Sequence[Variable]) -> Entangled:
     error = Entangled(
         f"the copies of {addresses(variables)} meet in a scan: each depends on a choice that they share"
     )
-    error.addresses = frozenset(v.address for v in variables)
+    error.meeting = frozenset(v.address for v in variables)
     return error
 
 

@@ -250,7 +250,7 @@ def _one_step(x: Any) -> Any:
                 f"a scan goes along the axis of the copies of {v.address!r}, so that its carry may gather "
                 f"them; sample {v.address!r} inside the scan's step"
             )
-            error.addresses = frozenset({v.address} if v.normal else ())
+            error.meeting = frozenset({v.address} if v.normal else ())
             raise error
         moved[v] = tuple(p - 1 for p in places)
     slopes = {

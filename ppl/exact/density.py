@@ -27,7 +27,7 @@ from .plan import Address, Options, Plan
 from .region import Lost, Region, addresses
 from .scores import Score, filled
 from .semirings import Semiring, log_sum
-from .tables import Entangled, Limit, is_table
+from .tables import Entangled, Limit, Meeting, is_table
 
 R = TypeVar("R")
 
@@ -36,19 +36,19 @@ class ReturnsChoice(ModelError):
     """The return value of a program depends on a choice that is summed out."""
 
 
-def untangled(attempt: Callable[[frozenset[str]], R]) -> R:
-    """``attempt(together)``, where ``together`` are addresses of normal choices whose copies are integrated jointly.
+def untangled(attempt: Callable[[frozenset[Meeting]], R]) -> R:
+    """``attempt(together)``, where ``together`` are normal choices whose copies are integrated jointly.
 
     At first there are none. Choices whose copies turn out to meet are added until there are no more.
     """
-    together: frozenset[str] = frozenset()
+    together: frozenset[Meeting] = frozenset()
     while True:
         try:
             return attempt(together)
         except Entangled as e:
-            if not e.addresses or e.addresses <= together:
+            if not e.meeting or e.meeting <= together:
                 raise
-            together |= e.addresses
+            together |= e.meeting
 
 
 def score(
@@ -72,7 +72,7 @@ def score(
     options: Options = eqn.params["options"]
     targets = frozenset((*context.prefix, *a) for a in eqn.params["addresses"])
 
-    def attempt(together: frozenset[str]) -> tuple[list[Any], Records, jax.Array, Plan]:
+    def attempt(together: frozenset[Meeting]) -> tuple[list[Any], Records, jax.Array, Plan]:
         limit = Limit(options.max_terms)
         region = Region(
             Plan(targets, options, limit, semiring, filtering, together), context.handler

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .small import (
     cholesky,
+    diagonal,
     gram,
     inverse,
     inverse_lower,
@@ -52,8 +54,8 @@ def between(rows: Array, covariance: Array) -> Array:
     return rows @ covariance @ swap(rows)
 
 
-def _identity(matrix: Array) -> Array:
-    return jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+def _identity(matrix: Array) -> np.ndarray:
+    return np.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 def _symmetric(matrix: Array) -> Array:
@@ -65,8 +67,7 @@ def definite(matrix: Array) -> tuple[Callable[[Array], Array], Array]:
     if matrix.shape[-1] == 1:
         return lambda b: b / matrix, jnp.log(matrix[..., 0, 0])
     factor = cholesky(matrix)
-    diagonal = jnp.diagonal(factor, axis1=-2, axis2=-1)
-    return lambda b: solve_definite(factor, b), 2 * jnp.sum(jnp.log(diagonal), -1)
+    return lambda b: solve_definite(factor, b), 2 * jnp.sum(jnp.log(diagonal(factor)), -1)
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------
@@ -115,11 +116,17 @@ class Block(NamedTuple):
         rows: $A$, ``(..., n, D)``.
         offset: $b$, ``(..., n)``.
         evidence: the function of the rows.
+        weight: the number of times that it counts; once if None.
     """
 
     rows: Array
     offset: Array
     evidence: Quadratic
+    weight: Any = None
+
+    def counted(self, x: Array) -> Array:
+        """A term of the evidence, as many times as it counts."""
+        return x if self.weight is None else x * self.weight
 
 
 class Copies(NamedTuple):
@@ -151,11 +158,20 @@ def compress(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Quad
     Returns:
         $W$ ``(..., D, D)``, $\hat z$ ``(..., D)``, and the evidence on the new rows.
     """
+    way, back, centre, (precision, linear, constant) = _likely(blocks)
+    step = jax.lax.stop_gradient(linear)  # to where nothing linear is left, up to rounding
+    constant = constant + jnp.sum((linear - times(precision, step) / 2) * step, -1)
+    linear = linear - times(precision, step)
+    return way, centre + times(back, step), Quadratic(precision, linear, constant)
+
+
+def _likely(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Array, Quadratic]:
+    r"""$W$, its inverse, $\hat z$ and the evidence on the rows $W (z - \hat z)$."""
     still = [(jax.lax.stop_gradient(b), copies) for b, copies in blocks]
-    way, back = _coordinates(_total(_information(b.rows, b.evidence, c) for b, c in still))
+    way, back = _coordinates(_total(_information(b.rows, b, c) for b, c in still))
     rows = [product(b.rows, c.spread(back)) for b, c in blocks]
     centre = _total(
-        c.total(sums(jax.lax.stop_gradient(a), b.evidence.force(b.offset)))
+        c.total(b.counted(sums(jax.lax.stop_gradient(a), b.evidence.force(b.offset))))
         for a, (b, c) in zip(rows, still, strict=True)
     )
     away = [
@@ -163,13 +179,10 @@ def compress(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Quad
         for a, (b, c) in zip(rows, blocks, strict=True)
     ]
     each = [*zip(rows, away, blocks, strict=True)]
-    constant = _total(c.total(b.evidence.at(r)) for _, r, (b, c) in each)
-    linear = _total(c.total(sums(a, b.evidence.force(r))) for a, r, (b, c) in each)
-    precision = _total(_information(a, b.evidence, c) for a, _, (b, c) in each)
-    step = jax.lax.stop_gradient(linear)  # to where nothing linear is left, up to rounding
-    constant = constant + jnp.sum((linear - times(precision, step) / 2) * step, -1)
-    linear = linear - times(precision, step)
-    return way, times(back, centre + step), Quadratic(precision, linear, constant)
+    constant = _total(c.total(b.counted(b.evidence.at(r))) for _, r, (b, c) in each)
+    linear = _total(c.total(b.counted(sums(a, b.evidence.force(r)))) for a, r, (b, c) in each)
+    precision = _total(_information(a, b, c) for a, _, (b, c) in each)
+    return way, back, times(back, centre), Quadratic(precision, linear, constant)
 
 
 def _total(terms: Iterable[Array]) -> Array:
@@ -177,19 +190,21 @@ def _total(terms: Iterable[Array]) -> Array:
     return sum(rest, first)
 
 
-def _information(rows: Array, form: Quadratic, copies: Copies) -> Array:
+def _information(rows: Array, block: Block, copies: Copies) -> Array:
     r"""$A^\top \Gamma A$, summed over the blocks."""
+    form = block.evidence
     if form.precision is None:
-        return copies.total(gram(rows))
-    return _symmetric(copies.total(swap(rows) @ form.weighed(rows)))
+        return copies.total(block.counted(gram(rows)))
+    return copies.total(block.counted(gram(rows, form.weighed(rows))))
 
 
 def _coordinates(information: Array) -> tuple[Array, Array]:
     """An upper triangular factor of a positive semidefinite matrix, shifted to be definite, and its inverse."""
     d = information.shape[-1]
-    diagonal = jnp.diagonal(information, axis1=-2, axis2=-1)
-    shift = jnp.where(diagonal > 0, 8 * d * jnp.finfo(diagonal.dtype).eps * diagonal, 1)
-    factor = cholesky(information + shift[..., None] * _identity(information))
+    size = diagonal(information)
+    shift = jnp.where(size > 0, 8 * d * jnp.finfo(size.dtype).eps * size, 1)
+    shifted = information + shift[..., None]
+    factor = cholesky(jnp.where(_identity(information) > 0, shifted, information))
     return swap(factor), swap(inverse_lower(factor))
 
 
@@ -262,7 +277,7 @@ def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
 
 
 def _log_diagonal(root: Array) -> Array:
-    return jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=-2, axis2=-1))), -1)
+    return jnp.sum(jnp.log(jnp.abs(diagonal(root))), -1)
 
 
 class Separated(NamedTuple):
@@ -298,7 +313,7 @@ def separate(data: Block, prior: Block, root: Array) -> Separated:
     """
     d = root.shape[-1]
     alone = Copies(lambda x: x, lambda x: x)
-    way, centre, found = compress([(data, alone), (prior, alone)])
+    way, inverse_way, centre, found = _likely([(data, alone), (prior, alone)])
     precision, linear = found.full(centre)
     own, side, rest = precision[..., :d, :d], precision[..., :d, d:], precision[..., d:, d:]
     solve, log_det = definite(own)
@@ -310,7 +325,7 @@ def separate(data: Block, prior: Block, root: Array) -> Separated:
         constant,
     )
     top, beside, low = way[..., :d, :d], way[..., :d, d:], way[..., d:, d:]
-    back, size = inverse(top)
+    back, size = inverse_way[..., :d, :d], _log_diagonal(top)
     gain = -back @ (across @ low + beside)
     shift = centre[..., :d] + times(back, moved) - times(gain, centre[..., d:])
     return Separated(
@@ -385,7 +400,7 @@ def update(evidence: Quadratic, spread: Array) -> Update:
                 evidence, lambda b: b / root, lambda b: b / total, lambda b: b / total, log_det
             )
         factor = cholesky(total)
-        log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1)), -1)
+        log_det = 2 * jnp.sum(jnp.log(diagonal(factor)), -1)
 
         def transform(b: Array) -> Array:
             return solve_lower(factor, b)

@@ -113,7 +113,7 @@ class _Begin:
             error = Entangled(
                 f"lanes of {slices.plate.name} read both their own copy of {addresses(slices.inside)} and all of them"
             )
-            error.addresses = frozenset(v.address for v in slices.inside if v.normal)
+            error.meeting = frozenset(v.address for v in slices.inside if v.normal)
             raise error
         self.placed = [v for v in slices.whole if slices.whole[v][0] in region.placements]
         self.dying = {slices.inside[v] for v in dying}

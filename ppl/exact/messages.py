@@ -236,7 +236,7 @@ def walked(
     """
     targets = frozenset((*addresses, (HANDED,)))
 
-    def attempt(together: frozenset[str]) -> Walked:
+    def attempt(together: frozenset[Meeting]) -> Walked:
         plan = Plan(targets, options, Limit(options.max_terms), together=together)
         region = Region(plan, Score())
         outs, _ = region.walk(jaxpr, list(args), Context(region, {}, given))
@@ -245,7 +245,7 @@ def walked(
             meet = Entangled(
                 f"the copies of {' and '.join(map(repr, apart))} are handed on together"
             )
-            meet.addresses = frozenset(apart)
+            meet.meeting = frozenset(apart)
             raise meet
         return Walked(region, outs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +138,9 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     inner = 1 if vector else 0
     copies = shape[: len(shape) - inner]
     joint = name in plan.together or (plan.options.joint and math.prod(copies) > 1)
-    axes = () if joint else tuple(i for i, size in enumerate(copies) if size != 1)
+    axes = tuple(
+        i for i, n in enumerate(copies) if n != 1 and not joint and (name, i) not in plan.together
+    )
     sizes = [shape[i] for i in axes]
     dimension = math.prod(shape) // math.prod(sizes)
     if dimension**2 > plan.options.max_terms:
@@ -155,8 +157,11 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     scale = _scale(region, site, [variable])
     limit = plan.limit
 
+    order = [*axes, *(i for i in range(len(shape)) if i not in axes)]
+
     def flat(x: Any) -> Any:
-        return jnp.reshape(x, (*sizes, dimension))
+        """The axes of copies, then one for the numbers of a copy."""
+        return jnp.transpose(x, order).reshape(*sizes, dimension)
 
     if "observed" in site.parts:
         value, loc, root = _in_part(region, site, value, loc, root, scale, context)
@@ -166,12 +171,13 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     def spread(root: Any) -> Any:
         """The root of the covariance of one copy, as a matrix; for all copies together a block diagonal one."""
         if not vector:
-            return flat(root)[..., None] * jnp.eye(dimension, dtype=root.dtype)
+            return flat(root)[..., None] * np.eye(dimension, dtype=root.dtype)
         d = shape[-1]
-        blocks = root.reshape(*sizes, dimension // d, d, d)
+        blocks = jnp.transpose(root, [*order, len(shape)])
+        blocks = blocks.reshape(*sizes, dimension // d, d, d)
         if dimension == d:
             return blocks[..., 0, :, :]
-        eye = jnp.eye(dimension // d, dtype=root.dtype)
+        eye = np.eye(dimension // d, dtype=root.dtype)
         return jnp.einsum("ij,...ikl->...ikjl", eye, blocks).reshape(*sizes, dimension, dimension)
 
     root = apply(spread, limit, root)
@@ -188,7 +194,7 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     root = None if handed else root
     region.priors[variable] = Prior(variable, mean, root, covariance, scale)
     if weights is not None:
-        region.evidence.append(_probe(region, weights, value, variable, sizes, dimension))
+        region.evidence.append(_probe(region, weights, value, variable, flat))
     return value
 
 
@@ -222,7 +228,7 @@ def _variable(
     name, plan = _named(site), region.plan
     found = region.known.get(site.address)
     if found is None or found.dimension != dimension:
-        plates = tuple(Plate(site.shape[i], f"axis {i} of {name!r}") for i in axes)
+        plates = tuple(Plate(site.shape[i], f"axis {i} of {name!r}", i) for i in axes)
         found = region.known[site.address] = Variable(name, 1, plates, None, dimension)
         region.created.append(found)
     copies = (*plan.limit.lanes, *(p.size for p in found.plates))
@@ -253,22 +259,18 @@ def _in_part(
 
 
 def _probe(
-    region: Region, weights: Any, value: Any, v: Variable, sizes: Sequence[int], dimension: int
+    region: Region, weights: Any, value: Any, v: Variable, flat: Callable[[Any], Any]
 ) -> Evidence:
     """Evidence that is zero, and whose derivative by the weights is the choice; or a square of it."""
     limit = region.plan.limit
-
-    def flat(x: Any) -> Any:
-        return jnp.reshape(x, (*sizes, dimension))
-
     rows = apply(flat, limit, value)
     plates = tuple(p.root() for p in v.plates)
     linear = flat(weights.log_weights)
     precision = None
     if weights.squares is not None:
         rows = apply(jnp.subtract, limit, rows, flat(weights.centre))
-        precision = -2 * weights.squares.reshape(*sizes, dimension, dimension)
-    form = Quadratic(precision, linear, jnp.zeros(tuple(sizes), linear.dtype))
+        precision = -2 * weights.squares.reshape(*linear.shape, linear.shape[-1])
+    form = Quadratic(precision, linear, jnp.zeros(linear.shape[:-1], linear.dtype))
     return Evidence(rows, form, plates, None, (PROBE,), True)
 
 
@@ -356,7 +358,7 @@ def _add(
         found = jnp.sum(found, -1) if vector else found
         return found if where is None else jnp.where(expand(where, found), found, 0)
 
-    unit = None if vector else _same_scale(site)
+    unit = None if vector else _same_scale(region, site)
     if where is not None:
         away, root = apply(guarded, limit, where, away, root)
     rows = away if unit is not None else apply(whitened, limit, away, root)
@@ -384,9 +386,13 @@ def _add(
         x = jnp.transpose(x, [*first, *rest, *range(len(labels), x.ndim)])
         return x.reshape(*(p.size for p in plates), -1 if x.size else 0)
 
-    total = apply(lambda w, r: jnp.sum(fold(constant(w, r)), -1), limit, where, root)
     rows = apply(fold, limit, rows)
     zero = jnp.zeros(tuple(p.size for p in plates), rows.dtype)
+    if unit is not None and where is None:
+        n = rows.shape[-1]
+        total = apply(lambda u: zero - n * (jnp.log(u) + HALF_LOG_TWO_PI), limit, unit)
+    else:
+        total = apply(lambda w, r: jnp.sum(fold(constant(w, r)), -1), limit, where, root)
     form = Quadratic(None, None, total if unit is None else zero)
     found = Evidence(rows, form, plates, scale, (_named(site),))
     if unit is not None:
@@ -394,7 +400,7 @@ def _add(
     region.evidence.append(found)
 
 
-def _same_scale(site: Site) -> Any:
+def _same_scale(region: Region, site: Site) -> Any:
     """The scale of a normal site, if it is one number for all of its elements."""
     base = base_of(site.skeleton.unpack(range(site.skeleton.num_arrays))["d"])
     place = base.scale
@@ -402,7 +408,9 @@ def _same_scale(site: Site) -> Any:
         return None
     scale = site.operands[place]
     shape = scale.shape if is_table(scale) else jnp.shape(scale)
-    return scale if shape == () else None
+    if math.prod(shape) != 1:
+        return None
+    return apply(lambda x: jnp.reshape(x, ()), region.plan.limit, scale)
 
 
 def _labels(site: Site, values: Sequence[Any], ndim: int) -> list[Plate | None]:
@@ -422,7 +430,7 @@ def _labels(site: Site, values: Sequence[Any], ndim: int) -> list[Plate | None]:
             f"at site {_named(site)!r} every copy of {addresses(variables)} meets every other; "
             "marginalize(..., joint=True) sums over all their joint values"
         )
-        error.addresses = frozenset(v.address for v in variables if v.normal and v.plates)
+        error.meeting = frozenset(v.address for v in variables if v.normal and v.plates)
         raise error
     return labels
 

@@ -239,8 +239,8 @@ def read_by(f: Evidence, v: Variable, limit: Limit) -> list[Variable]:
 
 def gathered(
     mine: Sequence[Evidence], plates: Sequence[Plate], first: Variable | None, limit: Limit
-) -> tuple[Any, Quadratic]:
-    """Evidence of several terms as that of one, with some plates: its rows and its form.
+) -> Evidence:
+    """Evidence of several terms as that of one, with some plates.
 
     There are no more rows than numbers of the choices on which they depend.
     """
@@ -248,17 +248,18 @@ def gathered(
     found = [_summed(f, order, first, limit) for f in mine]
     if len(found) == 1:
         return found[0]
-    rows, form = _joined(found, limit)
-    variables = _ordered([rows], first)
-    if rows.shape[-1] > sum(v.dimension or 0 for v in variables):
-        block = apply(
-            lambda r, q: jax.tree.map(lambda x: jnp.expand_dims(x, len(order)), (r, q)),
+    joined = _joined([f.without_unit(limit) for f in found], limit)
+    variables = _ordered([joined.rows], first)
+    if joined.rows.shape[-1] > sum(v.dimension or 0 for v in variables):
+        rows, form = apply(
+            lambda *x: jax.tree.map(lambda x: jnp.expand_dims(x, len(order)), x),
             limit,
-            rows,
-            form,
+            joined.rows,
+            joined.form,
         )
-        return _compressed(block[0], block[1], variables, _copies(len(order)), limit)
-    return rows, form
+        rows, form = _compressed(rows, form, variables, _copies(len(order)), limit)
+        joined = dataclasses.replace(joined, rows=rows, form=form)
+    return joined
 
 
 def _ordered(values: Sequence[Any], first: Variable | None) -> list[Variable]:
@@ -269,13 +270,16 @@ def _ordered(values: Sequence[Any], first: Variable | None) -> list[Variable]:
 
 def _summed(
     f: Evidence, order: Sequence[Plate], first: Variable | None, limit: Limit
-) -> tuple[Any, Quadratic]:
+) -> Evidence:
     """Evidence with axes for some plates only. There are no more rows than numbers of its choices."""
     at, (read, *_) = len(order), [first] if first is None else read_by(f, first, limit)
+    constant = None
     if read is not first:
         assert first is not None
         assert read is not None
         rows, form = _by_index(f, order, first, read, limit)
+        if f.unit is not None:
+            constant = _constant_by_index(f, order, first, read, limit)
     else:
         ((rows, form),) = _blocks([f], order, limit)
         variables = _ordered([rows], first)
@@ -286,17 +290,14 @@ def _summed(
             rows, form = apply(
                 lambda r, q: jax.tree.map(lambda x: jnp.squeeze(x, at), (r, q)), limit, rows, form
             )
-    if f.unit is None:
-        return rows, form
-    constant = _arranged(f.constant, 0, f.plates, order, limit) if read is first else None
-    if constant is None:
-        constant = _constant_by_index(f, order, first, read, limit)
-    else:
-        constant = apply(lambda x: jnp.sum(x, -1), limit, constant)
-    return _in_units(rows, form, f.unit, constant, limit)
+        if f.unit is not None:
+            constant = _arranged(f.constant, 0, f.plates, order, limit)
+            constant = apply(lambda x: jnp.sum(x, -1), limit, constant)
+    plates = tuple(order)
+    return dataclasses.replace(f, rows=rows, form=form, plates=plates, constant=constant)
 
 
-def _joined(found: Sequence[tuple[Any, Quadratic]], limit: Limit) -> tuple[Any, Quadratic]:
+def _joined(found: Sequence[Evidence], limit: Limit) -> Evidence:
     """All rows, one block after another."""
 
     def join(rows: Any, forms: Any) -> Any:
@@ -308,7 +309,8 @@ def _joined(found: Sequence[tuple[Any, Quadratic]], limit: Limit) -> tuple[Any, 
         linear = jnp.concatenate([p for _, p in full], -1)
         return joined, Quadratic(_diagonal([g for g, _ in full]), linear, constant)
 
-    return apply(join, limit, [r for r, _ in found], [f for _, f in found])
+    rows, form = apply(join, limit, [f.rows for f in found], [f.form for f in found])
+    return dataclasses.replace(found[0], rows=rows, form=form)
 
 
 def _diagonal(blocks: Sequence[Any]) -> Any:
@@ -409,15 +411,15 @@ def eliminate(
     if not data:
         spread = prior.spread(limit) if probes else None
         return [_probe_left(f, prior, prior.mean, spread, limit) for f in probes], prior.mean
-    rows, form = gathered(data, v.plates, v, limit)
-    slope = slopes_of(rows)[v].value
+    all_data = gathered(data, v.plates, v, limit)
     limit.spend([v.address], _flops(prior, data))
+    numbers = sum(u.dimension or 0 for u in _ordered([all_data.rows, prior.mean], v))
     if prior.root is None:
-        found, new, mean = _without_root(rows, form, slope, prior, limit)
-    elif rows.shape[-1] >= sum(u.dimension or 0 for u in _ordered([rows, prior.mean], v)):
-        found, new, mean = _separated(rows, form, slope, prior, limit)
+        found, new, mean = _without_root(all_data.without_unit(limit), prior, limit)
+    elif all_data.rows.shape[-1] >= numbers:
+        found, new, mean = _separated(all_data, prior, limit)
     else:
-        found, new, mean = _turned(rows, form, slope, prior, limit)
+        found, new, mean = _turned(all_data.without_unit(limit), prior, limit)
     left = found.evidence
     if (
         semiring is not best
@@ -441,7 +443,9 @@ def _with_prior(rows: Any, prior: Prior, limit: Limit) -> tuple[Any, Any]:
     return apply(stack, limit, without(rows, [prior.variable]), inverse, prior.mean), inverse
 
 
-def _turned(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) -> Any:
+def _turned(data: Evidence, prior: Prior, limit: Limit) -> Any:
+    rows, form = data.rows, data.form
+    slope = slopes_of(rows)[prior.variable].value
     stacked, inverse = _with_prior(rows, prior, limit)
 
     def eliminated(form: Quadratic, slope: Any, inverse: Any, root: Any) -> Any:
@@ -462,29 +466,42 @@ def _turned(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) 
     return found, new, mean
 
 
-def _separated(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) -> Any:
+def _separated(data: Evidence, prior: Prior, limit: Limit) -> Any:
+    rows, n = data.rows, data.rows.shape[-1]
     stacked, inverse = _with_prior(rows, prior, limit)
-    n, others = rows.shape[-1], _ordered([stacked], None)
+    others = _ordered([stacked], None)
     sizes = [u.dimension or 0 for u in others]
 
-    def separated(form: Any, slope: Any, inverse: Any, root: Any, offset: Any, slopes: Any) -> Any:
+    def separated(
+        form: Any, unit: Any, slope: Any, inverse: Any, root: Any, offset: Any, slopes: Any
+    ) -> Any:
         wide = [jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)]
         all_rows = jnp.concatenate([jnp.concatenate([slope, inverse], -2), *wide], -1)
-        data = gaussian.Block(all_rows[..., :n, :], offset[..., :n], form)
+        weight = None if unit is None else 1 / unit**2
+        own = gaussian.Block(all_rows[..., :n, :], offset[..., :n], form, weight)
         known = Quadratic(None, None, jnp.zeros_like(form.constant))
-        own = gaussian.Block(all_rows[..., n:, :], offset[..., n:], known)
-        found = gaussian.separate(data, own, root)
+        before = gaussian.Block(all_rows[..., n:, :], offset[..., n:], known)
+        found = gaussian.separate(own, before, root)
         return found._replace(way=_columns(found.way, sizes), gain=_columns(found.gain, sizes))
 
-    own = slopes_of(stacked)
+    own, slope = slopes_of(stacked), slopes_of(rows)[prior.variable].value
     slopes = [own[u].value for u in others]
-    found = apply(separated, limit, form, slope, inverse, prior.root, at_zero(stacked), slopes)
+    offset = at_zero(stacked)
+    found = apply(
+        separated, limit, data.form, data.unit, slope, inverse, prior.root, offset, slopes
+    )
+    if data.unit is not None:
+        left = found.evidence
+        constant = apply(jnp.add, limit, left.constant, data.constant)
+        found = found._replace(evidence=left._replace(constant=constant))
     way = {u: Slope(w, own[u].places) for u, w in zip(others, found.way, strict=True)}
     gain = {u: Slope(g, own[u].places) for u, g in zip(others, found.gain, strict=True)}
     return found, affine(found.offset, way), affine(found.shift, gain)
 
 
-def _without_root(rows: Any, form: Quadratic, slope: Any, prior: Prior, limit: Limit) -> Any:
+def _without_root(data: Evidence, prior: Prior, limit: Limit) -> Any:
+    rows, form = data.rows, data.form
+    slope = slopes_of(rows)[prior.variable].value
     at_mean = apply(
         lambda r, a, m: r + times(a, m), limit, without(rows, [prior.variable]), slope, prior.mean
     )
@@ -680,7 +697,7 @@ def stuck(
         smallest = min(crossed, key=lambda v: (_numbers(v), v.number))
         names = " and ".join(repr(a) for a in sorted({v.address for v in crossed}))
         error = Entangled(f"the copies of {names} meet in all pairs")
-        error.addresses = frozenset({smallest.address})
+        error.meeting = frozenset({smallest.address})
         return error
     others = {u for what, u in reasons.values() if what in ("mixture", "scale")}
     return mixture(others, evidence, [v for v, (w, _) in reasons.items() if w != "child"])
@@ -862,7 +879,8 @@ class Law:
         self, data: Sequence[Evidence], plates: tuple[Plate, ...], semiring: Semiring
     ) -> None:
         limit = self.limit
-        rows, form = gathered(data, plates, None, limit)
+        found = gathered(data, plates, None, limit).without_unit(limit)
+        rows, form = found.rows, found.form
         reads = self._inside(rows)
         wanted = {*reads, *(v for slopes in self.slopes for v in slopes)}
         along: dict[Variable, Any] = {}  # the covariances of rows and choices

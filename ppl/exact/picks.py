@@ -120,6 +120,18 @@ class Reading(NamedTuple):
     name: Any
 
 
+def read_plates(eqn: Any, places: Sequence[int]) -> list[int]:
+    """The plates of which an equation reads one copy by an index; ``places`` are their axes in its first operand."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dynamic_slice":
+        sizes, shape = params["slice_sizes"], eqn.invars[0].aval.shape
+        return [i for i, p in enumerate(places) if sizes[p] == 1 and shape[p] > 1]
+    if name != "gather":
+        return []
+    mapped, sizes = params["dimension_numbers"].start_index_map, params["slice_sizes"]
+    return [i for i, p in enumerate(places) if p in mapped and sizes[p] == 1]
+
+
 def reading(
     eqn: Any, ins: Sequence[Any], places: Sequence[int], indices: Indices
 ) -> Reading | None:
@@ -131,20 +143,15 @@ def reading(
         places: the axes of the first operand along the plates of the choice.
         indices: what is known of integers.
     """
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dynamic_slice":
-        sizes, shape = params["slice_sizes"], eqn.invars[0].aval.shape
-        found = [i for i, p in enumerate(places) if sizes[p] == 1 and shape[p] > 1]
-        if len(found) != 1 or not isinstance(ins[1 + places[found[0]]], Tracer):
-            return None
-        index = ins[1 + places[found[0]]]
-        return Reading(found[0], (), index, _name(index))
-    if name != "gather":
+    found = read_plates(eqn, places)
+    if len(found) != 1:
         return None
-    numbers = params["dimension_numbers"]
-    mapped, sizes = list(numbers.start_index_map), params["slice_sizes"]
-    found = [i for i, p in enumerate(places) if p in mapped and sizes[p] == 1]
-    if len(found) != 1 or numbers.operand_batching_dims:
+    if eqn.primitive.name == "dynamic_slice":
+        index = ins[1 + places[found[0]]]
+        return Reading(found[0], (), index, _name(index)) if isinstance(index, Tracer) else None
+    numbers = eqn.params["dimension_numbers"]
+    mapped = list(numbers.start_index_map)
+    if numbers.operand_batching_dims:
         return None
     rank = len(eqn.outvars[0].aval.shape)
     rows = tuple(a for a in range(rank) if a not in numbers.offset_dims)

@@ -9,7 +9,7 @@ from weft.ppl.stage.records import recorded
 
 from .families import Family
 from .semirings import Semiring, log_sum
-from .tables import Limit
+from .tables import Limit, Meeting
 
 Address = tuple[str, ...]
 
@@ -63,7 +63,7 @@ class Plan:
         limit: the limit on tables, and an account of them.
         semiring: the kind of sum.
         filtering: whether derivatives are those of filtering (``chains``).
-        together: the normal choices whose copies are integrated jointly.
+        together: the copies of normal choices that are integrated jointly.
         rules: the rules found, by dotted address.
     """
 
@@ -72,7 +72,7 @@ class Plan:
     limit: Limit
     semiring: Semiring = log_sum
     filtering: bool = False
-    together: frozenset[str] = frozenset()
+    together: frozenset[Meeting] = frozenset()
     rules: dict[str, Elimination] = dataclasses.field(default_factory=dict)
 
     def holds(self, eqn: Any, prefix: Address) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 SMALL = 4
@@ -31,7 +32,7 @@ def cholesky(matrix: Array) -> Array:
             found[i, j] = entry = entry / found[j, j]
             left = left - entry * entry
         found[i, i] = jnp.sqrt(left)
-    return _matrix(found, d, matrix)
+    return _matrix(found, d)
 
 
 def solve_lower(factor: Array, b: Array, transposed: bool = False) -> Array:
@@ -57,21 +58,29 @@ def inverse_lower(factor: Array) -> Array:
     """The inverse of a lower triangular matrix."""
     d = factor.shape[-1]
     if d > SMALL:
-        return solve_lower(factor, jnp.eye(d, dtype=factor.dtype))
+        return solve_lower(factor, np.eye(d, dtype=factor.dtype))
     found: dict[tuple[int, int], Any] = {}
     for i in range(d):
         found[i, i] = 1 / factor[..., i, i]
         for j in range(i):
             dot = sum(factor[..., i, k] * found[k, j] for k in range(j, i))
             found[i, j] = -dot * found[i, i]
-    return _matrix(found, d, factor)
+    return _matrix(found, d)
 
 
-def _matrix(entries: dict[tuple[int, int], Any], d: int, like: Array) -> Array:
+def _matrix(entries: dict[tuple[int, int], Any], d: int) -> Array:
     """A matrix from its entries; zero where there is none."""
-    zero = jnp.zeros_like(like[..., 0, 0])
-    rows = [jnp.stack([entries.get((i, j), zero) for j in range(d)], -1) for i in range(d)]
-    return jnp.stack(rows, -2)
+    zero = jnp.zeros_like(entries[0, 0])
+    flat = [entries.get((i, j), zero) for i in range(d) for j in range(d)]
+    return jnp.stack(flat, -1).reshape(*zero.shape, d, d)
+
+
+def diagonal(matrix: Array) -> Array:
+    """The diagonal of a matrix."""
+    d = matrix.shape[-1]
+    if d > SMALL:
+        return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return jnp.stack([matrix[..., i, i] for i in range(d)], -1)
 
 
 def solve_definite(factor: Array, b: Array) -> Array:
@@ -84,7 +93,7 @@ def inverse(matrix: Array) -> tuple[Array, Array]:
     d = matrix.shape[-1]
     if d > SMALL:
         return jnp.linalg.inv(matrix), jnp.linalg.slogdet(matrix)[1]
-    eye = jnp.broadcast_to(jnp.eye(d, dtype=matrix.dtype), matrix.shape)
+    eye = jnp.broadcast_to(np.eye(d, dtype=matrix.dtype), matrix.shape)
     rows = [jnp.concatenate([matrix[..., i, :], eye[..., i, :]], -1) for i in range(d)]
     log_det: Any = 0.0
     for i in range(d):  # Gauss and Jordan
@@ -103,7 +112,7 @@ def reflection(matrix: Array) -> Array:
     n, d = matrix.shape[-2:]
     if d > SMALL:
         return jnp.swapaxes(jnp.linalg.qr(matrix, mode="complete")[0], -1, -2)
-    turn = jnp.broadcast_to(jnp.eye(n, dtype=matrix.dtype), (*matrix.shape[:-2], n, n))
+    turn = jnp.broadcast_to(np.eye(n, dtype=matrix.dtype), (*matrix.shape[:-2], n, n))
     for i in range(d):
         column = matrix[..., i:, i]
         size = jnp.sqrt(jnp.sum(column**2, -1, keepdims=True))
@@ -116,16 +125,18 @@ def reflection(matrix: Array) -> Array:
     return turn
 
 
-def gram(a: Array) -> Array:
-    r"""$A^\top A$."""
+def gram(a: Array, b: Array | None = None) -> Array:
+    r"""$A^\top A$, or a symmetric $A^\top B$."""
     d = a.shape[-1]
+    b = a if b is None else b
     if d > SMALL:
-        return jnp.swapaxes(a, -1, -2) @ a
+        found = jnp.swapaxes(a, -1, -2) @ b
+        return found if a is b else (found + jnp.swapaxes(found, -1, -2)) / 2
     entries: dict[tuple[int, int], Any] = {}
     for i in range(d):
         for j in range(i + 1):
-            entries[i, j] = entries[j, i] = jnp.sum(a[..., i] * a[..., j], -1)
-    return jnp.stack([jnp.stack([entries[i, j] for j in range(d)], -1) for i in range(d)], -2)
+            entries[i, j] = entries[j, i] = jnp.sum(a[..., i] * b[..., j], -1)
+    return _matrix(entries, d)
 
 
 def product(a: Array, b: Array) -> Array:

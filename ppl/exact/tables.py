@@ -39,19 +39,23 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.jaxprs import evaluate
 from weft.ppl.stage.wiring import is_call
 
-from .picks import Indices, Pick, reading
+from .picks import Indices, Pick, read_plates, reading
 
 _numbers = itertools.count()
 
 
 class Plate:
-    """One axis of independent copies of a choice. Plates that turn out to share their index are merged."""
+    """One axis of independent copies of a choice. Plates that turn out to share their index are merged.
 
-    __slots__ = ("name", "parent", "size")
+    ``axis`` is the axis of its site, if it is one.
+    """
 
-    def __init__(self, size: int, name: str) -> None:
+    __slots__ = ("axis", "name", "parent", "size")
+
+    def __init__(self, size: int, name: str, axis: int | None = None) -> None:
         self.size = size
         self.name = name
+        self.axis = axis
         self.parent: Plate | None = None
 
     def root(self) -> Plate:
@@ -64,6 +68,10 @@ class Plate:
 
     def __repr__(self) -> str:
         return f"Plate({self.name}, {self.size})"
+
+
+Meeting = str | tuple[str, int]
+"""Copies that meet: all those at an address, or those along one axis of its site."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +97,10 @@ class Variable:
     @property
     def normal(self) -> bool:
         return self.dimension is not None
+
+    def meeting(self, plate: Plate) -> Meeting:
+        """The copies along one of its plates."""
+        return self.address if plate.axis is None else (self.address, plate.axis)
 
     def __repr__(self) -> str:
         return f"Variable({self.address}, {self.num_values})"
@@ -234,10 +246,10 @@ def num_terms(variables: Iterable[Variable]) -> int:
 class Entangled(ModelError):
     """Copies of a choice meet in one equation, or a table would be too large.
 
-    ``addresses`` are those of normal choices whose copies could be integrated jointly.
+    ``meeting`` are normal choices whose copies could be integrated jointly.
     """
 
-    addresses: frozenset[str] = frozenset()
+    meeting: frozenset[Meeting] = frozenset()
 
 
 class Limit:
@@ -394,15 +406,23 @@ def _normal_axes(
     for v in normal:
         try:
             found = _plate_axes(eqn, ins, [v])
-        except Entangled:
+        except Entangled as error:
             pick = _picked(eqn, ins, v, limit)
             if pick is None:
+                error.meeting = _read_together(eqn, ins, v) or error.meeting
                 raise
             picks[v], places = pick
             found = [{picks[v]: places}]
         for axes, own in zip(out_axes, found, strict=True):
             axes.update(own)
     return out_axes, picks
+
+
+def _read_together(eqn: Any, ins: list[Any], v: Variable) -> frozenset[Meeting]:
+    """Copies to be integrated jointly where one equation reads several plates by indices: all but the largest."""
+    read = read_plates(eqn, slopes_of(ins[0])[v].places) if v in slopes_of(ins[0]) else []
+    plates = sorted((v.plates[i] for i in read), key=lambda p: p.size)
+    return frozenset(v.meeting(p) for p in plates[:-1])
 
 
 def _picked(
@@ -483,7 +503,7 @@ def _entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> Entangle
         f"over all {variable.num_values}^{plate.size} joint values"
     )
     if variable.normal:
-        error.addresses = frozenset({variable.address})
+        error.meeting = frozenset({variable.meeting(plate)})
     return error
 
 
