@@ -268,11 +268,12 @@ def _ordered(values: Sequence[Any], first: Variable | None) -> list[Variable]:
     return [*([] if first is None else [first]), *others]
 
 
-def _summed(
-    f: Evidence, order: Sequence[Plate], first: Variable | None, limit: Limit
-) -> Evidence:
+def _summed(f: Evidence, order: Sequence[Plate], first: Variable | None, limit: Limit) -> Evidence:
     """Evidence with axes for some plates only. There are no more rows than numbers of its choices."""
     at, (read, *_) = len(order), [first] if first is None else read_by(f, first, limit)
+    d = sum(v.dimension or 0 for v in f.variables)
+    if first is not None:
+        limit.spend([first.address], 2 * math.prod(f.rows.shape) * d * (d + 2))
     constant = None
     if read is not first:
         assert first is not None
@@ -295,6 +296,24 @@ def _summed(
             constant = apply(lambda x: jnp.sum(x, -1), limit, constant)
     plates = tuple(order)
     return dataclasses.replace(f, rows=rows, form=form, plates=plates, constant=constant)
+
+
+def summed(
+    evidence: Sequence[Evidence],
+    priors: Mapping[Variable, Prior],
+    wanted: Iterable[Variable],
+    limit: Limit,
+) -> list[Evidence]:
+    """The evidence; summed over its rows where it is on choices that can be eliminated now."""
+    found = list(evidence)
+    for v in wanted:
+        if waits(v, priors, found, limit) is None:
+            order = [p.root() for p in v.plates]
+            found = [
+                _summed(f, order, v, limit) if not f.probe and read_by(f, v, limit) else f
+                for f in found
+            ]
+    return found
 
 
 def _joined(found: Sequence[Evidence], limit: Limit) -> Evidence:
@@ -588,11 +607,10 @@ def around(f: Any, known: Mapping[Variable, Any], limit: Limit) -> Any:
 
 
 def _flops(prior: Prior, data: Sequence[Evidence]) -> int:
-    """About how many operations it takes to integrate a choice out: linear in rows and copies."""
+    """About how many operations it takes to integrate a choice out, once the evidence on it is summed."""
     v = prior.variable
     d = sum(u.dimension or 0 for u in _ordered([prior.mean, *(f.rows for f in data)], v))
-    rows = sum(math.prod(f.rows.shape) for f in data)
-    return 2 * rows * d * (d + 2) + 4 * math.prod(p.size for p in v.plates) * d**3
+    return 4 * math.prod(p.size for p in v.plates) * d**3
 
 
 def _probe_left(f: Evidence, prior: Prior, mean: Any, covariance: Any, limit: Limit) -> Evidence:

@@ -38,6 +38,7 @@ from .normals import (
     origins,
     read_by,
     stuck,
+    summed,
 )
 from .picks import is_integer
 from .plan import Address, Plan
@@ -185,6 +186,9 @@ class Region(Handler):
         limit, semiring = self.plan.limit, self.plan.semiring
         wanted = wanted & self.priors.keys()
         if any(self.priors[v].parents for v in wanted):
+            self.evidence = summed(
+                self.evidence, self.priors, sorted(wanted, key=lambda v: v.number), limit
+            )
             # Measured from where they are likely, all numbers are small, and no derivative cancels.
             with limit.repeated(0):
                 known = origins(self.priors, self.evidence, wanted, semiring, limit)
