@@ -174,7 +174,7 @@ class Case:
 
         def flat(*args: Any) -> dict[str, Any]:
             found = flatten(run(*args))
-            return {a: np.asarray(found[a])[0].reshape(n, -1) for a in self.addresses}
+            return {a: np.asarray(found[a])[0].reshape(n, -1) for a in self.addresses if a in found}
 
         return flat
 

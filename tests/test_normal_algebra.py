@@ -120,6 +120,51 @@ def test_means_of_what_is_integrated_out(name: str, sites: str) -> None:
         near(found[a][0], v, 1e-9, np.abs(v).max())
 
 
+COVARIANCES = [  # several numbers to an element, elements read by an index, gaps, finite choices beside
+    "nested_plates",
+    "seen_in_part",
+    "companion",
+    "series_of_a_common_mean",
+    "a_choice_of_two_that_shifts",
+]
+
+
+def blocks(cov: np.ndarray, exact: Any, found: Any) -> dict[str, np.ndarray]:
+    """The blocks of a covariance matrix that belong to each element of each choice, in one row."""
+    flat, at = {}, 0
+    for a, mean in exact.mean.items():
+        n = found[a].size // mean.size
+        starts = range(at, at + mean.size, n)
+        flat[a] = np.concatenate([cov[i : i + n, i : i + n].ravel() for i in starts])
+        at += mean.size
+    return flat
+
+
+@pytest.mark.parametrize("name", COVARIANCES)
+def test_covariances_of_what_is_integrated_out(name: str) -> None:
+    """Posterior covariances, to 1e-9 of the largest."""
+    case = CASES[name]
+    data = case.draw()
+    exact = case.answer(data, derivatives=False, filtered=())
+    found = case.recovered("covariances")(KEY, arrays(case.p), arrays(case.x), arrays(data))
+    for a, v in blocks(exact.cov, exact, found).items():
+        near(found[a][0], v, 1e-9, np.abs(v).max())
+
+
+def test_filtered_covariances() -> None:
+    """At each step they are the posterior covariances given the data up to it."""
+    case = CASES["gaps_left_out"]
+    data = case.draw()
+    (address,) = case.filtered
+    here = arrays(case.p), arrays(case.x), arrays(data)
+    found = case.recovered("filtered_covariances")(KEY, *here)
+    for t in range(len(found[address][0])):
+        where = {a: w & (np.arange(len(w)) <= t) for a, w in case.where.items()}
+        exact = case.answer(data, where=where, derivatives=False, filtered=())
+        right = blocks(exact.cov, exact, found)[address][t]
+        near(found[address][0, t], right, 1e-9, right)
+
+
 # --- random programs ------------------------------------------------------------------------------
 
 GRAPHS = random_cases(GRAPH_SEEDS)

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from weft.ppl import Model, Program
-from weft.ppl.exact.recovery import MOMENTS, SUMS, posterior, restored
+from weft.ppl.exact.recovery import COVARIANCES, MOMENTS, SUMS, posterior, restored
 from weft.ppl.programs.handlers import Given
 from weft.ppl.stage.addresses import flatten, unflatten
 from weft.ppl.stage.errors import AddressError, ModelError, WeftError
@@ -29,7 +29,9 @@ def recover(
     model: Model,
     draws: R,
     *args: Any,
-    sites: Literal["sample", "marginals", "filtered", "viterbi"] = "sample",
+    sites: Literal[
+        "sample", "marginals", "filtered", "viterbi", "covariances", "filtered_covariances"
+    ] = "sample",
     batch_size: int | None = None,
 ) -> R:
     r"""The choices $z$ that were summed out, from $p(z \mid x, y)$, for every draw $x$ of the other choices.
@@ -42,6 +44,10 @@ def recover(
       probabilities. For a normal, gamma or Wishart choice it is the posterior mean.
     - `"filtered"`: the same for choices in a scan, given only the data of the steps up to the one that draws them.
     - `"viterbi"`: the most probable joint values.
+    - `"covariances"`: the posterior covariance of every element of a normal choice, `(*batch, *event, *event)`: a matrix
+      for an element of a multivariate normal or of `Normal(...).to_event(1)`, the variance for one of `Normal`. For a
+      chain these are the smoothing covariances. Other choices are left out.
+    - `"filtered_covariances"`: the same, given the data that `"filtered"` means are given.
 
     Args:
         key: a random key. Only draws are random.
@@ -76,10 +82,9 @@ def recover(
         >>> full.derived["z"].shape, bool((full.derived["z"].sum(-1) == 1).all())
         ((1, 20, 2), True)
     """
-    if sites not in SUMS:
-        raise ValueError(
-            f"recover: sites is 'sample', 'marginals', 'filtered' or 'viterbi', got {sites!r}"
-        )
+    modes = (*SUMS, *COVARIANCES)
+    if sites not in modes:
+        raise ValueError(f"recover: sites is one of {', '.join(map(repr, modes))}, got {sites!r}")
     if not isinstance(draws, (Draws, Particles)):
         raise TypeError(f"recover takes Draws or Particles, got {type(draws).__name__}")
     if batch_size is not None and batch_size < 1:

@@ -49,7 +49,8 @@ class Weights(NamedTuple):
 
     Attributes:
         log_weights: these numbers.
-        squares: for a normal choice, matrices that are multiplied by the outer product of the choice, less ``centre``.
+        squares: for a normal choice, a matrix for each of its elements. It is multiplied by the outer product of the
+            element, less ``centre``.
     """
 
     log_weights: jax.Array

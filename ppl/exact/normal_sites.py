@@ -138,6 +138,9 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     inner = 1 if vector else 0
     copies = shape[: len(shape) - inner]
     joint = name in plan.together or (plan.options.joint and math.prod(copies) > 1)
+    squares = None if weights is None else weights.squares
+    if squares is not None:  # the numbers of an element are asked for jointly
+        copies = shape[: len(shape) - (squares.ndim - len(shape))]
     axes = tuple(
         i for i, n in enumerate(copies) if n != 1 and not joint and (name, i) not in plan.together
     )
@@ -168,16 +171,16 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     mean = apply(flat, limit, loc)
     handed = isinstance(base_of(payload["d"]), Centred)
 
-    def spread(root: Any) -> Any:
-        """The root of the covariance of one copy, as a matrix; for all copies together a block diagonal one."""
-        if not vector:
-            return flat(root)[..., None] * np.eye(dimension, dtype=root.dtype)
-        d = shape[-1]
-        blocks = jnp.transpose(root, [*order, len(shape)])
+    def spread(matrices: Any, event: int = inner) -> Any:
+        """A block diagonal matrix for each copy, from one for each element; elements have ``event`` axes."""
+        if not event:
+            return flat(matrices)[..., None] * np.eye(dimension, dtype=matrices.dtype)
+        d = math.prod(shape[len(shape) - event :])
+        blocks = jnp.transpose(matrices, [*order, *range(len(shape), matrices.ndim)])
         blocks = blocks.reshape(*sizes, dimension // d, d, d)
         if dimension == d:
             return blocks[..., 0, :, :]
-        eye = np.eye(dimension // d, dtype=root.dtype)
+        eye = np.eye(dimension // d, dtype=matrices.dtype)
         return jnp.einsum("ij,...ikl->...ikjl", eye, blocks).reshape(*sizes, dimension, dimension)
 
     root = apply(spread, limit, root)
@@ -194,7 +197,7 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     root = None if handed else root
     region.priors[variable] = Prior(variable, mean, root, covariance, scale)
     if weights is not None:
-        region.evidence.append(_probe(region, weights, value, variable, flat))
+        region.evidence.append(_probe(region, weights, value, variable, flat, spread))
     return value
 
 
@@ -259,7 +262,12 @@ def _in_part(
 
 
 def _probe(
-    region: Region, weights: Any, value: Any, v: Variable, flat: Callable[[Any], Any]
+    region: Region,
+    weights: Any,
+    value: Any,
+    v: Variable,
+    flat: Callable[[Any], Any],
+    spread: Callable[[Any, int], Any],
 ) -> Evidence:
     """Evidence that is zero, and whose derivative by the weights is the choice; or a square of it."""
     limit = region.plan.limit
@@ -269,7 +277,7 @@ def _probe(
     precision = None
     if weights.squares is not None:
         rows = apply(jnp.subtract, limit, rows, flat(weights.centre))
-        precision = -2 * weights.squares.reshape(*linear.shape, linear.shape[-1])
+        precision = -2 * spread(weights.squares, weights.squares.ndim - weights.centre.ndim)
     form = Quadratic(precision, linear, jnp.zeros(linear.shape[:-1], linear.dtype))
     return Evidence(rows, form, plates, None, (PROBE,), True)
 

@@ -10,10 +10,14 @@ depends on the kind of sum:
   forward filtering, backward sampling).
 
 One recursion serves all three; see ``elimination``.
+
+For the covariance of a normal choice with posterior mean $c$, add $(z - c)^\top W (z - c)$ in place of a linear term. The
+gradient by $W$ where it is zero is the covariance itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,8 +39,11 @@ from .semirings import best, drawn, log_sum
 
 SUMS = {"sample": drawn, "marginals": log_sum, "filtered": log_sum, "viterbi": best}
 
-MOMENTS = ("marginals", "filtered")
-"""The kinds of recovery that give probabilities and means, not values."""
+COVARIANCES = {"covariances": "marginals", "filtered_covariances": "filtered"}
+"""The kinds of recovery that give covariances, and those that give their means."""
+
+MOMENTS = ("marginals", "filtered", *COVARIANCES)
+"""The kinds of recovery that give probabilities, means and covariances, not values."""
 
 
 def posterior(
@@ -50,21 +57,66 @@ def posterior(
         given: every other choice, by dotted address.
         sites: ``"sample"`` gives one joint draw, and ``"viterbi"`` the most probable values. ``"marginals"`` gives
             probabilities, with the axis of values last, or the mean of a continuous choice. ``"filtered"`` gives the
-            same for the choices in a scan, given the steps up to their own.
+            same for the choices in a scan, given the steps up to their own. ``"covariances"`` and
+            ``"filtered_covariances"`` give the covariances that belong to these means, of normal choices only.
     """
+    if sites in COVARIANCES:
+        return _covariances(program, given, sites)
+    table = summed_out(program.code()[0].jaxpr)
+    start = {a: Weights(jnp.zeros(_form(s), jnp.result_type(float))) for a, s in table.items()}
+    found, rules = _gradient(program, key, given, start, sites)
+    return {a: _value(table[a], found[a].log_weights, rules.get(a), sites) for a in found}
+
+
+def _gradient(
+    program: Program,
+    key: jax.Array | None,
+    given: Mapping[str, Given],
+    weights: dict[str, Weights],
+    sites: str,
+) -> tuple[dict[str, Weights], dict[str, Elimination]]:
+    """The gradient of the log density by numbers that are added, and the rules by which choices are summed out."""
     code, args = program.code()
-    table = summed_out(code.jaxpr)
-    start = {a: jnp.zeros(_form(s), jnp.result_type(float)) for a, s in table.items()}
     handler = Posterior(SUMS[sites], sites == "filtered")
-    keys = derive_keys(key_plan(code.jaxpr), key) if sites == "sample" else None
+    keys = None
+    if sites == "sample":
+        assert key is not None
+        keys = derive_keys(key_plan(code.jaxpr), key)
 
-    def log_density(log_weights: dict[str, Any]) -> jax.Array:
-        entries = {**given, **{a: Weights(w) for a, w in log_weights.items()}}
-        return interpret(code.jaxpr, args, handler, keys, unflatten(entries))[2]["log_density"]
+    def log_density(weights: dict[str, Weights]) -> jax.Array:
+        entries = unflatten({**given, **weights})
+        return interpret(code.jaxpr, args, handler, keys, entries)[2]["log_density"]
 
-    found = jax.grad(log_density)(start)
-    rules = {a: rule for plan in handler.plans for a, rule in plan.rules.items()}
-    return {a: _value(table[a], found[a], rules.get(a), sites) for a in found}
+    found = jax.grad(log_density)(weights)
+    return found, {a: rule for plan in handler.plans for a, rule in plan.rules.items()}
+
+
+def _covariances(program: Program, given: Mapping[str, Given], sites: str) -> dict[str, Any]:
+    """The covariances of the numbers of each element of normal choices."""
+    table = summed_out(program.code()[0].jaxpr)
+    kind, dtype = COVARIANCES[sites], jnp.result_type(float)
+    start = {a: Weights(jnp.zeros(_form(s), dtype)) for a, s in table.items()}
+    means, rules = _gradient(program, None, given, start, kind)
+    normal = [a for a in table if (r := rules.get(a)) is not None and r.dimension is not None]
+    if not normal:
+        raise ModelError(
+            f"recover: sites={sites!r} gives covariances of normal choices, and of {program.name!r} none is summed "
+            "out; take sites='marginals'"
+        )
+    for a in normal:
+        squares = jnp.zeros((*table[a].shape, *table[a].event_shape), dtype)
+        centre = jax.lax.stop_gradient(means[a].log_weights)
+        start[a] = Weights(start[a].log_weights, squares, centre)
+    found, _ = _gradient(program, None, given, start, kind)
+    return {a: _symmetric(found[a].squares, table[a]) for a in normal}
+
+
+def _symmetric(squares: Any, info: SiteInfo) -> jax.Array:
+    """The derivative by a symmetric matrix, from that by a matrix of which only the symmetric part counts."""
+    d = math.prod(info.event_shape)
+    matrices = squares.reshape(-1, d, d)
+    matrices = (matrices + jnp.swapaxes(matrices, -1, -2)) / 2
+    return matrices.reshape(squares.shape).astype(info.dtype)
 
 
 def _form(info: SiteInfo) -> tuple[int, ...]:
