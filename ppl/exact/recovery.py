@@ -11,8 +11,8 @@ depends on the kind of sum:
 
 One recursion serves all three; see ``elimination``.
 
-For the covariance of a normal choice with posterior mean $c$, add $(z - c)^\top W (z - c)$ in place of a linear term. The
-gradient by $W$ where it is zero is the covariance itself.
+For the covariance of a normal choice with posterior mean $c$, add $(z - c)^\top W (z - c)$ in place of a linear term.
+The gradient by $W$, where it is zero, is the covariance itself.
 """
 
 from __future__ import annotations
