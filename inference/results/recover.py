@@ -44,9 +44,9 @@ def recover(
       probabilities. For a normal, gamma or Wishart choice it is the posterior mean.
     - `"filtered"`: the same for choices in a scan, given only the data of the steps up to the one that draws them.
     - `"viterbi"`: the most probable joint values.
-    - `"covariances"`: the posterior covariance of every element of a normal choice, `(*batch, *event, *event)`: a matrix
-      for an element of a multivariate normal or of `Normal(...).to_event(1)`, the variance for one of `Normal`. For a
-      chain these are the smoothing covariances. Other choices are left out.
+    - `"covariances"`: the posterior covariance of every element of a normal choice, `(*batch, *event, *event)`: a
+      matrix for an element of a multivariate normal or of `Normal(...).to_event(1)`, the variance for one of `Normal`.
+      For a chain these are the smoothing covariances. Other choices are left out.
     - `"filtered_covariances"`: the same, given the data that `"filtered"` means are given.
 
     Args:
