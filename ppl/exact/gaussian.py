@@ -54,7 +54,8 @@ def between(rows: Array, covariance: Array) -> Array:
     return rows @ covariance @ swap(rows)
 
 
-def _identity(matrix: Array) -> np.ndarray:
+def _identity(matrix: Array) -> Any:
+    # a NumPy array is a constant to XLA, which evaluates what is computed from constants
     return np.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 

@@ -42,7 +42,7 @@ from .normal_sites import Centred
 from .plan import Options, Plan
 from .region import Lost, Region
 from .scores import Score
-from .tables import Entangled, Limit, Variable, at_zero, is_table, slopes_of, variables_of
+from .tables import Entangled, Limit, Meeting, Variable, at_zero, is_table, slopes_of, variables_of
 
 HANDED = "handed on"
 """The name of the choice through which a step reads the message of the step before."""

@@ -58,7 +58,7 @@ def inverse_lower(factor: Array) -> Array:
     """The inverse of a lower triangular matrix."""
     d = factor.shape[-1]
     if d > SMALL:
-        return solve_lower(factor, np.eye(d, dtype=factor.dtype))
+        return solve_lower(factor, jnp.eye(d, dtype=factor.dtype))
     found: dict[tuple[int, int], Any] = {}
     for i in range(d):
         found[i, i] = 1 / factor[..., i, i]
