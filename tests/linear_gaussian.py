@@ -62,6 +62,7 @@ class Case:
     power: float = 1.0  # of the marginal density
     means: bool = True  # whether all means are asked for: those of gamma's kin are not at hand
     gamma: tuple[float, float] | None = None  # the unit of all variances has an inverse gamma prior
+    parallel: bool = False  # whether the steps of scans are composed in a tree
 
     def draw(self, seed: int = 0, p: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """Values of all observed sites, drawn from the prior, in their shapes."""
@@ -126,7 +127,7 @@ class Case:
             model = condition(
                 model, {a: observed(data[a], where=self.where[a]) for a in self.inside}
             )
-        return marginalize(model, *self.addresses)
+        return marginalize(model, *self.addresses, parallel=self.parallel)
 
     def target(self, p: Any, x: Any, data: Mapping[str, Any], where: Any = None) -> Any:
         """The marginalised program given its data."""

@@ -7,6 +7,7 @@ from where the prior has them. Hypothesis draws the numbers (derandomised); set 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from weft.ppl import ModelError
 from linear_gaussian import CASES, Case, all_three, single
 from normal_graphs import random_cases
 from normal_textbook import TEXTBOOK
+from weft import explain, gen, marginalize, sample
 
 pytestmark = [
     pytest.mark.usefixtures("x64", "quick"),
@@ -207,8 +210,11 @@ def test_joint_draws(name: str) -> None:
     chi-square, and so is n times the squared mean. The squared sample correlations, times n, are so in the limit. For a
     mixture only the mean is tested. Every p-value is above 1e-7: 31 of them make one false alarm in 300,000 keys.
     """
-    case, n = CASES[name], 2000
-    data = case.draw()
+    check_draws(CASES[name])
+
+
+def check_draws(case: Case) -> None:
+    n, data = 2000, case.draw()
     exact = case.answer(data, derivatives=False, filtered=())
     found = case.recovered("sample", n)(KEY, arrays(case.p), arrays(case.x), arrays(data))
     away = np.concatenate([found[a] for a in exact.mean], 1) - np.concatenate(
@@ -227,6 +233,80 @@ def test_joint_draws(name: str) -> None:
         products = np.sqrt(n) * np.corrcoef(w)[np.triu_indices(d, 1)]
         p_values["correlations"] = stats.chi2(len(products)).sf(np.sum(products**2))
     assert min(p_values.values()) > 1e-7, p_values
+
+
+# --- steps composed in a tree ---------------------------------------------------------------------
+
+IN_A_TREE = [
+    "bank_of_states",
+    "trend_with_regressors",
+    "gaps_integrated_out",
+    "many_states_in_a_scan",
+    "chain_in_a_step",
+]
+
+
+@pytest.mark.parametrize("name", IN_A_TREE)
+def test_steps_in_a_tree(name: str) -> None:
+    """Value, gradient and conditional means."""
+    case = dataclasses.replace(CASES[name], parallel=True)
+    data = case.draw()
+    exact = case.answer(data, filtered=())
+    check_density(case, case.slope(arrays(case.p), arrays(case.x), arrays(data)), exact, 1e-9)
+    found = case.recovered("marginals")(KEY, arrays(case.p), arrays(case.x), arrays(data))
+    for a, v in exact.mean.items():
+        near(found[a][0], v, 1e-9, np.abs(v).max())
+
+
+@pytest.mark.parametrize("name", ["companion", "series_of_a_common_mean"])
+def test_joint_draws_in_a_tree(name: str) -> None:
+    check_draws(dataclasses.replace(CASES[name], parallel=True))
+
+
+@gen
+def drift(num_steps):
+    """A level and its slope, beside a chain of two values in the same carry."""
+    noise = sample("noise", dist.HalfNormal(1.0))
+
+    def step(carry, _):
+        level, slope, z = carry
+        z = sample("z", dist.Bernoulli(jnp.where(z == 1, 0.9, 0.2)))
+        sample("w", dist.Normal(1.0 * z, noise))
+        level = sample("level", dist.Normal(level + slope, 0.5))
+        sample("y", dist.Normal(level, noise))
+        return (level, slope, z), None
+
+    first = sample("level_0", dist.Normal(0.0, 3.0)), sample("slope", dist.Normal(0.0, 1.0))
+    jax.lax.scan(step, (*first, 0), length=num_steps)
+
+
+def loops(jaxpr: Any) -> list[int]:
+    """The lengths of all loops in a jaxpr."""
+    found = []
+    for eqn in jaxpr.eqns:
+        assert eqn.primitive.name != "while"
+        if eqn.primitive.name == "scan":
+            found.append(eqn.params["length"])
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            found += loops(inner)
+    return found
+
+
+def test_the_depth_of_a_tree() -> None:
+    """A loop has at most as many steps as the tree has levels. Finite and normal choices may be in one carry."""
+    n, names = 100, ("level_0", "slope", "level", "z")
+    data = {a: jax.random.normal(jax.random.key(i), (n,)) for i, a in enumerate("yw")}
+    found = []
+    for parallel in (False, True):
+        target = marginalize(drift, *names, parallel=parallel)(n).given(data)
+        run = jax.value_and_grad(lambda s, t=target: t.log_density({"noise": s}))
+        found.append(run(jnp.array(0.7)))
+    assert max(loops(jax.make_jaxpr(run)(0.7).jaxpr), default=0) <= np.log2(n)
+    near(found[1][0], found[0][0], 1e-9, abs(found[0][0]))
+    near(found[1][1], found[0][1], 1e-9, abs(found[0][1]))
+    text = str(explain(target))
+    assert "Kalman filter, 100 steps in a tree" in text
+    assert "chain of order 1, 100 steps in a tree" in text
 
 
 # --- numbers that hypothesis draws ----------------------------------------------------------------

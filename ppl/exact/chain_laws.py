@@ -102,12 +102,12 @@ def hand_on(
         )
         order = [p.root() for p in some.plates]
         places = [_places(slots[i], members, order) for i in numbers]
-        values = [_copies(slots[i], at, limit) for i, at in zip(numbers, places, strict=True)]
+        values = [copies_of(slots[i], at, limit) for i, at in zip(numbers, places, strict=True)]
         law = Law(joint, values, evidence, order, plan.semiring, plan.filtering)
         region.evidence += law.left
         for k, i in enumerate(numbers):
             slot, at = slots[i], places[k]
-            mean = _uncopied(law.means[k], slot.shape, at, limit)
+            mean = uncopied(law.means[k], slot.shape, at, limit)
             v = before.variables.get(i)
             if v is None or roots_of(v.plates) != set(order):
                 source = next(u for u in slopes_of(slot) if u in members)
@@ -233,7 +233,7 @@ def _places(x: Table, members: Collection[Variable], order: Sequence[Plate]) -> 
     return next(iter(found))
 
 
-def _copies(x: Any, places: Sequence[int], limit: Any) -> Any:
+def copies_of(x: Any, places: Sequence[int], limit: Any) -> Any:
     """A slot with the axes of copies first, and one axis for the numbers of a copy."""
 
     def copies(x: Any) -> Any:
@@ -250,13 +250,10 @@ def _copies(x: Any, places: Sequence[int], limit: Any) -> Any:
     return affine(at_zero(found), kept, found.curved)
 
 
-def _uncopied(x: Any, shape: Sequence[int], places: Sequence[int], limit: Any) -> Any:
+def uncopied(x: Any, shape: Sequence[int], places: Sequence[int], limit: Any) -> Any:
     """The way back."""
     rest = [i for i in range(len(shape)) if i not in places]
     order = [*places, *rest]
     back = [order.index(i) for i in range(len(shape))]
 
-    def uncopied(x: Any) -> Any:
-        return jnp.transpose(x.reshape([shape[i] for i in order]), back)
-
-    return apply(uncopied, limit, x)
+    return apply(lambda x: jnp.transpose(x.reshape([shape[i] for i in order]), back), limit, x)

@@ -75,7 +75,7 @@ class Steps:
         # Choices read outside stay. Those of the chain are summed out as soon as no slot reads them.
         outside = frozenset(variables_of([*self.consts, *self.xs]))
         if link:  # scans and lanes within the step may not sum out the past either
-            outside |= frozenset(state.born)
+            outside |= frozenset(state.born) | frozenset(variables_of(state.slots))
         inner = Region(plan, self.region.kept, outside)
         inner.keys = dict(self.region.keys)
         inner.placements = {**self.region.placements, **state.placements}

@@ -68,8 +68,8 @@ def chain(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
         step += 1
     region.factors += pending
     rest: list[Step] = []
-    parallel = plan.options.parallel and state.alpha is not None and not state.placements
-    parallel = parallel and not plan.filtering and not state.carried.variables
+    composed = state.alpha is not None or bool(state.carried.variables)
+    parallel = plan.options.parallel and composed and not state.placements and not plan.filtering
     if step < length:
         state, found = (in_a_tree if parallel else one_by_one)(steps, state, step)
         rest = [found]

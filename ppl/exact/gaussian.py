@@ -13,6 +13,8 @@ singular: nothing is inverted that can be singular, and no large numbers are sub
 - ``compress`` writes many rows as few.
 - ``update`` conditions a normal law on evidence (Kalman 1960, "A new approach to linear filtering and prediction
   problems").
+- ``compose`` makes one step of two (Särkkä and García-Fernández 2021, "Temporal parallelization of Bayesian
+  smoothers").
 """
 
 from __future__ import annotations
@@ -417,3 +419,95 @@ def update(evidence: Quadratic, spread: Array) -> Update:
     kept = _symmetric(back @ precision)
     left = Quadratic(kept, new, constant)
     return Update(left, lambda b: b, lambda b: kept @ b, lambda b: swap(back) @ b, log_det)
+
+
+# --- steps of a chain -------------------------------------------------------------------------------------------------
+
+
+class Transition(NamedTuple):
+    r"""How steps of a chain take the state $x$ before them to the state $x'$ after them, and the evidence in them.
+
+    With other choices $w$ and $z = (x, w)$, it is evidence on $z$ times the density of $x' \sim N(A z + b, C)$.
+
+    Attributes:
+        slope: $A$, ``(..., d, D)``.
+        offset: $b$, ``(..., d)``.
+        covariance: $C$, ``(..., d, d)``.
+        evidence: the evidence on $z$; None if there is none.
+        probe: weights ``(..., D)`` and a constant ``(...)``: a linear function of $z$ that is zero, and of which only
+            the first derivative counts. None if there is none.
+    """
+
+    slope: Array
+    offset: Array
+    covariance: Array
+    evidence: Block | None
+    probe: tuple[Array, Array] | None
+
+
+def compose(first: Transition, second: Transition, integral: bool = True) -> Transition:
+    r"""Two transitions, one after the other, as one. The state between them is integrated out.
+
+    The first one's state has a normal law given $z$. The second one's evidence updates this law, as in a Kalman filter.
+    What the evidence says of $z$ is compressed with the evidence of the first transition (Särkkä and García-Fernández
+    2021, eqs. 13 to 15, with evidence as rows in place of $\eta$ and $J$). The operation is associative.
+
+    Args:
+        first: may be the law of the state before a chain, whose mean depends on $w$ only. Then the evidence that is
+            left comes with as many rows as that of the second.
+        second: has the same $w$.
+        integral: whether the state is integrated out. Otherwise the largest value is taken.
+    """
+    d, num = first.offset.shape[-1], first.slope.shape[-1]
+    before = num - (second.slope.shape[-1] - d)
+
+    def through(matrix: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Rows on the state between and on $w$, as rows on $z$ and an offset."""
+        own, rest = matrix[..., :d], matrix[..., d:]
+        pad = [(0, 0)] * (rest.ndim - 1) + [(before, 0)]
+        return own @ state[0] + jnp.pad(rest, pad), times(own, state[1])
+
+    slope, mean, covariance = first.slope, first.offset, first.covariance
+    evidence, probe = first.evidence, first.probe
+    if second.evidence is not None:
+        inner = second.evidence.rows[..., :d]
+        rows, offset = through(second.evidence.rows, (slope, mean))
+        offset = offset + second.evidence.offset
+        cross = inner @ covariance
+        found = update(second.evidence.evidence, cross @ swap(inner))
+        form, gain, noise = found.evidence, swap(found.weigh(cross)), swap(found.noise(cross))
+        slope, mean = slope - gain @ rows, mean - times(gain, offset)
+        if form.linear is not None:
+            mean = mean + times(swap(cross), form.linear)
+        weighed = second.evidence.evidence.weighed(swap(noise))
+        covariance = between(_identity(covariance) - gain @ inner, covariance)
+        covariance = _symmetric(covariance + noise @ weighed)
+        if integral:
+            form = form._replace(constant=form.constant - found.log_det / 2)
+        left = Block(found.transform(rows), found.transform(offset[..., None])[..., 0], form)
+        evidence = left if evidence is None else _together(evidence, left)
+    if second.probe is not None:
+        weights, constant = second.probe
+        row, more = through(weights[..., None, :], (slope, mean))
+        mean = mean + times(covariance, weights[..., :d])
+        weights, constant = row[..., 0, :], constant + more[..., 0]
+        probe = (weights, constant) if probe is None else (probe[0] + weights, probe[1] + constant)
+    slope, mean = through(second.slope, (slope, mean))
+    covariance = between(second.slope[..., :d], covariance) + second.covariance
+    return Transition(slope, mean + second.offset, covariance, evidence, probe)
+
+
+def _together(first: Block, second: Block) -> Block:
+    """The evidence of two blocks, in no more rows than there are numbers if their rows depend on each other."""
+    forms = first.evidence, second.evidence
+    plain = all(f.precision is None and f.linear is None for f in forms)
+    if plain and first.offset.shape[-1] + second.offset.shape[-1] <= first.rows.shape[-1]:
+        constant = first.evidence.constant + second.evidence.constant
+        return Block(
+            jnp.concatenate([first.rows, second.rows], -2),
+            jnp.concatenate([first.offset, second.offset], -1),
+            Quadratic(None, None, constant),
+        )
+    alone = Copies(lambda x: x, lambda x: x)
+    way, centre, found = compress([(first, alone), (second, alone)])
+    return Block(way, -times(way, centre), found)

@@ -827,7 +827,7 @@ def plus(x: Any, y: Any, limit: Limit) -> Any:
     return apply(jnp.add, limit, x, y)
 
 
-def _one_block(f: Evidence, order: Sequence[Plate], limit: Limit) -> tuple[Any, Quadratic]:
+def one_block(f: Evidence, order: Sequence[Plate], limit: Limit) -> tuple[Any, Quadratic]:
     """A probe with some plates only. Its rows along other plates stand one after another."""
     ((rows, form),) = _blocks([f], order, limit)
     at = len(order)
@@ -873,7 +873,7 @@ class Law:
         roots = tuple(p.root() for p in plates)
         probes = [f for f in mine if f.probe]
         data = [f for f in mine if not f.probe]
-        probed = [_one_block(f, roots, self.limit) for f in probes]
+        probed = [one_block(f, roots, self.limit) for f in probes]
         values = [*values, *(rows for rows, _ in probed)]
         self.slopes = [self._inside(x) for x in values]
         self.means = [joint.expected(x) for x in values]

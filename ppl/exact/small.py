@@ -15,6 +15,8 @@ import numpy as np
 Array = jax.Array
 SMALL = 4
 """The largest matrices that are written out."""
+FEW = 2 * SMALL
+"""Products of so few rows are not: that would compile for longer, and run no faster."""
 
 
 def cholesky(matrix: Array) -> Array:
@@ -129,7 +131,7 @@ def gram(a: Array, b: Array | None = None) -> Array:
     r"""$A^\top A$, or a symmetric $A^\top B$."""
     d = a.shape[-1]
     b = a if b is None else b
-    if d > SMALL:
+    if d > SMALL or 1 < a.shape[-2] <= FEW:
         found = jnp.swapaxes(a, -1, -2) @ b
         return found if a is b else (found + jnp.swapaxes(found, -1, -2)) / 2
     entries: dict[tuple[int, int], Any] = {}
@@ -142,7 +144,7 @@ def gram(a: Array, b: Array | None = None) -> Array:
 def product(a: Array, b: Array) -> Array:
     """$A B$, for many rows $A$ and a small $B$."""
     d = b.shape[-2]
-    if d > SMALL or b.shape[-1] > SMALL:
+    if d > SMALL or b.shape[-1] > SMALL or 1 < a.shape[-2] <= FEW:
         return a @ b
     columns = [sum(a[..., i] * b[..., None, i, j] for i in range(d)) for j in range(b.shape[-1])]
     return jnp.stack(columns, -1)
@@ -151,6 +153,6 @@ def product(a: Array, b: Array) -> Array:
 def sums(a: Array, x: Array) -> Array:
     r"""$A^\top x$ for a vector $x$ and many rows $A$."""
     d = a.shape[-1]
-    if d > SMALL:
+    if d > SMALL or 1 < a.shape[-2] <= FEW:
         return (jnp.swapaxes(a, -1, -2) @ x[..., None])[..., 0]
     return jnp.stack([jnp.sum(a[..., i] * x, -1) for i in range(d)], -1)
