@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -287,7 +288,7 @@ def loops(jaxpr: Any) -> list[int]:
         assert eqn.primitive.name != "while"
         if eqn.primitive.name == "scan":
             found.append(eqn.params["length"])
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             found += loops(inner)
     return found
 

@@ -85,6 +85,8 @@ class Steps:
         inner.refuse_shared("a scan")
         slots, ys = outs[: self.num_carry], outs[self.num_carry :]
         inner.finish({v for v in inner.priors if not _reads(slots, v)}, frozenset(state.born))
+        for v in inner.priors:  # the next step knows the slots only, so it is of order one
+            self.orders[v.address] = max(self.orders.get(v.address, 0), 1)
         slots, carried = hand_on(inner, slots, set(inner.priors), state.carried)
         inner.settle()
         self._refuse_mixture(state, slots)

@@ -1,8 +1,8 @@
 r"""Normal choices in the carry of a scan whose steps are composed: what single steps do to them.
 
-A step is walked once for all, with the slots before it as unknowns. The slots after it are then affine in those before
-it, with a covariance, and what the step observes is evidence on those before it: a ``Transition``. So it may be any step
-that the Kalman filter can take.
+A step is walked with the slots before it as unknowns. The slots after it are then affine in those before it, with a
+covariance, and what the step observes is evidence on those before it: a ``Transition``. So it may be any step that the
+Kalman filter can take.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .tables import (
     slopes_of,
 )
 
-FLOPS = 30
+FLOPS = 60
 """About how many operations a composition takes, in units of the cube of the number of columns."""
 
 
@@ -58,15 +58,15 @@ def groups_of(state: State, plan: Plan) -> list[Group]:
 
 
 class Group:
-    """Uncertain slots with the same plates: the state of one copy is a vector."""
+    """Uncertain slots with the same plates: the state of one copy is a vector.
+
+    Args:
+        state: the state before the steps.
+        numbers: the numbers of the slots.
+        plan: what is summed out.
+    """
 
     def __init__(self, state: State, numbers: Sequence[int], plan: Plan) -> None:
-        """
-        Args:
-            state: the state before the steps.
-            numbers: the numbers of the slots.
-            plan: what is summed out.
-        """
         self.plan, self.limit, self.numbers = plan, plan.limit, sorted(numbers)
         self.variables = [state.carried.variables[i] for i in self.numbers]
         self.slots = [state.slots[i] for i in self.numbers]
@@ -75,7 +75,9 @@ class Group:
         for x, v in zip(self.slots, self.variables, strict=True):
             own, at = [p.root() for p in v.plates], slopes_of(x)[v].places
             self.places.append(tuple(at[own.index(p)] for p in self.order))
-        self.outer: dict[Variable, tuple[int, ...]] = {}  # the others, and the places of their plates
+        self.outer: dict[
+            Variable, tuple[int, ...]
+        ] = {}  # the others, and the places of their plates
         self.scale: Any = None
         self.sites: tuple[str, ...] = ()
         self.law = self._mean(state), self._covariance(state.carried)
@@ -106,22 +108,19 @@ class Group:
         integral = self.plan.semiring is not best
         return apply(lambda a, b: compose(a, b, integral), self.limit, first, second)
 
-    def finish(self, parts: Sequence[Transition]) -> tuple[dict[int, Any], Blocks, list[Evidence]]:
-        """The slots after some transitions, their covariances, and the evidence on other choices."""
+    def finish(self, whole: Transition) -> tuple[dict[int, Any], Blocks, list[Evidence]]:
+        """The slots after all steps, their covariances, and the evidence on other choices."""
         mean, covariance = self.law
         law = Transition(self._matrix(mean, [*self.outer]), at_zero(mean), covariance, None, None)
-        evidence = []
-        for part in parts:
-            law = self.compose(law, part)
-            if law.evidence is not None:
-                rows, offset, form = law.evidence
-                rows = self._rows(rows, offset)
-                evidence.append(Evidence(rows, form, self.order, self.scale, self.sites))
-            if law.probe is not None:
-                rows, form = apply(_as_row, self.limit, *law.probe)
-                rows = self._rows(*rows)
-                evidence.append(Evidence(rows, form, self.order, self.scale, (PROBE,), True))
-            law = law._replace(evidence=None, probe=None)
+        law, evidence = self.compose(law, whole), []
+        if law.evidence is not None:
+            rows = self._rows(law.evidence.rows, law.evidence.offset)
+            form = law.evidence.evidence
+            evidence.append(Evidence(rows, form, self.order, self.scale, self.sites))
+        if law.probe is not None:
+            row, form = apply(_as_row, self.limit, *law.probe)
+            rows = self._rows(*row)
+            evidence.append(Evidence(rows, form, self.order, self.scale, (PROBE,), True))
         mean, slots, blocks = self._rows(law.slope, law.offset), {}, {}
         means = self._parts(mean)
         for k, (i, v, x) in enumerate(zip(self.numbers, self.variables, self.slots, strict=True)):
@@ -220,6 +219,13 @@ def _as_row(weights: Any, constant: Any) -> Any:
 def arrays_of(x: Any) -> Any:
     """The arrays of a transition of which parts may be tables."""
     return [[a for a, _ in pieces(leaf)] for leaf in jax.tree.leaves(x, is_leaf=is_table)]
+
+
+def idle(arrays: Any) -> Any:
+    """The arrays of a transition that leaves the state as it is, from those of any transition."""
+    (slope,), *rest = arrays
+    eye = jnp.broadcast_to(jnp.eye(*slope.shape[-2:], dtype=slope.dtype), slope.shape)
+    return [[eye], *jax.tree.map(jnp.zeros_like, rest)]
 
 
 def with_arrays(form: Any, arrays: Any) -> Any:

@@ -10,7 +10,6 @@ give everything else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,10 @@ from weft.ppl.analysis.invariants import settled_slots
 
 from .chain_state import State, Step, renamed
 from .chain_steps import Steps
-from .chain_transitions import arrays_of, groups_of, with_arrays, with_unknowns
+from .chain_transitions import arrays_of, groups_of, idle, with_arrays, with_unknowns
 from .elimination import sum_out
 from .factors import Factor, in_terms, less, multiply, ones, ordered, top_of
-from .tables import Limit, Variable, variables_of
+from .tables import Variable, variables_of
 
 
 def in_a_tree(steps: Steps, state: State, start: int) -> tuple[State, Step]:
@@ -36,40 +35,17 @@ def in_a_tree(steps: Steps, state: State, start: int) -> tuple[State, Step]:
     keys = stacked[-1]
     found = links.steps_found[-1].together(stacked)
     key = None if keys is None else keys[0]
-    parts = _in_pairs(links.composed, Part(linked, links.forms[-1]), length, limit, key)
+    whole = links.together(Part(linked, links.forms[-1]), length, key)
     end = jax.tree.unflatten(slots.treedef, slots.after)
     after = links.unknown.with_arrays((end, None, [], []))
-    return links.finish(after, parts, found, key), found
+    return links.finish(after, whole, found, key), found
 
 
 class Part(NamedTuple):
-    """Some steps as one: its arrays, and of what form they are."""
+    """Some steps as one, or several such parts: arrays, and of what form they are."""
 
     arrays: Any
     form: Any
-
-
-def _in_pairs(
-    compose: Callable[[Part, Part, Any], Part], parts: Part, length: int, limit: Limit, key: Any
-) -> list[Part]:
-    """Neighbours composed, and again, while there are two. Returns the few parts that are left, in order."""
-    (arrays, form), left, depth = parts, [], 0
-    while length > 1:
-        half, keys, forms = length // 2, None, []
-        if length % 2:
-            left.append(Part(jax.tree.map(lambda x: x[-1], arrays), form))
-        if key is not None:
-            keys = jax.random.split(jax.random.fold_in(key, 2**30 + depth), half)
-
-        def pair(a: Any, b: Any, key: Any, form: Any = form, forms: Any = forms) -> Any:
-            forms.append(compose(Part(a, form), Part(b, form), key))
-            return forms[-1].arrays
-
-        first, second = (jax.tree.map(lambda x: x[i : 2 * half : 2], arrays) for i in (0, 1))
-        with limit.repeated(half):
-            arrays = jax.vmap(pair)(first, second, keys)
-        form, length, depth = forms[-1].form, half, depth + 1
-    return [Part(jax.tree.map(lambda x: x[0], arrays), form), *reversed(left)]
 
 
 class _Links:
@@ -125,9 +101,87 @@ class _Links:
         scale = factors[0].scale if factors else None
         for v in self.old:  # a choice that only grows older is the same before and after
             if self.ages[v] in self.by_label:
-                same = jnp.where(jnp.eye(v.num_values, dtype=bool), 0.0, -jnp.inf)
-                factors.append(Factor(same, (v, self.by_label[self.ages[v]]), (), scale))
+                factors.append(_unchanged(v, self.by_label[self.ages[v]], scale))
         return multiply([*factors, *(ones(v, scale) for v in (*self.old, *self.new))])
+
+    # --- many parts ---
+
+    def together(self, parts: Part, length: int, key: Any) -> Part:
+        """All parts as one. Neighbours are composed, in rounds of half as many each.
+
+        Once their form has settled, several rounds are one loop over arrays of the same length, filled up with parts
+        that do nothing. Otherwise every round would be compiled for itself.
+        """
+        depth = 0
+        while length > 1:
+            rounds, half = self._rounds(parts, length), (length + 1) // 2
+            parts, keys = _filled(parts, 2 * half, self._idle(parts)), None
+            if key is not None:
+                keys = jax.random.fold_in(key, 2**30 + depth)
+                keys = jax.random.split(keys, (rounds, half))
+            if rounds == 1:
+                parts = self._round(parts, None if keys is None else keys[0])
+            else:
+                parts = self._loop(parts, rounds, keys)
+            length, depth = -(-length // 2**rounds), depth + 1
+            parts = parts._replace(arrays=jax.tree.map(lambda x, n=length: x[:n], parts.arrays))
+        return _first(parts)
+
+    def _rounds(self, parts: Part, length: int) -> int:
+        """How many rounds come next at once. More of them compose more parts that do nothing."""
+        left = (length - 1).bit_length()
+        if not self.groups or left < 3 or not self._settled(parts):
+            return 1
+        return left if left <= 6 else 3
+
+    def _settled(self, parts: Part) -> bool:
+        """Whether two of the parts make one of the same form."""
+        one = _first(parts)
+        with self.plan.limit.repeated(0):
+            new = jax.eval_shape(
+                lambda x: self.composed(Part(x, parts.form), Part(x, parts.form), None).arrays,
+                one.arrays,
+            )
+        shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (one.arrays, new)]
+        return shapes[0] == shapes[1]
+
+    def _round(self, parts: Part, keys: Any) -> Part:
+        """Every second part with the one after it."""
+        form, forms = parts.form, []
+
+        def pair(a: Any, b: Any, key: Any) -> Any:
+            forms.append(self.composed(Part(a, form), Part(b, form), key))
+            return forms[-1].arrays
+
+        first, second = (jax.tree.map(lambda x, i=i: x[i::2], parts.arrays) for i in range(2))
+        with self.plan.limit.repeated(_num(parts) // 2):
+            arrays = jax.vmap(pair)(first, second, keys)
+        return Part(arrays, forms[-1].form)
+
+    def _loop(self, parts: Part, rounds: int, keys: Any) -> Part:
+        """Some rounds. Those who have no neighbour any more are composed with parts that do nothing."""
+        idle, num = self._idle(parts), _num(parts)
+
+        def body(arrays: Any, keys: Any) -> Any:
+            new = self._round(parts._replace(arrays=arrays), keys)
+            return _filled(new, num, idle).arrays, None
+
+        with self.plan.limit.repeated(rounds):
+            arrays, _ = jax.lax.scan(body, parts.arrays, keys, rounds)
+        return parts._replace(arrays=arrays)
+
+    def _idle(self, parts: Part) -> Any:
+        """The arrays of a part that does nothing."""
+        tables, normal = _first(parts).arrays
+        if tables is not None:
+            form, size = parts.form[0]
+            own = [_unchanged(v, u, form.scale) for v, u in zip(self.old, self.new, strict=True)]
+            empty = dataclasses.replace(size, table=jnp.zeros_like(tables[1]))
+            whole = multiply([*own, *(ones(v, form.scale) for v in form.variables), empty])
+            tables = [ordered(whole, form).astype(form.table.dtype), jnp.zeros_like(tables[1])]
+        return tables, [idle(x) for x in normal]
+
+    # --- two parts ---
 
     def composed(self, a: Part, b: Part, key: Any) -> Part:
         """Two parts as one."""
@@ -146,18 +200,17 @@ class _Links:
         part.arrays[0][1] = part.arrays[0][1] + one.table + two.table
         return part
 
-    def finish(self, after: State, parts: list[Part], found: Step, key: Any) -> State:
-        """The state after some parts. What they leave behind besides goes to ``found``."""
-        alpha = self.state.alpha
-        for i, part in enumerate(parts) if alpha is not None else ():
-            whole, size = _factors(part)
-            keys = None if key is None else jax.random.fold_in(key, 2**31 + i)
-            alpha = self._summed([alpha, whole], self.old, keys)
+    def finish(self, after: State, whole: Part, found: Step, key: Any) -> State:
+        """The state after all steps. What they leave behind besides goes to ``found``."""
+        alpha, slots = self.state.alpha, list(after.slots)
+        if alpha is not None:
+            factor, size = _factors(whole)
+            alpha = self._summed([alpha, factor], self.old, key)
             alpha = in_terms(alpha, dict(zip(self.new, self.old, strict=True)))
             found.others.append(size)
-        slots, carried = list(after.slots), dataclasses.replace(self.state.carried, blocks={})
-        for i, group in enumerate(self.groups):
-            new, blocks, evidence = group.finish([_transitions(part)[i] for part in parts])
+        carried = dataclasses.replace(self.state.carried, blocks={})
+        for group, transition in zip(self.groups, _transitions(whole), strict=True):
+            new, blocks, evidence = group.finish(transition)
             slots = [new.get(i, x) for i, x in enumerate(slots)]
             carried.blocks.update(blocks)
             found.evidence += evidence
@@ -178,6 +231,29 @@ def _factors(part: Part) -> list[Factor]:
 
 def _transitions(part: Part) -> list[Any]:
     return [with_arrays(f, a) for f, a in zip(part.form[1], part.arrays[1], strict=True)]
+
+
+def _unchanged(v: Variable, u: Variable, scale: Any = None) -> Factor:
+    """The factor of a choice that is the same as another."""
+    return Factor(jnp.where(jnp.eye(v.num_values, dtype=bool), 0.0, -jnp.inf), (v, u), (), scale)
+
+
+def _num(parts: Part) -> int:
+    return jax.tree.leaves(parts.arrays)[0].shape[0]
+
+
+def _first(parts: Part) -> Part:
+    return parts._replace(arrays=jax.tree.map(lambda x: x[0], parts.arrays))
+
+
+def _filled(parts: Part, num: int, idle: Any) -> Part:
+    """The parts, and others that do nothing after them."""
+
+    def fill(x: jax.Array, more: jax.Array) -> jax.Array:
+        more = jnp.broadcast_to(more, (num - x.shape[0], *x.shape[1:]))
+        return jnp.concatenate([x, more.astype(x.dtype)]) if len(more) else x
+
+    return parts._replace(arrays=jax.tree.map(fill, parts.arrays, idle))
 
 
 def _again(v: Variable) -> Variable:

@@ -8,8 +8,8 @@ $$\alpha_t(z_{t-m+1:t}) = \log \sum_{z_{t-m}} \exp\left(\alpha_{t-1}(z_{t-m:t-1}
 
 with $f_t$ the sum of the density terms of the step (Rabiner 1989, eq. 20, in logarithms). The carry may hold any
 function of the last choices. A slot that keeps gathering choices (a running sum) never repeats, and is refused.
-Equations that no choice reaches run once, as in any scan. With ``parallel`` the steps are composed in a tree (Hassan,
-Särkkä and García-Fernández 2021, "Temporal parallelization of inference in hidden Markov models").
+Equations that no choice reaches run once, as in any scan. With ``parallel`` the steps are composed in a tree
+(``chain_tree``).
 """
 
 from __future__ import annotations

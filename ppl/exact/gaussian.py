@@ -472,20 +472,19 @@ def compose(first: Transition, second: Transition, integral: bool = True) -> Tra
     if second.evidence is not None:
         inner = second.evidence.rows[..., :d]
         rows, offset = through(second.evidence.rows, (slope, mean))
-        offset = offset + second.evidence.offset
+        offset, form = offset + second.evidence.offset, second.evidence.evidence
+        form = Quadratic(*form.full(offset), form.constant)
         cross = inner @ covariance
-        found = update(second.evidence.evidence, cross @ swap(inner))
-        form, gain, noise = found.evidence, swap(found.weigh(cross)), swap(found.noise(cross))
-        slope, mean = slope - gain @ rows, mean - times(gain, offset)
-        if form.linear is not None:
-            mean = mean + times(swap(cross), form.linear)
-        weighed = second.evidence.evidence.weighed(swap(noise))
+        found = update(form, cross @ swap(inner))
+        left, gain, noise = found.evidence, swap(found.weigh(cross)), swap(found.noise(cross))
+        slope = slope - gain @ rows
+        mean = mean - times(gain, offset) + times(swap(cross), left.linear)
         covariance = between(_identity(covariance) - gain @ inner, covariance)
-        covariance = _symmetric(covariance + noise @ weighed)
+        covariance = _symmetric(covariance + between(noise, form.precision))
         if integral:
-            form = form._replace(constant=form.constant - found.log_det / 2)
-        left = Block(found.transform(rows), found.transform(offset[..., None])[..., 0], form)
-        evidence = left if evidence is None else _together(evidence, left)
+            left = left._replace(constant=left.constant - found.log_det / 2)
+        block = Block(rows, offset, left)
+        evidence = block if evidence is None else _together(evidence, block)
     if second.probe is not None:
         weights, constant = second.probe
         row, more = through(weights[..., None, :], (slope, mean))
@@ -498,16 +497,7 @@ def compose(first: Transition, second: Transition, integral: bool = True) -> Tra
 
 
 def _together(first: Block, second: Block) -> Block:
-    """The evidence of two blocks, in no more rows than there are numbers if their rows depend on each other."""
-    forms = first.evidence, second.evidence
-    plain = all(f.precision is None and f.linear is None for f in forms)
-    if plain and first.offset.shape[-1] + second.offset.shape[-1] <= first.rows.shape[-1]:
-        constant = first.evidence.constant + second.evidence.constant
-        return Block(
-            jnp.concatenate([first.rows, second.rows], -2),
-            jnp.concatenate([first.offset, second.offset], -1),
-            Quadratic(None, None, constant),
-        )
+    """The evidence of two blocks, in as many rows as there are numbers."""
     alone = Copies(lambda x: x, lambda x: x)
     way, centre, found = compress([(first, alone), (second, alone)])
     return Block(way, -times(way, centre), found)

@@ -98,8 +98,11 @@ def marginalize(
         *addresses: the choices to sum out. Wildcards work as elsewhere.
         joint: whether to sum over all joint values of the copies of a choice, where copies meet. That is exponential in
             their number. Copies of normal choices that meet are integrated jointly without it.
-        parallel: whether to compose the steps of chains by an associative scan over time, of depth $O(\log T)$, in
-            place of the sequential recursion.
+        parallel: whether to compose the steps of chains in a tree of depth $O(\log T)$, in place of one after the
+            other. So it goes for chains of finite choices (Hassan, Särkkä and García-Fernández 2021) and of normal
+            ones (Särkkä and García-Fernández 2021, "Temporal parallelization of Bayesian smoothers"), for draws,
+            means and gradients too. It takes more operations in all, for accelerators. Chains of other families, and
+            recovery with ``sites="filtered"``, go step by step. `explain` says which rule is used.
         max_terms: the largest table allowed, in joint values of the choices in it; for a normal choice, the largest
             covariance, in entries.
 

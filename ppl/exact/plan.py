@@ -20,7 +20,7 @@ class Options:
 
     Attributes:
         joint: whether to sum over all joint values of the copies of a choice, whatever they read.
-        parallel: whether to compose the steps of chains by an associative scan.
+        parallel: whether to compose the steps of chains in a tree.
         max_terms: the largest table allowed.
     """
 

@@ -92,9 +92,14 @@ def solve_definite(factor: Array, b: Array) -> Array:
 
 def inverse(matrix: Array) -> tuple[Array, Array]:
     """The inverse of a matrix whose leading minors are not zero, and the logarithm of its determinant's size."""
-    d = matrix.shape[-1]
-    if d > SMALL:
+    if matrix.shape[-1] > SMALL:
         return jnp.linalg.inv(matrix), jnp.linalg.slogdet(matrix)[1]
+    return _inverse(matrix)
+
+
+@jax.custom_jvp
+def _inverse(matrix: Array) -> tuple[Array, Array]:
+    d = matrix.shape[-1]
     eye = jnp.broadcast_to(np.eye(d, dtype=matrix.dtype), matrix.shape)
     rows = [jnp.concatenate([matrix[..., i, :], eye[..., i, :]], -1) for i in range(d)]
     log_det: Any = 0.0
@@ -105,6 +110,13 @@ def inverse(matrix: Array) -> tuple[Array, Array]:
             if k != i:
                 rows[k] = rows[k] - rows[k][..., i : i + 1] * rows[i]
     return jnp.stack([row[..., d:] for row in rows], -2), log_det
+
+
+@_inverse.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    found, log_det = _inverse(*primals)
+    moved = found @ tangents[0]
+    return (found, log_det), (-moved @ found, jnp.trace(moved, axis1=-2, axis2=-1))
 
 
 def reflection(matrix: Array) -> Array:
