@@ -13,6 +13,7 @@ from weft.ppl.stage.records import Records
 
 from .chain_laws import fold, hand_on, unfold
 from .chain_state import State, Step
+from .choices import Weights
 from .factors import Factor, multiply
 from .filtered import filtered
 from .region import Lost, Region, addresses
@@ -32,7 +33,12 @@ from .tables import (
 
 
 class Steps:
-    """A scan equation with its operands, in the order of its steps."""
+    """A scan equation with its operands, in the order of its steps.
+
+    Attributes:
+        squared: whether squares of its normal choices are asked for.
+        orders: for each carried choice, the number of steps that it is carried for.
+    """
 
     def __init__(self, region: Region, eqn: Any, ins: list[Any], context: Context) -> None:
         self.region, self.eqn, self.context = region, eqn, context
@@ -43,7 +49,9 @@ class Steps:
         self.carry = ins[num_consts : num_consts + num_carry]
         self.xs = ins[num_consts + num_carry :]
         keys, given = context.only(context.names(self.body))
-        self.orders: dict[str, int] = {}  # for each carried choice, the number of steps
+        weights = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, Weights))
+        self.squared = any(isinstance(w, Weights) and w.squares is not None for w in weights)
+        self.orders: dict[str, int] = {}
         self.forms = [_one_step(x) for x in self.xs]
         arrays = [[jnp.moveaxis(a, lead, 0) for a, lead in pieces(x)] for x in self.xs]
         inputs = (arrays, keys, given)

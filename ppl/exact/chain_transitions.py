@@ -88,7 +88,8 @@ class Group:
         mean, covariance = self._mean(after), self._covariance(after.carried)
         rows = form = block = probe = None
         if data:
-            rows, form = self._noted(gathered(data, self.order, None, self.limit))
+            whole = gathered(data, self.order, None, self.limit).without_unit(self.limit)
+            rows, form = self._noted((whole.rows, whole.form))
         probed = [self._noted(one_block(f, self.order, self.limit)) for f in probes]
         self.scale = same_scale([f.scale for f in data], [v.address for v in self.variables])
         self.sites = tuple(dict.fromkeys(s for f in data for s in f.sites))

@@ -69,7 +69,8 @@ def chain(region: Region, eqn: Any, ins: list[Any], context: Context) -> tuple[l
     region.factors += pending
     rest: list[Step] = []
     composed = state.alpha is not None or bool(state.carried.variables)
-    parallel = plan.options.parallel and composed and not state.placements and not plan.filtering
+    parallel = plan.options.parallel and composed and not state.placements
+    parallel = parallel and not plan.filtering and not steps.squared
     if step < length:
         state, found = (in_a_tree if parallel else one_by_one)(steps, state, step)
         rest = [found]

@@ -102,7 +102,7 @@ def marginalize(
             other. So it goes for chains of finite choices (Hassan, Särkkä and García-Fernández 2021) and of normal
             ones (Särkkä and García-Fernández 2021, "Temporal parallelization of Bayesian smoothers"), for draws,
             means and gradients too. It takes more operations in all, for accelerators. Chains of other families, and
-            recovery with ``sites="filtered"``, go step by step. `explain` says which rule is used.
+            recovery of covariances and of what is ``"filtered"``, go step by step. `explain` says which rule is used.
         max_terms: the largest table allowed, in joint values of the choices in it; for a normal choice, the largest
             covariance, in entries.
 
