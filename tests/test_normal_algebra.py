@@ -21,6 +21,8 @@ import numpyro.distributions as dist
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax import lax
+from numpyro.distributions import MultivariateNormal, Normal
 from scipy import stats
 from weft.ppl import ModelError
 
@@ -451,3 +453,37 @@ def test_any_numbers_in_single_precision(case: Case, p: Any, data: Any, where: A
         away = np.max(np.abs(np.asarray(a, float) - b) * u)
         assert away <= 2 * np.max(error * u) + 8 * 2.0**-24 * size, (p, away, size, error)
         assert np.isfinite(away), p
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@gen
+def one(scale):
+    mu = sample("mu", Normal(0.0, scale))
+    sample("y", Normal(mu, 1.0))
+
+
+@gen
+def walk(scale):
+    def step(x, _):
+        x = sample("mu", Normal(x, scale))
+        sample("y", Normal(x, 1.0))
+        return x, None
+
+    lax.scan(step, 0.0, length=3)
+
+
+@gen
+def vector(root):
+    mu = sample("mu", MultivariateNormal(jnp.zeros(2), scale_tril=root * jnp.eye(2)))
+    sample("y", Normal(mu, 1.0))
+
+
+@pytest.mark.parametrize("model", [one, walk, vector])
+def test_a_negative_scale_has_no_density(model: Any) -> None:
+    """As in the density of the choice itself. Squared, it would pass for its size."""
+    shape = {"one": (), "walk": (3,), "vector": (2,)}[model.name]
+    density = lambda s: marginalize(model, "mu")(s).log_density({"y": jnp.ones(shape)})  # noqa: E731
+    assert jnp.isfinite(density(0.5))
+    assert jnp.isnan(density(-0.5))

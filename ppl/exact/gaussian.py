@@ -280,7 +280,7 @@ def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
 
 
 def _log_diagonal(root: Array) -> Array:
-    return jnp.sum(jnp.log(jnp.abs(diagonal(root))), -1)
+    return jnp.sum(jnp.log(diagonal(root)), -1)
 
 
 class Separated(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from .plan import Elimination
 from .region import Region, addresses
 from .scores import Score
 from .semirings import best, drawn
-from .small import solve_lower
+from .small import diagonal, solve_lower
 from .tables import (
     Entangled,
     Plate,
@@ -183,6 +184,8 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
         eye = np.eye(dimension // d, dtype=matrices.dtype)
         return jnp.einsum("ij,...ikl->...ikjl", eye, blocks).reshape(*sizes, dimension, dimension)
 
+    if not handed:
+        root = apply(functools.partial(_stated, vector=vector), limit, root)
     root = apply(spread, limit, root)
     if not handed:
         mean = _perturbed(region, mean, root, context.keys.get(site.name), limit)
@@ -201,10 +204,15 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     return value
 
 
+def _stated(root: jax.Array, vector: bool) -> jax.Array:
+    """A scale, or a root of a covariance; no number where it is no valid one, as in the density of the choice."""
+    size = diagonal(root)[..., None, :] if vector else root
+    return jnp.where(size >= 0, root, jnp.nan)
+
+
 def _log_det(root: jax.Array) -> jax.Array:
     """The logarithm of the normalising constant of a law with this root of its covariance."""
-    diagonal = jnp.diagonal(root, axis1=-2, axis2=-1)
-    return -jnp.sum(jnp.log(jnp.abs(diagonal)) + HALF_LOG_TWO_PI, -1)
+    return -jnp.sum(jnp.log(diagonal(root)) + HALF_LOG_TWO_PI, -1)
 
 
 def _perturbed(region: Region, mean: Any, root: Any, key: Any, limit: Any) -> Any:
@@ -361,7 +369,7 @@ def _add(
 
     def constant(where: Any, root: Any) -> Any:
         """The normalising constant, where the site counts."""
-        log_scale = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1) if vector else root)
+        log_scale = jnp.log(diagonal(root) if vector else root)
         found = -log_scale - HALF_LOG_TWO_PI
         found = jnp.sum(found, -1) if vector else found
         return found if where is None else jnp.where(expand(where, found), found, 0)
