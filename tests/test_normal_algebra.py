@@ -29,7 +29,7 @@ from weft.ppl import ModelError
 from linear_gaussian import CASES, Case, all_three, single
 from normal_graphs import random_cases
 from normal_textbook import TEXTBOOK
-from weft import explain, gen, marginalize, sample
+from weft import explain, factor, gen, marginalize, sample
 
 pytestmark = [
     pytest.mark.usefixtures("x64", "quick"),
@@ -453,6 +453,63 @@ def test_any_numbers_in_single_precision(case: Case, p: Any, data: Any, where: A
         away = np.max(np.abs(np.asarray(a, float) - b) * u)
         assert away <= 2 * np.max(error * u) + 8 * 2.0**-24 * size, (p, away, size, error)
         assert np.isfinite(away), p
+
+
+# --- factors --------------------------------------------------------------------------------------
+
+
+@gen
+def squares(b):
+    t = sample("t", Normal(0.0, jnp.array([1.0, 2.0])).to_event(1))
+
+    def row(x, y):
+        factor("row", -0.5 * jnp.square(t[0] + x * t[1] - y) - 0.1 * b * t[0] * t[1])
+
+    jax.vmap(row)(jnp.arange(3.0), jnp.array([1.0, 2.0, 0.0]))
+
+
+@gen
+def squares_in_a_scan(b):
+    def step(t, _):
+        t = sample("t", Normal(b * t, 1.0))
+        factor("step", -0.5 * (t - 1.0) ** 2)
+        return t, None
+
+    lax.scan(step, 0.0, length=3)
+
+
+def quadratic(precision: Any, pull: Any, constant: float, log_det: float) -> float:
+    solved = np.linalg.solve(precision, pull)
+    return constant + pull @ solved / 2 - (np.linalg.slogdet(precision)[1] + log_det) / 2
+
+
+def test_factors_that_are_squares() -> None:
+    """A product and squares of choices in factors, in lanes and in steps."""
+    x = np.stack([np.ones(3), np.arange(3.0)], 1)
+    y, ones = np.array([1.0, 2.0, 0.0]), np.ones(3)
+    side = np.array([[0.0, 0.3], [0.3, 0.0]])
+    walk = lambda b: np.eye(3) - b * np.eye(3, k=-1)  # noqa: E731
+    cases = {
+        squares: lambda b: quadratic(
+            np.diag([1, 0.25]) + x.T @ x + b * side, x.T @ y, -y @ y / 2, np.log(4)
+        ),
+        squares_in_a_scan: lambda b: quadratic(walk(b).T @ walk(b) + np.eye(3), ones, -1.5, 0.0),
+    }
+    for model, right in cases.items():
+        density = lambda b, m=model: marginalize(m, "t")(b).log_density({})  # noqa: E731
+        found, slope = jax.value_and_grad(density)(0.9)
+        near(found, right(0.9), 1e-9)
+        near(slope, (right(0.9 + 1e-5) - right(0.9 - 1e-5)) / 2e-5, 1e-8)
+
+
+@pytest.mark.parametrize("f", [lambda t: t**3, jnp.exp, lambda t: jnp.maximum(t, 0.0) ** 2])
+def test_factors_that_are_no_squares_are_refused(f: Any) -> None:
+    @gen
+    def model():
+        factor("g", -f(sample("t", Normal(0.0, 1.0))))
+
+    with pytest.raises(ModelError, match=r"'g' .* is not quadratic in 't'.*test_normal_algebra"):
+        marginalize(model, "t")().log_density({})
 
 
 # --- bad input ------------------------------------------------------------------------------------

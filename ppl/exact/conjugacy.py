@@ -24,7 +24,7 @@ from .families import Beta, Dirichlet, Family, Gamma, InverseGamma, base_of
 from .matrices import InverseWishart, Wishart
 from .normal_sites import is_normal
 from .region import addresses
-from .tables import Variable, axes_of, is_table, slopes_of, variables_of
+from .tables import Variable, axes_of, is_table, slopes_of, straightened, variables_of
 
 
 def family_of(d: Any, event_shape: tuple[int, ...]) -> Family | None:
@@ -136,7 +136,7 @@ def _certify_normal(site: Site, leaves: list[Any]) -> None:
     d = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("d")
     if curved is None and is_normal(d):  # its scale is looked at where its density is counted
         return
-    if not read or (curved is None and _is_quadratic(site, leaves, read)):
+    if not read or _is_quadratic(site, leaves):
         return
     why = (
         ""
@@ -150,15 +150,25 @@ def _certify_normal(site: Site, leaves: list[Any]) -> None:
     )
 
 
-def _is_quadratic(site: Site, leaves: list[Any], read: list[int]) -> bool:
-    def log_density(*leaves: Any) -> Any:
-        here = site.at(list(leaves))
+def _is_quadratic(site: Site, leaves: list[Any]) -> bool:
+    """Whether a density is a polynomial of the second degree in the affine values that it is computed from."""
+    sources, compute = straightened(leaves)
+    read = [i for i, x in enumerate(sources) if slopes_of(x)]
+    if any(sources[i].curved for i in read):
+        return False
+
+    def log_density(*sources: Any) -> Any:
+        here = site.at(compute(sources))
         if site.spec.kind == "factor":
             return here.part("weight")
         return here.log_prob(jnp.ones(site.shape, site.spec.dtype))
 
     avals = [
-        jax.ShapeDtypeStruct(x.shape if is_table(x) else jnp.shape(x), x.dtype) for x in leaves
+        jax.ShapeDtypeStruct(
+            x.shape if is_table(x) else jnp.shape(x),
+            getattr(x, "dtype", None) or jnp.result_type(x),
+        )
+        for x in sources
     ]
     return is_polynomial(log_density, avals, read, 2)
 

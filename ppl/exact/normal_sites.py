@@ -39,6 +39,7 @@ from .tables import (
     axes_of,
     is_table,
     slopes_of,
+    straightened,
     variables_of,
 )
 
@@ -457,26 +458,23 @@ def _expanded(
     """Count any density that is quadratic in normal choices, by its derivatives where they are zero."""
     limit, given = region.plan.limit, context.given.get(site.name)
     normal = list(term.slopes)
-    read = [i for i, x in enumerate(site.operands) if slopes_of(x)]
-    for i in read:
-        _refuse_curved(site, site.operands[i], "density")
+    sources, compute = straightened(site.operands)
+    read = [i for i, x in enumerate(sources) if slopes_of(x)]
     labels = _labels(site, [term], len(term.shape))
     plates = tuple(p.root() for p in labels if p is not None)
     first = [i for i, p in enumerate(labels) if p is not None]
     rest = [i for i, p in enumerate(labels) if p is None]
     sizes = [v.dimension or 0 for v in normal]
-    slopes = [
-        [_column(site.operands[i], v, d) for v, d in zip(normal, sizes, strict=True)] for i in read
-    ]
+    slopes = [[_column(sources[i], v, d) for v, d in zip(normal, sizes, strict=True)] for i in read]
 
-    def expansion(operands: Any, slopes: Any, given: Any) -> Any:
+    def expansion(sources: Any, slopes: Any, given: Any) -> Any:
         columns = [jnp.concatenate(own, -1) for own in slopes]
 
         def density(z: Any) -> Any:
-            full = list(operands)
+            full = list(sources)
             for i, column in zip(read, columns, strict=True):
                 full[i] = full[i] + column @ z
-            return region.kept.site(site.at(full), None, given)[2]["log_density"]
+            return region.kept.site(site.at(compute(full)), None, given)[2]["log_density"]
 
         zero = jnp.zeros(sum(sizes), columns[0].dtype)
         found = density(zero), jax.jacfwd(density)(zero), jax.hessian(density)(zero)
@@ -488,8 +486,8 @@ def _expanded(
 
         return [fold(x) for x in found]
 
-    operands = [at_zero(x) for x in site.operands]
-    constant, linear, precision = apply(expansion, limit, operands, slopes, given)
+    at = [at_zero(x) for x in sources]
+    constant, linear, precision = apply(expansion, limit, at, slopes, given)
     precision = apply(jnp.negative, limit, precision)
     key = context.keys.get(site.name)
     if region.plan.semiring is drawn and key is not None:

@@ -255,6 +255,8 @@ def _cast(x: Any, aval: Any) -> Any:
         return x
     if not is_table(x):
         return cast(x, aval)
+    if x.made is not None:
+        return x
     return affine(Table(cast(x.array, aval), x.axes, x.forms), x.slopes, x.curved)
 
 

@@ -130,6 +130,14 @@ class Slope(NamedTuple):
     unit: bool = False
 
 
+class Made(NamedTuple):
+    """An equation, its operands, and which of its results a value is."""
+
+    eqn: Any
+    ins: list[Any]
+    index: int
+
+
 class Table:
     """A value that depends on choices which are summed out, at each of their values.
 
@@ -139,9 +147,10 @@ class Table:
         forms: which function of the continuous variables the value is.
         slopes: the derivatives by normal choices. The array is the value where these are zero.
         curved: if the value is not affine in the normal choices, the equation that made it so.
+        made: how a curved value is computed, as long as it is read where it is made.
     """
 
-    __slots__ = ("array", "axes", "curved", "forms", "slopes")
+    __slots__ = ("array", "axes", "curved", "forms", "made", "slopes")
 
     def __init__(
         self,
@@ -156,6 +165,7 @@ class Table:
         self.forms = {} if forms is None else forms
         self.slopes = slopes or {}
         self.curved = curved
+        self.made: Made | None = None
 
     def like(self, array: Any) -> Table:
         """Another table of the same kind, without slopes."""
@@ -384,7 +394,10 @@ def _affine(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     outs = equation(eqn, values, limit)
     places, picks = _normal_axes(eqn, ins, normal, limit)
     if curved is not None:
-        return [_curved(out, axes, curved) for out, axes in zip(outs, places, strict=True)]
+        return [
+            _curved(out, axes, curved, Made(eqn, ins, k))
+            for k, (out, axes) in enumerate(zip(outs, places, strict=True))
+        ]
     unit = len(read) == 1 and keeps_numbers(eqn) and _size(eqn.invars[read[0]]) == _size(outs[0])
     slopes: list[dict[Variable, Slope]] = [{} for _ in outs]
     for v in normal:
@@ -461,8 +474,41 @@ def _size(x: Any) -> int:
     return math.prod(getattr(x, "aval", x).shape)
 
 
-def _curved(out: Any, axes: PlateAxes, why: str) -> Any:
-    return affine(out, {v: Slope(None, places) for v, places in axes.items()}, why)
+def _curved(out: Any, axes: PlateAxes, why: str, made: Made) -> Any:
+    found = affine(out, {v: Slope(None, places) for v, places in axes.items()}, why)
+    if is_table(found):
+        found.made = made
+    return found
+
+
+def straightened(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], list[Any]]]:
+    """Values that are affine, if it is known of all how they are made, and the function of them that others are."""
+    sources: dict[int, Any] = {}
+
+    def collect(x: Any) -> None:
+        if is_table(x) and x.made is not None:
+            for y in x.made.ins:
+                collect(y)
+        else:
+            sources[id(x)] = x
+
+    for x in values:
+        collect(x)
+
+    def compute(arrays: Sequence[Any]) -> list[Any]:
+        known = dict(zip(sources, arrays, strict=True))
+        results: dict[int, Any] = {}  # by operands
+
+        def value(x: Any) -> Any:
+            if id(x) in known:
+                return known[id(x)]
+            if id(x.made.ins) not in results:
+                results[id(x.made.ins)] = bind(x.made.eqn, [value(y) for y in x.made.ins])
+            return results[id(x.made.ins)][x.made.index]
+
+        return [value(x) for x in values]
+
+    return list(sources.values()), compute
 
 
 def _slopes(eqn: Any, values: list[Any], slopes: dict[int, Any], limit: Limit) -> list[Any]:
