@@ -131,11 +131,11 @@ class Slope(NamedTuple):
 
 
 class Made(NamedTuple):
-    """An equation, its operands, and which of its results a value is."""
+    """An equation, its operands, and the number of the result that a value is."""
 
     eqn: Any
     ins: list[Any]
-    index: int
+    number: int
 
 
 class Table:
@@ -504,7 +504,7 @@ def straightened(values: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[A
                 return known[id(x)]
             if id(x.made.ins) not in results:
                 results[id(x.made.ins)] = bind(x.made.eqn, [value(y) for y in x.made.ins])
-            return results[id(x.made.ins)][x.made.index]
+            return results[id(x.made.ins)][x.made.number]
 
         return [value(x) for x in values]
 
