@@ -15,7 +15,13 @@ from .constants import folded, known_integers
 
 
 def scan_without_invariants(
-    body: Any, carry: Any, xs: Any, length: int, steps: int, unroll: Any
+    body: Any,
+    carry: Any,
+    xs: Any,
+    length: int,
+    steps: int,
+    unroll: Any,
+    products_only: bool = False,
 ) -> Any:
     """``lax.scan`` in which whatever is the same in every step is computed once.
 
@@ -27,6 +33,8 @@ def scan_without_invariants(
         steps: the number of steps taken before. Slots of the carry that become constant after that many steps are
             known.
         unroll: as in ``lax.scan``.
+        products_only: keep only products of matrices of each step for derivatives, and compute the rest again. That
+            takes less time than to keep many small arrays.
     """
     first = jax.tree.map(lambda a: a[0], xs)
     closed, shape = jax.make_jaxpr(body, return_shape=True)(carry, first)
@@ -53,6 +61,8 @@ def scan_without_invariants(
         after, ys = outs[: len(entry)], outs[len(entry) :]
         return [a for a, done in zip(after, settled, strict=True) if not done], ys
 
+    if products_only:
+        step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
     before = [a for a, done in zip(entry, settled, strict=True) if not done]
     after, ys = jax.lax.scan(step, before, xs, length, unroll=unroll)
     moved = iter(after)

@@ -42,6 +42,7 @@ def one_by_one(steps: Steps, state: State, start: int) -> tuple[State, Step]:
             length,
             start,
             steps.eqn.params["unroll"],
+            products_only=bool(state.carried.variables),
         )
     found = seen[-1].together(stacked)
     if shift is not None:

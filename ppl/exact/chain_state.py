@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from .chain_laws import Carried
 from .factors import Factor
 from .families import Placement
 from .lanes import Slices
-from .normals import Evidence
+from .normals import Evidence, without
 from .tables import (
     Plate,
     PlateAxes,
@@ -80,14 +81,14 @@ class State:
 
     def arrays(self) -> Any:
         """The arrays of the state: those of slots, factor, placements and covariances."""
-        slots = [[a for a, _ in pieces(x)] for x in self.slots]
+        slots = [[a for a, _ in pieces(self._without_own(i))] for i in range(len(self.slots))]
         placements = [self.placements[v] for v in self.born if v in self.placements]
         blocks = [[a for a, _ in pieces(x)] for x in self.carried.blocks.values()]
         return slots, None if self.alpha is None else self.alpha.table, placements, blocks
 
     def with_arrays(self, arrays: Any) -> State:
         """A state of the same form with other arrays."""
-        slots = [rebuilt(x, iter(a)) for a, x in zip(arrays[0], self.slots, strict=True)]
+        slots = [self._with_own(i, a) for i, a in enumerate(arrays[0])]
         alpha = None if self.alpha is None else dataclasses.replace(self.alpha, table=arrays[1])
         placed = [v for v in self.born if v in self.placements]
         placements = dict(zip(placed, arrays[2], strict=True))
@@ -95,6 +96,15 @@ class State:
         blocks = {k: rebuilt(x, iter(a)) for a, (k, x) in zip(arrays[3], known, strict=True)}
         carried = dataclasses.replace(self.carried, blocks=blocks)
         return State(slots, alpha, self.born, placements, carried)
+
+    def _without_own(self, i: int) -> Any:
+        """A slot without its slope by the variable for it, which is the same after each step."""
+        return without(self.slots[i], [v for v in [self.carried.variables.get(i)] if v is not None])
+
+    def _with_own(self, i: int, arrays: Sequence[Any]) -> Any:
+        x, v = rebuilt(self._without_own(i), iter(arrays)), self.carried.variables.get(i)
+        own = {} if v is None else {v: slopes_of(self.slots[i])[v]}
+        return affine(at_zero(x), {**slopes_of(x), **own}, x.curved if is_table(x) else None)
 
     def widened(self, after: State) -> State:
         """The state with everything in which the state after it is more uncertain: so far that is certain.

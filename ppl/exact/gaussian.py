@@ -19,12 +19,14 @@ singular: nothing is inverted that can be singular, and no large numbers are sub
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from .small import (
     cholesky,
@@ -399,9 +401,8 @@ def update(evidence: Quadratic, spread: Array) -> Update:
         total = _identity(spread) + spread
         if total.shape[-1] == 1:
             root, log_det = jnp.sqrt(total), jnp.log(total[..., 0, 0])
-            return Update(
-                evidence, lambda b: b / root, lambda b: b / total, lambda b: b / total, log_det
-            )
+            solve_one = lambda b: b / total  # noqa: E731
+            return Update(evidence, lambda b: b / root, solve_one, solve_one, log_det)
         factor = cholesky(total)
         log_det = 2 * jnp.sum(jnp.log(diagonal(factor)), -1)
 
@@ -501,3 +502,81 @@ def _together(first: Block, second: Block) -> Block:
     alone = Copies(lambda x: x, lambda x: x)
     way, centre, found = compress([(first, alone), (second, alone)])
     return Block(way, -times(way, centre), found)
+
+
+# --- covariances of values -------------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """One of two values of which a covariance is taken.
+
+    Attributes:
+        own: its slopes $S$ by each choice; None where it has none.
+        reads: the slopes $A$ of the rows.
+        gain, noise: $K$ and $Z$; None if the evidence does not move it.
+    """
+
+    own: Sequence[Any]
+    reads: Sequence[Any]
+    gain: Any
+    noise: Any
+
+    def left(self) -> list[Any]:
+        """The slopes of the value less its estimate, $D = S - K A$."""
+        away = [None if a is None or self.gain is None else -(self.gain @ a) for a in self.reads]
+        return [_sum(both) for both in zip(self.own, away, strict=True)]
+
+
+@jax.custom_jvp
+def as_joseph(covariance: Array, parts: Any) -> Array:
+    r"""A covariance of two values given evidence, that is known, with the derivative of Joseph's form.
+
+    For the covariance $C$ of choices that is $D_i C D_j^\top + Z_i \Gamma Z_j^\top$. It takes longer to compute than
+    forms in which $D$ is not needed, but the derivatives of these cancel where a prior is vague.
+
+    Args:
+        covariance: the covariance.
+        parts: $C$ by pairs of choices, the two values, and $\Gamma$.
+    """
+    return covariance
+
+
+def _joseph(joint: Any, one: Side, other: Side, precision: Any) -> Any:
+    starts, ends = one.left(), other.left()
+    found = []
+    for d, row in zip(starts, joint, strict=True):
+        along = _sum(
+            [
+                None if c is None or e is None else c @ swap(e)
+                for c, e in zip(row, ends, strict=True)
+            ]
+        )
+        found.append(None if d is None or along is None else d @ along)
+    if one.noise is not None and other.noise is not None:
+        back = swap(other.noise)
+        found.append(one.noise @ (back if precision is None else precision @ back))
+    return _sum(found)
+
+
+def _sum(terms: Sequence[Any]) -> Any:
+    there = [t for t in terms if t is not None]
+    return _total(there) if there else None
+
+
+@functools.partial(as_joseph.defjvp, symbolic_zeros=True)
+def _derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    covariance, parts = primals
+    is_zero = lambda t: isinstance(t, SymbolicZero)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(parts)
+    moves = jax.tree.leaves(tangents[1], is_leaf=is_zero)
+    moving = [i for i, t in enumerate(moves) if not is_zero(t)]
+
+    def form(*some: Array) -> Any:
+        full = dict(enumerate(leaves)) | dict(zip(moving, some, strict=True))
+        return _joseph(*jax.tree.unflatten(treedef, [*full.values()]))
+
+    if not moving:
+        return covariance, jnp.zeros_like(covariance)
+    at, along = ([x[i] for i in moving] for x in (leaves, moves))
+    move = jax.jvp(form, at, along)[1].astype(covariance.dtype)
+    return covariance, jnp.broadcast_to(move, covariance.shape)

@@ -827,6 +827,15 @@ def plus(x: Any, y: Any, limit: Limit) -> Any:
     return apply(jnp.add, limit, x, y)
 
 
+def less(x: Any, a: Any, b: Any, limit: Limit) -> Any:
+    """A matrix less a product of matrices."""
+    if a is None or b is None:
+        return x
+    if x is None:
+        return apply(lambda a, b: -(a @ b), limit, a, b)
+    return apply(lambda x, a, b: x - a @ b, limit, x, a, b)
+
+
 def one_block(f: Evidence, order: Sequence[Plate], limit: Limit) -> tuple[Any, Quadratic]:
     """A probe with some plates only. Its rows along other plates stand one after another."""
     ((rows, form),) = _blocks([f], order, limit)
@@ -879,10 +888,13 @@ class Law:
         self.means = [joint.expected(x) for x in values]
         self.added: dict[tuple[int, int], Any] = {}
         self.left: list[Evidence] = []
-        self.noise: list[Any] = [None] * len(
-            values
-        )  # the part of each value that the rows' noise makes
-        self.noise_form: Any = None
+        self.reads: dict[Variable, Slope] = {}  # how the rows of the evidence depend on choices
+        self.along: dict[Variable, Any] = {}  # the covariances of rows and choices
+        self.gains: list[Any] = [None] * len(values)
+        self.noise = self.gains  # the part of each value that the rows' noise makes
+        self.precision: Any = None  # of the rows
+        self.given: dict[tuple[int, Variable], Any] = {}
+        self.errors: dict[int, Any] = {}
         if data:
             self._condition(data, roots, semiring)
         n = len(values) - len(probes)
@@ -899,15 +911,9 @@ class Law:
         limit = self.limit
         found = gathered(data, plates, None, limit).without_unit(limit)
         rows, form = found.rows, found.form
-        reads = self._inside(rows)
+        reads = self.reads = self._inside(rows)
         wanted = {*reads, *(v for slopes in self.slopes for v in slopes)}
-        along: dict[Variable, Any] = {}  # the covariances of rows and choices
-        for v in wanted:
-            total = None
-            for u, slope in reads.items():
-                if (c := self.joint(u, v)) is not None:
-                    total = plus(product(slope, c, limit), total, limit)
-            along[v] = total
+        along = self.along = {v: self._before(reads, v) for v in wanted}
         n = rows.shape[-1]
         shape = (*(p.size for p in plates), n, n)
         spread: Any = None
@@ -925,7 +931,11 @@ class Law:
         def conditioned(form: Quadratic, spread: Any, offset: Any, crosses: Any, means: Any) -> Any:
             found = update(form, spread)
             gains = [None if k is None else jnp.swapaxes(found.weigh(k), -1, -2) for k in crosses]
-            noise = [None if k is None else jnp.swapaxes(found.noise(k), -1, -2) for k in crosses]
+            noise = gains
+            if found.noise is not found.weigh:
+                noise = [
+                    None if k is None else jnp.swapaxes(found.noise(k), -1, -2) for k in crosses
+                ]
             pull = [
                 m if k is None else m - times(k, offset) for m, k in zip(means, gains, strict=True)
             ]
@@ -939,13 +949,10 @@ class Law:
                 left = left._replace(constant=left.constant - found.log_det / 2)
             return pull, gains, noise, found.transform(offset[..., None])[..., 0], left
 
-        self.means, gains, self.noise, offset, left = apply(
+        self.means, self.gains, self.noise, offset, left = apply(
             conditioned, limit, form, spread, offset, crosses, self.means
         )
-        self.noise_form = form.precision
-        self.slopes = [
-            self._less(own, gain, reads) for own, gain in zip(self.slopes, gains, strict=True)
-        ]
+        self.precision = form.precision
         names = [v.address for v in self.joint.members]
         k = sum(v.dimension or 0 for v in wanted)
         copies = math.prod(p.size for p in plates)
@@ -960,36 +967,55 @@ class Law:
             return along
         return apply(lambda a, s: a @ jnp.swapaxes(s, -1, -2), self.limit, along, slope.value)
 
-    def _less(self, own: dict[Variable, Slope], gain: Any, reads: dict[Variable, Slope]) -> Any:
-        """The slopes of a value less its estimate from the rows."""
-        if gain is None:
-            return own
-        found = dict(own)
-        for v, slope in reads.items():
-            there = own.get(v)
-            away = apply(lambda k, a: -(k @ a), self.limit, gain, slope.value)
-            away = away if there is None else apply(jnp.add, self.limit, there.value, away)
-            found[v] = Slope(away, slope.places)
-        return found
+    def _before(self, slopes: Mapping[Variable, Slope], v: Variable) -> Any:
+        """The covariance of a value that has these slopes with a choice, without the evidence."""
+        total: Any = None
+        for u, slope in slopes.items():
+            if (c := self.joint(u, v)) is not None:
+                total = plus(product(slope, c, self.limit), total, self.limit)
+        return total
+
+    def _given(self, i: int, v: Variable) -> Any:
+        """The covariance of a value with a choice, given the evidence."""
+        if (i, v) not in self.given:
+            before = self._before(self.slopes[i], v)
+            self.given[i, v] = less(before, self.gains[i], self.along.get(v), self.limit)
+        return self.given[i, v]
+
+    def _error(self, i: int) -> Any:
+        """The covariance of a value with the rows given the evidence, less what it is without rounding."""
+        if i not in self.errors:
+            noise = self.noise[i]
+            total = None if noise is None else apply(jnp.negative, self.limit, noise)
+            for v, slope in self.reads.items():
+                total = plus(self._turned(self._given(i, v), slope), total, self.limit)
+            self.errors[i] = total
+        return self.errors[i]
 
     def covariance(self, i: int, j: int) -> Any:
-        """The covariance of two values; None if it is zero."""
-        limit, total = self.limit, None
-        for u, s in self.slopes[i].items():
-            along: Any = None
-            for v, t in self.slopes[j].items():
-                if (c := self.joint(u, v)) is not None:
-                    along = plus(self._turned(c, t), along, limit)
-            if along is not None:
-                total = plus(product(s, along, limit), total, limit)
-        if self.noise[i] is not None and self.noise[j] is not None:
+        r"""The covariance of two values; None if it is zero.
 
-            def noise(a: Any, b: Any, precision: Any) -> Any:
-                b = jnp.swapaxes(b, -1, -2)
-                return a @ (b if precision is None else precision @ b)
-
-            more = apply(noise, limit, self.noise[i], self.noise[j], self.noise_form)
-            total = plus(total, more, limit)
+        Of values $S_i z$ and $S_j z$ and rows $A z$ it is $M S_j^\top - (M A^\top - Z_i) K_j^\top$, if $C$ is the
+        covariance of $z$ and $M = (S_i - K_i A) C$. This is Joseph's form. What is subtracted is due to rounding only,
+        and so that of $M$ does not stay.
+        """
+        total, limit, gain = None, self.limit, self.gains[j]
+        for v, slope in self.slopes[j].items():
+            total = plus(self._turned(self._given(i, v), slope), total, limit)
+        if gain is not None:
+            back = apply(lambda k: jnp.swapaxes(k, -1, -2), limit, gain)
+            total = less(total, self._error(i), back, limit)
+        if total is not None and self.along:
+            joint = [[self.joint(u, v) for v in self.along] for u in self.along]
+            reads, *own = (
+                [slopes[v].value if v in slopes else None for v in self.along]
+                for slopes in (self.reads, self.slopes[i], self.slopes[j])
+            )
+            sides = [
+                gaussian.Side(s, reads, self.gains[k], self.noise[k])
+                for s, k in zip(own, (i, j), strict=True)
+            ]
+            total = apply(gaussian.as_joseph, limit, total, (joint, *sides, self.precision))
         return plus(total, self.added.get((i, j)), limit)
 
     def _tilt(

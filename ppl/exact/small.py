@@ -24,11 +24,12 @@ def cholesky(matrix: Array) -> Array:
     d = matrix.shape[-1]
     if d > SMALL:
         return jnp.linalg.cholesky(matrix)
+    a = _entries(matrix)
     found: dict[tuple[int, int], Any] = {}
     for i in range(d):
-        left = matrix[..., i, i]
+        left = a[i][i]
         for j in range(i):
-            entry = matrix[..., i, j]
+            entry = a[i][j]
             for k in range(j):
                 entry = entry - found[i, k] * found[j, k]
             found[i, j] = entry = entry / found[j, j]
@@ -45,15 +46,14 @@ def solve_lower(factor: Array, b: Array, transposed: bool = False) -> Array:
         factor = jnp.broadcast_to(factor, (*shape, d, d))
         b = jnp.broadcast_to(b, (*shape, *b.shape[-2:]))
         return jax.scipy.linalg.solve_triangular(factor, b, lower=True, trans=int(transposed))
+    a, rows = _entries(factor), _rows(b)
     found: dict[int, Any] = {}
-    order = reversed(range(d)) if transposed else range(d)
-    for i in order:
-        left = b[..., i, :]
+    for i in reversed(range(d)) if transposed else range(d):
+        left = rows[i]
         for j, x in found.items():
-            entry = factor[..., j, i] if transposed else factor[..., i, j]
-            left = left - entry[..., None] * x
-        found[i] = left / factor[..., i, i][..., None]
-    return jnp.stack([found[i] for i in range(d)], -2)
+            left = left - (a[j][i] if transposed else a[i][j]) * x
+        found[i] = left / a[i][i]
+    return jnp.concatenate([found[i] for i in range(d)], -2)
 
 
 def inverse_lower(factor: Array) -> Array:
@@ -61,20 +61,37 @@ def inverse_lower(factor: Array) -> Array:
     d = factor.shape[-1]
     if d > SMALL:
         return solve_lower(factor, jnp.eye(d, dtype=factor.dtype))
+    a = _entries(factor)
     found: dict[tuple[int, int], Any] = {}
     for i in range(d):
-        found[i, i] = 1 / factor[..., i, i]
+        found[i, i] = 1 / a[i][i]
         for j in range(i):
-            dot = sum(factor[..., i, k] * found[k, j] for k in range(j, i))
+            dot = sum(a[i][k] * found[k, j] for k in range(j, i))
             found[i, j] = -dot * found[i, i]
     return _matrix(found, d)
+
+
+def _rows(matrix: Array) -> list[Array]:
+    """The rows of a matrix, as matrices. Taken all at once, their derivatives are put together at once, too."""
+    return jax.lax.split(matrix, [1] * matrix.shape[-2], matrix.ndim - 2)
+
+
+def _entries(matrix: Array) -> list[list[Array]]:
+    """The entries of a matrix, as matrices of one row and one column."""
+    d = matrix.shape[-1]
+    return [jax.lax.split(row, [1] * d, matrix.ndim - 1) for row in _rows(matrix)]
+
+
+def _columns(a: Array) -> list[Array]:
+    """The columns of a matrix, as matrices."""
+    return jax.lax.split(a, [1] * a.shape[-1], a.ndim - 1)
 
 
 def _matrix(entries: dict[tuple[int, int], Any], d: int) -> Array:
     """A matrix from its entries; zero where there is none."""
     zero = jnp.zeros_like(entries[0, 0])
     flat = [entries.get((i, j), zero) for i in range(d) for j in range(d)]
-    return jnp.stack(flat, -1).reshape(*zero.shape, d, d)
+    return jnp.concatenate(flat, -1).reshape(*zero.shape[:-2], d, d)
 
 
 def diagonal(matrix: Array) -> Array:
@@ -82,7 +99,7 @@ def diagonal(matrix: Array) -> Array:
     d = matrix.shape[-1]
     if d > SMALL:
         return jnp.diagonal(matrix, axis1=-2, axis2=-1)
-    return jnp.stack([matrix[..., i, i] for i in range(d)], -1)
+    return jnp.concatenate([row[i] for i, row in enumerate(_entries(matrix))], -1)[..., 0, :]
 
 
 def solve_definite(factor: Array, b: Array) -> Array:
@@ -101,15 +118,16 @@ def inverse(matrix: Array) -> tuple[Array, Array]:
 def _inverse(matrix: Array) -> tuple[Array, Array]:
     d = matrix.shape[-1]
     eye = jnp.broadcast_to(np.eye(d, dtype=matrix.dtype), matrix.shape)
-    rows = [jnp.concatenate([matrix[..., i, :], eye[..., i, :]], -1) for i in range(d)]
+    rows = _rows(jnp.concatenate([matrix, eye], -1))
     log_det: Any = 0.0
     for i in range(d):  # Gauss and Jordan
-        log_det = log_det + jnp.log(jnp.abs(rows[i][..., i]))
-        rows[i] = rows[i] / rows[i][..., i : i + 1]
+        pivot = rows[i][..., i : i + 1]
+        log_det = log_det + jnp.log(jnp.abs(pivot[..., 0, 0]))
+        rows[i] = rows[i] / pivot
         for k in range(d):
             if k != i:
                 rows[k] = rows[k] - rows[k][..., i : i + 1] * rows[i]
-    return jnp.stack([row[..., d:] for row in rows], -2), log_det
+    return jnp.concatenate([row[..., d:] for row in rows], -2), log_det
 
 
 @_inverse.defjvp
@@ -146,10 +164,12 @@ def gram(a: Array, b: Array | None = None) -> Array:
     if d > SMALL or 1 < a.shape[-2] <= FEW:
         found = jnp.swapaxes(a, -1, -2) @ b
         return found if a is b else (found + jnp.swapaxes(found, -1, -2)) / 2
+    left, right = _columns(a), _columns(b)
     entries: dict[tuple[int, int], Any] = {}
     for i in range(d):
         for j in range(i + 1):
-            entries[i, j] = entries[j, i] = jnp.sum(a[..., i] * b[..., j], -1)
+            total = jnp.sum(left[i] * right[j], -2, keepdims=True)
+            entries[i, j] = entries[j, i] = total
     return _matrix(entries, d)
 
 
@@ -158,8 +178,9 @@ def product(a: Array, b: Array) -> Array:
     d = b.shape[-2]
     if d > SMALL or b.shape[-1] > SMALL or 1 < a.shape[-2] <= FEW:
         return a @ b
-    columns = [sum(a[..., i] * b[..., None, i, j] for i in range(d)) for j in range(b.shape[-1])]
-    return jnp.stack(columns, -1)
+    columns, entries = _columns(a), _entries(b)
+    found = [sum(columns[i] * entries[i][j] for i in range(d)) for j in range(b.shape[-1])]
+    return jnp.concatenate(found, -1)
 
 
 def sums(a: Array, x: Array) -> Array:
@@ -167,4 +188,4 @@ def sums(a: Array, x: Array) -> Array:
     d = a.shape[-1]
     if d > SMALL or 1 < a.shape[-2] <= FEW:
         return (jnp.swapaxes(a, -1, -2) @ x[..., None])[..., 0]
-    return jnp.stack([jnp.sum(a[..., i] * x, -1) for i in range(d)], -1)
+    return jnp.concatenate([jnp.sum(c * x[..., None], -2) for c in _columns(a)], -1)
