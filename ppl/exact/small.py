@@ -73,18 +73,18 @@ def inverse_lower(factor: Array) -> Array:
 
 def _rows(matrix: Array) -> list[Array]:
     """The rows of a matrix, as matrices. Taken all at once, their derivatives are put together at once, too."""
-    return jax.lax.split(matrix, [1] * matrix.shape[-2], matrix.ndim - 2)
+    return [*jax.lax.split(matrix, [1] * matrix.shape[-2], matrix.ndim - 2)]
 
 
 def _entries(matrix: Array) -> list[list[Array]]:
     """The entries of a matrix, as matrices of one row and one column."""
     d = matrix.shape[-1]
-    return [jax.lax.split(row, [1] * d, matrix.ndim - 1) for row in _rows(matrix)]
+    return [[*jax.lax.split(row, [1] * d, matrix.ndim - 1)] for row in _rows(matrix)]
 
 
 def _columns(a: Array) -> list[Array]:
     """The columns of a matrix, as matrices."""
-    return jax.lax.split(a, [1] * a.shape[-1], a.ndim - 1)
+    return [*jax.lax.split(a, [1] * a.shape[-1], a.ndim - 1)]
 
 
 def _matrix(entries: dict[tuple[int, int], Any], d: int) -> Array:
