@@ -54,6 +54,7 @@ bench: $(VENV)/.test  ## accuracy against references; cost against hand-written 
 	$(BIN)/python benchmarks/costs.py --times 9
 	$(BIN)/python benchmarks/nuts.py
 	$(BIN)/python benchmarks/marginals.py --times 5
+	$(BIN)/python benchmarks/gaussians.py --times 3
 	$(BIN)/python benchmarks/variational.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/air.py

@@ -7,7 +7,9 @@ comparison is with hand-written code that derives a key a lane too, and NumPyro 
 A loop's body is counted once by XLA, so the state-space model is taken unrolled.
 
 Choices that are summed out cost at most 1.1 times what the sum costs when written by hand with `factor` in the same
-model. There each step of a loop counts, at what its body costs in a loop.
+model. There each step of a loop counts, at what its body costs in a loop. A chain of normal choices costs at most 1.5
+times a Kalman filter by hand that loses digits where a start is vague. With its derivative, that of Joseph's form, it
+costs 2.2 times.
 """
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.costs import count_equations, counts
+from benchmarks.gaussians import chain_densities, trend_densities
 from benchmarks.marginals import (
     chain,
     chain_data,
@@ -102,3 +105,19 @@ def test_sums_cost_what_they_cost_by_hand(model, operation):
     by_hand = next(iter(op.versions))
     flops = {name: in_full(op.versions[name], op.args)["flops"] for name in (by_hand, "weft")}
     assert flops["weft"] <= 1.1 * flops[by_hand], flops
+
+
+NORMAL = {
+    "four states, two observed": (lambda: chain_densities(2, 1000), 1.5, 2.2),
+    "a trend with regressors": (lambda: trend_densities(1000), 0.5, 0.6),
+}
+
+
+@pytest.mark.parametrize("model", NORMAL)
+def test_chains_of_normal_choices_cost_what_filters_cost(model):
+    build, *most = NORMAL[model]
+    for op, limit in zip(build().values(), most, strict=True):
+        by_hand, weft = (
+            in_full(op.versions[k], op.args)["flops"] for k in ("Kalman by hand", "weft")
+        )
+        assert weft <= limit * by_hand, (weft, by_hand)
