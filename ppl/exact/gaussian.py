@@ -121,17 +121,11 @@ class Block(NamedTuple):
         rows: $A$, ``(..., n, D)``.
         offset: $b$, ``(..., n)``.
         evidence: the function of the rows.
-        weight: the number of times that it counts; once if None.
     """
 
     rows: Array
     offset: Array
     evidence: Quadratic
-    weight: Any = None
-
-    def counted(self, x: Array) -> Array:
-        """A term of the evidence, as many times as it counts."""
-        return x if self.weight is None else x * self.weight
 
 
 class Copies(NamedTuple):
@@ -163,20 +157,11 @@ def compress(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Quad
     Returns:
         $W$ ``(..., D, D)``, $\hat z$ ``(..., D)``, and the evidence on the new rows.
     """
-    way, back, centre, (precision, linear, constant) = _likely(blocks)
-    step = jax.lax.stop_gradient(linear)  # to where nothing linear is left, up to rounding
-    constant = constant + jnp.sum((linear - times(precision, step) / 2) * step, -1)
-    linear = linear - times(precision, step)
-    return way, centre + times(back, step), Quadratic(precision, linear, constant)
-
-
-def _likely(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Array, Quadratic]:
-    r"""$W$, its inverse, $\hat z$ and the evidence on the rows $W (z - \hat z)$."""
     still = [(jax.lax.stop_gradient(b), copies) for b, copies in blocks]
-    way, back = _coordinates(_total(_information(b.rows, b, c) for b, c in still))
+    way, back = _coordinates(_total(_information(b.rows, b.evidence, c) for b, c in still))
     rows = [product(b.rows, c.spread(back)) for b, c in blocks]
     centre = _total(
-        c.total(b.counted(sums(jax.lax.stop_gradient(a), b.evidence.force(b.offset))))
+        c.total(sums(jax.lax.stop_gradient(a), b.evidence.force(b.offset)))
         for a, (b, c) in zip(rows, still, strict=True)
     )
     away = [
@@ -184,10 +169,13 @@ def _likely(blocks: Sequence[tuple[Block, Copies]]) -> tuple[Array, Array, Array
         for a, (b, c) in zip(rows, blocks, strict=True)
     ]
     each = [*zip(rows, away, blocks, strict=True)]
-    constant = _total(c.total(b.counted(b.evidence.at(r))) for _, r, (b, c) in each)
-    linear = _total(c.total(b.counted(sums(a, b.evidence.force(r)))) for a, r, (b, c) in each)
-    precision = _total(_information(a, b, c) for a, _, (b, c) in each)
-    return way, back, times(back, centre), Quadratic(precision, linear, constant)
+    constant = _total(c.total(b.evidence.at(r)) for _, r, (b, c) in each)
+    linear = _total(c.total(sums(a, b.evidence.force(r))) for a, r, (b, c) in each)
+    precision = _total(_information(a, b.evidence, c) for a, _, (b, c) in each)
+    step = jax.lax.stop_gradient(linear)  # to where nothing linear is left, up to rounding
+    constant = constant + jnp.sum((linear - times(precision, step) / 2) * step, -1)
+    linear = linear - times(precision, step)
+    return way, times(back, centre + step), Quadratic(precision, linear, constant)
 
 
 def _total(terms: Iterable[Array]) -> Array:
@@ -195,12 +183,11 @@ def _total(terms: Iterable[Array]) -> Array:
     return sum(rest, first)
 
 
-def _information(rows: Array, block: Block, copies: Copies) -> Array:
+def _information(rows: Array, form: Quadratic, copies: Copies) -> Array:
     r"""$A^\top \Gamma A$, summed over the blocks."""
-    form = block.evidence
     if form.precision is None:
-        return copies.total(block.counted(gram(rows)))
-    return copies.total(block.counted(gram(rows, form.weighed(rows))))
+        return copies.total(gram(rows))
+    return copies.total(gram(rows, form.weighed(rows)))
 
 
 def _coordinates(information: Array) -> tuple[Array, Array]:
@@ -232,31 +219,31 @@ class Eliminated(NamedTuple):
     covariance: Array
 
 
-def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
-    r"""Integrate over $v$, of which rows $A v + e$ are a function. The last rows are its prior, $T^{-1} (v - m)$.
+def eliminate(evidence: Quadratic, rows: Array) -> Eliminated:
+    r"""Integrate over $u$, of which rows $A u + e$ are a function. The last rows are its prior: its noise, $u + u_0$.
 
-    An orthogonal matrix $H$ takes $A$ to $(R, 0)$: so the last rows of $H e$ are free of $v$, and the integral is
+    An orthogonal matrix $H$ takes $A$ to $(R, 0)$: so the last rows of $H e$ are free of $u$, and the integral is
     $|R|^{-1}$ times the evidence on them (Bierman 1977, "Factorization methods for discrete sequential estimation").
-    $H$ is a constant here: its derivative would be singular where $A$ is. So $H A = (R, \Delta)$, and $\Delta$ is zero
-    but its derivative is not. With $\Delta' = \Delta R^{-1}$ the rows that are left are $e' = (-\Delta', I) H e$, and
-    with $\Gamma$ and $p$ turned by $H$
+    $H$ is a constant here: its derivative would be singular where $A$ is. So $H A = (R, \Delta)$, where $\Delta$ is
+    zero up to rounding, but its derivative is not. The rounding counts where the rows differ much in size. With
+    $\Delta' = \Delta R^{-1}$ the rows that are left are $e' = (-\Delta', I) H e$, and with $\Gamma$ and $p$ turned by
+    $H$
 
     $$M = \Gamma_{11} + \Gamma_{12} \Delta' + \Delta'^\top \Gamma_{21} + \Delta'^\top \Gamma_{22} \Delta', \quad
       G = \Gamma_{21} + \Gamma_{22} \Delta', \quad h = p_1 + \Delta'^\top p_2,$$
     $$\Gamma' = \Gamma_{22} - G M^{-1} G^\top, \quad p' = p_2 - G M^{-1} h, \quad
-      c' = c + \tfrac12 h^\top M^{-1} h - \tfrac12 \log |M| - \log |R| - \log |T|.$$
+      c' = c + \tfrac12 h^\top M^{-1} h - \tfrac12 \log |M| - \log |R|.$$
 
     Args:
         evidence: the evidence on the rows, those of the prior included.
         rows: $A$, ``(..., n, d)``.
-        root: $T$, ``(..., d, d)``, lower triangular.
     """
     d = rows.shape[-1]
     turn = reflection(jax.lax.stop_gradient(rows))
     full = turn @ rows
     top, low = full[..., :d, :], full[..., d:, :]
     back_top, log_det = inverse(top)
-    away = (low - jax.lax.stop_gradient(low)) @ back_top
+    away = low @ back_top
     onto = turn[..., d:, :] - away @ turn[..., :d, :]
     if evidence.precision is None and evidence.linear is None:
         own = _identity(top) + swap(away) @ away
@@ -277,71 +264,7 @@ def eliminate(evidence: Quadratic, rows: Array, root: Array) -> Eliminated:
         evidence = Quadratic(precision, linear[..., d:] - times(side, moved), constant)
     gain = -back_top @ (turn[..., :d, :] + back @ onto)
     covariance = back_top @ solve(swap(back_top))
-    log_det = 2 * (log_det + _log_diagonal(root)) + more
-    return Eliminated(onto, evidence, log_det, gain, times(back_top, moved), covariance)
-
-
-def _log_diagonal(root: Array) -> Array:
-    return jnp.sum(jnp.log(diagonal(root)), -1)
-
-
-class Separated(NamedTuple):
-    r"""A choice integrated out of rows that determine all choices.
-
-    Attributes:
-        way, offset: the rows that are left are ``way @ w + offset`` in the other choices $w$.
-        evidence: the evidence on them.
-        log_det: the logarithm of the determinant that the integral has.
-        gain, shift: given the others, the mean of the choice is ``gain @ w + shift``.
-        covariance: its covariance, given other choices.
-    """
-
-    way: Array
-    offset: Array
-    evidence: Quadratic
-    log_det: Array
-    gain: Array
-    shift: Array
-    covariance: Array
-
-
-def separate(data: Block, prior: Block, root: Array) -> Separated:
-    r"""Integrate over $v$, for at least as many rows of data as numbers of $z = (v, w)$.
-
-    Rows and prior are compressed together: $e' = W (z - \hat z)$ with a triangular $W$. So the rows $e'_2$ are free of
-    $v$, and for any $w$ the integral over $v$ is one over $e'_1$.
-
-    Args:
-        data: rows of data.
-        prior: the rows $T^{-1} (v - m - B w)$ of the prior.
-        root: $T$, ``(..., d, d)``, lower triangular.
-    """
-    d = root.shape[-1]
-    alone = Copies(lambda x: x, lambda x: x)
-    way, inverse_way, centre, found = _likely([(data, alone), (prior, alone)])
-    precision, linear = found.full(centre)
-    own, side, rest = precision[..., :d, :d], precision[..., :d, d:], precision[..., d:, d:]
-    solve, log_det = definite(own)
-    moved, across = solve(linear[..., :d, None])[..., 0], solve(side)
-    constant = found.constant + jnp.sum(linear[..., :d] * moved, -1) / 2
-    left = Quadratic(
-        _symmetric(rest - swap(side) @ across),
-        linear[..., d:] - times(swap(side), moved),
-        constant,
-    )
-    top, beside, low = way[..., :d, :d], way[..., :d, d:], way[..., d:, d:]
-    back, size = inverse_way[..., :d, :d], _log_diagonal(top)
-    gain = -back @ (across @ low + beside)
-    shift = centre[..., :d] + times(back, moved) - times(gain, centre[..., d:])
-    return Separated(
-        low,
-        -times(low, centre[..., d:]),
-        left,
-        log_det + 2 * (size + _log_diagonal(root)),
-        gain,
-        shift,
-        back @ solve(swap(back)),
-    )
+    return Eliminated(onto, evidence, 2 * log_det + more, gain, times(back_top, moved), covariance)
 
 
 def integrate(evidence: Quadratic, rows: Array, covariance: Array) -> Eliminated:

@@ -430,15 +430,10 @@ def eliminate(
     if not data:
         spread = prior.spread(limit) if probes else None
         return [_probe_left(f, prior, prior.mean, spread, limit) for f in probes], prior.mean
-    all_data = gathered(data, v.plates, v, limit)
     limit.spend([v.address], _flops(prior, data))
-    numbers = sum(u.dimension or 0 for u in _ordered([all_data.rows, prior.mean], v))
-    if prior.root is None:
-        found, new, mean = _without_root(all_data.without_unit(limit), prior, limit)
-    elif all_data.rows.shape[-1] >= numbers:
-        found, new, mean = _separated(all_data, prior, limit)
-    else:
-        found, new, mean = _turned(all_data.without_unit(limit), prior, limit)
+    integrate = _without_root if prior.root is None else _turned
+    together = gathered(data, v.plates, v, limit).without_unit(limit)
+    found, new, mean = integrate(together, prior, limit)
     left = found.evidence
     if (
         semiring is not best
@@ -452,70 +447,46 @@ def eliminate(
     return [evidence, *probed], mean
 
 
-def _with_prior(rows: Any, prior: Prior, limit: Limit) -> tuple[Any, Any]:
-    """Rows where a choice is zero, those of its prior included, and how the choice enters the latter."""
-    inverse = apply(inverse_lower, limit, prior.root)
-
-    def stack(rows: Any, inverse: Any, mean: Any) -> Any:
-        return jnp.concatenate([rows, -times(inverse, mean)], -1)
-
-    return apply(stack, limit, without(rows, [prior.variable]), inverse, prior.mean), inverse
-
-
 def _turned(data: Evidence, prior: Prior, limit: Limit) -> Any:
-    rows, form = data.rows, data.form
-    slope = slopes_of(rows)[prior.variable].value
-    stacked, inverse = _with_prior(rows, prior, limit)
+    r"""Integrate over the noise $u$ of a choice $v = m + T u$, from where the choice is zero.
 
-    def eliminated(form: Quadratic, slope: Any, inverse: Any, root: Any) -> Any:
+    There $u$ is $u_0 = -T^{-1} m$, as a constant. So the rows stay as small as they are, and the evidence does not
+    depend on the inverse of $T$: where $T$ is nearly singular, its derivatives are large and cancel.
+    """
+    rows, form, root = data.rows, data.form, prior.root
+    slope, others = slopes_of(rows)[prior.variable].value, without(rows, [prior.variable])
+    away = apply(lambda t, m: -times(inverse_lower(t), m), limit, root, prior.mean)
+    start = still(at_zero(away))
+
+    def placed(rows: Any, slope: Any, mean: Any, zero: Any, root: Any, start: Any) -> Any:
+        moved = mean - zero + times(root - jax.lax.stop_gradient(root), start)
+        return jnp.concatenate([rows + times(slope, moved), start], -1)
+
+    zero = still(at_zero(prior.mean))
+    stacked = apply(placed, limit, others, slope, prior.mean, zero, root, start)
+
+    def eliminated(form: Quadratic, slope: Any, root: Any) -> Any:
         precision, linear = form.precision, form.linear
         d, pad = root.shape[-1], [(0, 0)] * (root.ndim - 2)
         if precision is not None:
             n = precision.shape[-1]
-            eye = jnp.diag((jnp.arange(n + d) >= n).astype(root.dtype))
-            precision = jnp.pad(precision, [*pad, (0, d), (0, d)]) + eye
+            own = jnp.diag((jnp.arange(n + d) >= n).astype(root.dtype))
+            precision = jnp.pad(precision, [*pad, (0, d), (0, d)]) + own
         if linear is not None:
             linear = jnp.pad(linear, [*pad, (0, d)])
         form = Quadratic(precision, linear, form.constant)
-        return gaussian.eliminate(form, jnp.concatenate([slope, inverse], -2), root)
+        eye = jnp.broadcast_to(jnp.eye(d, dtype=root.dtype), root.shape)
+        found = gaussian.eliminate(form, jnp.concatenate([slope @ root, eye], -2))
+        return found._replace(covariance=gaussian.between(root, found.covariance))
 
-    found = apply(eliminated, limit, form, slope, inverse, prior.root)
+    found = apply(eliminated, limit, form, slope, root)
     new = apply(times, limit, found.turn, stacked)
-    mean = apply(lambda g, r, s: times(g, r) + s, limit, found.gain, stacked, found.shift)
+
+    def mean_of(root: Any, gain: Any, shift: Any, rows: Any, away: Any) -> Any:
+        return times(root, times(gain, jnp.concatenate([rows, away], -1)) + shift)
+
+    mean = apply(mean_of, limit, root, found.gain, found.shift, others, away)
     return found, new, mean
-
-
-def _separated(data: Evidence, prior: Prior, limit: Limit) -> Any:
-    rows, n = data.rows, data.rows.shape[-1]
-    stacked, inverse = _with_prior(rows, prior, limit)
-    others = _ordered([stacked], None)
-    sizes = [u.dimension or 0 for u in others]
-
-    def separated(
-        form: Any, unit: Any, slope: Any, inverse: Any, root: Any, offset: Any, slopes: Any
-    ) -> Any:
-        wide = [jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)]
-        all_rows = jnp.concatenate([jnp.concatenate([slope, inverse], -2), *wide], -1)
-        weight = None if unit is None else 1 / unit**2
-        own = gaussian.Block(all_rows[..., :n, :], offset[..., :n], form, weight)
-        known = Quadratic(None, None, jnp.zeros_like(form.constant))
-        before = gaussian.Block(all_rows[..., n:, :], offset[..., n:], known)
-        found = gaussian.separate(own, before, root)
-        return found._replace(way=_columns(found.way, sizes), gain=_columns(found.gain, sizes))
-
-    own, slope = slopes_of(stacked), slopes_of(rows)[prior.variable].value
-    slopes = [own[u].value for u in others]
-    offset = at_zero(stacked)
-    found = apply(
-        separated, limit, data.form, data.unit, slope, inverse, prior.root, offset, slopes
-    )
-    if data.unit is not None:
-        left = found.evidence
-        constant = apply(jnp.add, limit, left.constant, data.constant)
-        found = found._replace(evidence=left._replace(constant=constant))
-    way = {u: Slope(w, own[u].places) for u, w in zip(others, found.way, strict=True)}
-    gain = {u: Slope(g, own[u].places) for u, g in zip(others, found.gain, strict=True)}
-    return found, affine(found.offset, way), affine(found.shift, gain)
 
 
 def _without_root(data: Evidence, prior: Prior, limit: Limit) -> Any:
