@@ -537,7 +537,7 @@ def test_what_does_not_fit_is_refused() -> None:
         recover(KEY, marginal, Draws(choices={"loc": jnp.zeros((1, 3))}), x)
     with refused(AddressError, "'loc'", "(2,)", "()", "arguments"):
         recover(KEY, marginal, Draws(choices={"loc": jnp.zeros((1, 3, 2))}, target=target), x)
-    with refused(ValueError, "'sample', 'marginals', 'filtered' or 'viterbi'", "'mode'"):
+    with refused(ValueError, "sites is one of 'sample', 'marginals'", "'covariances'", "'mode'"):
         recover(KEY, marginal, draws, x, sites="mode")
     with refused(TypeError, "Draws or Particles", "dict"):
         recover(KEY, marginal, {"loc": 0.0}, x)
