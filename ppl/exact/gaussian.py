@@ -39,6 +39,7 @@ from .small import (
     solve_definite,
     solve_lower,
     sums,
+    triangle,
 )
 
 Array = jax.Array
@@ -265,6 +266,63 @@ def eliminate(evidence: Quadratic, rows: Array) -> Eliminated:
     gain = -back_top @ (turn[..., :d, :] + back @ onto)
     covariance = back_top @ solve(swap(back_top))
     return Eliminated(onto, evidence, 2 * log_det + more, gain, times(back_top, moved), covariance)
+
+
+def settle(evidence: Quadratic, rows: Array, offset: Array) -> Eliminated:
+    r"""Integrate over $u \sim N(0, I)$ if evidence on rows $A u + b$ is all there is. No rows are left, and a constant.
+
+    It takes fewer operations than ``eliminate``. With $V = A A^\top$, a constant $C$ near a root of $(I + V)^{-1}$,
+    $L L^\top = C C^\top + C A (C A)^\top$ (which is near the identity), $K = L^{-1} C$ and $J = K^\top K$
+
+    $$J = (I + V)^{-1}, \quad \Gamma = I + E, \quad F = I + E (I - J), \quad z = K^\top (K b), \quad X = F^{-1} E,$$
+    $$c' = c + p^\top F^{-\top} z - \tfrac12 |K b|^2 - \tfrac12 z^\top X z + \tfrac12 p^\top (I - J) F^{-1} p
+      - \tfrac12 \log |F| - \log |L| + \log |C|.$$
+
+    All matrices but $A$ are bounded by one where $\Gamma$ is, and $K b$ is as small as what is integrated out explains:
+    no terms cancel, nor do their derivatives.
+
+    Args:
+        evidence: the evidence on the rows.
+        rows: $A$, ``(..., n, d)``.
+        offset: $b$, ``(..., n)``.
+    """
+    eye, still = _identity(rows @ swap(rows)), jax.lax.stop_gradient(rows)
+    full = jnp.broadcast_to(eye, (*rows.shape[:-1], rows.shape[-2]))
+    factor = triangle(jnp.concatenate([swap(still), full], -2))
+    way, across = inverse_lower(factor), solve_lower(factor, rows)
+    lower = cholesky(gram(swap(way)) + gram(swap(across)))
+    kept = solve_lower(lower, way)
+    sizes = jnp.log(jnp.abs(diagonal(factor))) + jnp.log(diagonal(lower))
+    small = times(kept, offset)
+    log_det, away = 2 * jnp.sum(sizes, -1), times(swap(kept), small)
+    constant = evidence.constant - jnp.sum(small**2, -1) / 2
+    inner = gram(kept)
+    if evidence.precision is None and evidence.linear is None:
+        back, force = full, -away
+        turned = inner
+    else:
+        precision, linear = evidence.full(offset)
+        rest = precision - eye
+        back, more = inverse(eye + rest @ (eye - inner))
+        pull, bent = times(back, linear), times(back @ rest, away)
+        log_det = log_det + more
+        constant = constant + jnp.sum(pull * times(eye - inner, linear), -1) / 2
+        constant = constant + jnp.sum(linear * times(swap(back), away) - away * bent / 2, -1)
+        force = times(inner, pull - bent) - away
+        turned = inner @ back @ precision
+    gain = swap(rows) @ turned
+    noise = swap(rows) @ inner @ back
+    less = _identity(swap(rows) @ rows) - gain @ rows
+    covariance = gram(swap(less)) + between(noise, evidence.full(offset)[0])
+    nothing = jnp.zeros((*offset.shape[:-1], 0), offset.dtype)
+    return Eliminated(
+        nothing[..., None, :],
+        Quadratic(None, None, constant),
+        log_det,
+        nothing[..., None, :],
+        times(swap(rows), force),
+        covariance,
+    )
 
 
 def integrate(evidence: Quadratic, rows: Array, covariance: Array) -> Eliminated:

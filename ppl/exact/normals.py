@@ -431,8 +431,10 @@ def eliminate(
         spread = prior.spread(limit) if probes else None
         return [_probe_left(f, prior, prior.mean, spread, limit) for f in probes], prior.mean
     limit.spend([v.address], _flops(prior, data))
-    integrate = _without_root if prior.root is None else _turned
     together = gathered(data, v.plates, v, limit).without_unit(limit)
+    alone = not slopes_of(prior.mean) and slopes_of(together.rows).keys() == {v}
+    integrate = _settled if alone else _turned
+    integrate = _without_root if prior.root is None else integrate
     found, new, mean = integrate(together, prior, limit)
     left = found.evidence
     if (
@@ -487,6 +489,20 @@ def _turned(data: Evidence, prior: Prior, limit: Limit) -> Any:
 
     mean = apply(mean_of, limit, root, found.gain, found.shift, others, away)
     return found, new, mean
+
+
+def _settled(data: Evidence, prior: Prior, limit: Limit) -> Any:
+    """Integrate over the noise of a choice that has no parents, and whose data depend on no other normal choice."""
+    slope, offset = slopes_of(data.rows)[prior.variable].value, at_zero(data.rows)
+
+    def settled(form: Any, slope: Any, offset: Any, root: Any, mean: Any) -> Any:
+        found = gaussian.settle(form, slope @ root, offset + times(slope, mean))
+        covariance = gaussian.between(root, found.covariance)
+        return found._replace(covariance=covariance), mean + times(root, found.shift)
+
+    found, mean = apply(settled, limit, data.form, slope, offset, prior.root, prior.mean)
+    rows = jnp.zeros((*(p.size for p in prior.variable.plates), 0), offset.dtype)
+    return found, rows, mean
 
 
 def _without_root(data: Evidence, prior: Prior, limit: Limit) -> Any:
