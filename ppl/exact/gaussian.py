@@ -304,10 +304,10 @@ def settle(evidence: Quadratic, rows: Array, offset: Array) -> Eliminated:
         precision, linear = evidence.full(offset)
         rest = precision - eye
         back, more = inverse(eye + rest @ (eye - inner))
-        pull, bent = times(back, linear), times(back @ rest, away)
+        pull, bent = times(back, linear), times(back, times(rest, away))
         log_det = log_det + more
         constant = constant + jnp.sum(pull * times(eye - inner, linear), -1) / 2
-        constant = constant + jnp.sum(linear * times(swap(back), away) - away * bent / 2, -1)
+        constant = constant + jnp.sum(away * (pull - bent / 2), -1)
         force = times(inner, pull - bent) - away
         turned = inner @ back @ precision
     gain = swap(rows) @ turned

@@ -146,31 +146,32 @@ def reflection(matrix: Array) -> Array:
         return jnp.swapaxes(jnp.linalg.qr(matrix, mode="complete")[0], -1, -2)
     turn = jnp.broadcast_to(np.eye(n, dtype=matrix.dtype), (*matrix.shape[:-2], n, n))
     for i in range(d):
-        v = _normal_of_mirror(matrix, i)
+        column = matrix[..., i:, i]
+        size = jnp.sqrt(jnp.sum(column**2, -1, keepdims=True))
+        first = column[..., :1]
+        v = jnp.concatenate([first + jnp.where(first < 0, -size, size), column[..., 1:]], -1)
+        v = jnp.concatenate([jnp.zeros_like(matrix[..., :i, 0]), v], -1)[..., None]
+        v = v / jnp.sqrt(jnp.sum(v**2, -2, keepdims=True))
         turn = turn - 2 * v @ (jnp.swapaxes(v, -1, -2) @ turn)
         matrix = matrix - 2 * v @ (jnp.swapaxes(v, -1, -2) @ matrix)
     return turn
 
 
 def triangle(matrix: Array) -> Array:
-    r"""The lower triangular $R^\top$ where $R$ is what a reflection makes of a matrix."""
+    r"""A lower triangular $L$ such that $L L^\top = A^\top A$, without this product: of $A = Q L^\top$, by the modified
+    Gram-Schmidt process.
+    """
     d = matrix.shape[-1]
     if d > SMALL:
         return jnp.swapaxes(jnp.linalg.qr(matrix, mode="r"), -1, -2)
+    columns, found = _columns(matrix), {}
     for i in range(d):
-        v = _normal_of_mirror(matrix, i)
-        matrix = matrix - 2 * v @ (jnp.swapaxes(v, -1, -2) @ matrix)
-    return jnp.swapaxes(matrix[..., :d, :], -1, -2)
-
-
-def _normal_of_mirror(matrix: Array, i: int) -> Array:
-    """A unit vector: the reflection along it takes column ``i`` to zeros below the diagonal."""
-    column = matrix[..., i:, i]
-    size = jnp.sqrt(jnp.sum(column**2, -1, keepdims=True))
-    first = column[..., :1]
-    v = jnp.concatenate([first + jnp.where(first < 0, -size, size), column[..., 1:]], -1)
-    v = jnp.concatenate([jnp.zeros_like(matrix[..., :i, 0]), v], -1)[..., None]
-    return v / jnp.sqrt(jnp.sum(v**2, -2, keepdims=True))
+        found[i, i] = jnp.sqrt(jnp.sum(columns[i] ** 2, -2, keepdims=True))
+        unit = columns[i] / found[i, i]
+        for j in range(i + 1, d):
+            found[j, i] = jnp.sum(unit * columns[j], -2, keepdims=True)
+            columns[j] = columns[j] - found[j, i] * unit
+    return _matrix(found, d)
 
 
 def gram(a: Array, b: Array | None = None) -> Array:
