@@ -9,15 +9,17 @@ A loop's body is counted once by XLA, so the state-space model is taken unrolled
 Choices that are summed out cost at most 1.1 times what the sum costs when written by hand with `factor` in the same
 model. There each step of a loop counts, at what its body costs in a loop. A chain of normal choices costs at most 1.5
 times a Kalman filter by hand that loses digits where a start is vague. With its derivative, that of Joseph's form, it
-costs 2.2 times.
+costs 2.2 times. Rows that read their group by an index cost at most ten times sums by hand: those square what they sum.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 from benchmarks.costs import count_equations, counts
-from benchmarks.gaussians import chain_densities, trend_densities
+from benchmarks.gaussians import chain_densities, group_densities, slope_densities, trend_densities
 from benchmarks.marginals import (
     chain,
     chain_data,
@@ -28,6 +30,7 @@ from benchmarks.marginals import (
     mixture_model,
 )
 from benchmarks.workloads import WORKLOADS
+from weft import gen, marginalize, repeat, sample
 
 pytestmark = pytest.mark.slow  # once is enough: not in every lane
 OPERATIONS = ("log density", "gradient", "simulate")
@@ -121,3 +124,41 @@ def test_chains_of_normal_choices_cost_what_filters_cost(model):
             in_full(op.versions[k], op.args)["flops"] for k in ("Kalman by hand", "weft")
         )
         assert weft <= limit * by_hand, (weft, by_hand)
+
+
+@pytest.mark.parametrize("densities", [group_densities, slope_densities])
+def test_groups_of_rows_cost_what_sums_cost(densities):
+    for operation, op in densities(20, 15).items():
+        flops = {name: in_full(f, op.args)["flops"] for name, f in op.versions.items()}
+        assert flops["weft"] <= 10 * flops["sums by hand"], (operation, flops)
+
+
+def test_groups_of_known_mean_cost_what_sums_cost():
+    """Lines of groups whose law is known, data that are constants, and the derivative by the scale of the noise."""
+    cov, rng, g = (
+        np.array([[0.5, -0.3], [-0.3, 0.4]]),
+        np.random.default_rng(5),
+        np.arange(300) % 20,
+    )
+    x, y = jnp.array(rng.normal(size=(2, 300)), jnp.float32)
+    g, precision = jnp.array(g), np.linalg.inv(cov)
+
+    @gen
+    def lines(sigma):
+        law = dist.MultivariateNormal(jnp.zeros(2), jnp.array(cov))
+        c = repeat(lambda: sample("c", law), 20)
+        sample("y", dist.Normal(c[g, 0] + c[g, 1] * x, sigma))
+
+    def by_hand(sigma):
+        add = lambda v: jnp.zeros(20).at[g].add(v) / sigma**2  # noqa: E731
+        a, b, d = add(jnp.ones(300)), add(jnp.array(x)), add(jnp.array(x**2))
+        a, b, d = a + precision[0, 0], b + precision[0, 1], d + precision[1, 1]
+        u, v, det = add(jnp.array(y)), add(jnp.array(x * y)), a * d - b**2
+        each = (d * u**2 - 2 * b * u * v + a * v**2) / det - jnp.log(det)
+        rest = jnp.sum(y**2) / sigma**2 + 600 * jnp.log(sigma) + 300 * jnp.log(2 * jnp.pi)
+        return 0.5 * (jnp.sum(each) - 20 * np.linalg.slogdet(cov)[1] - rest)
+
+    weft = lambda s: marginalize(lines, "c")(s).log_density({"y": jnp.array(y)})  # noqa: E731
+    assert jnp.allclose(weft(0.5), by_hand(0.5), rtol=1e-5)
+    flops = [in_full(jax.value_and_grad(f), (0.5,))["flops"] for f in (weft, by_hand)]
+    assert flops[0] <= 10 * flops[1], flops
