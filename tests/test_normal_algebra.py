@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from jax import lax
 from numpyro.distributions import MultivariateNormal, Normal
 from scipy import stats
+from weft.inference import Draws
 from weft.ppl import ModelError
 
 from linear_gaussian import CASES, Case, all_three, single
 from normal_graphs import random_cases
 from normal_textbook import TEXTBOOK
-from weft import explain, factor, gen, marginalize, sample
+from weft import explain, factor, gen, marginalize, recover, sample
 
 pytestmark = [
     pytest.mark.usefixtures("x64", "quick"),
@@ -492,6 +493,25 @@ def test_factors_that_are_no_squares_are_refused(f: Any) -> None:
 
     with pytest.raises(ModelError, match=r"'g' .* is not quadratic in 't'.*test_normal_algebra"):
         marginalize(model, "t")().log_density({})
+
+
+# --- no data --------------------------------------------------------------------------------------
+
+
+@gen
+def no_rows(scale):
+    mu = sample("mu", Normal(jnp.zeros(2), scale).to_event(1))
+    sample("y", Normal(jnp.zeros((0, 2)) @ mu, 1.0))
+
+
+def test_no_data_say_nothing() -> None:
+    target = marginalize(no_rows, "mu")(3.0).given({"y": jnp.zeros(0)})
+    draws = Draws(choices={}, stats={"lp": jnp.zeros((1, 1))}, target=target)
+    model = marginalize(no_rows, "mu")
+    assert target.log_density({}) == 0.0
+    for sites, right in {"marginals": np.zeros(2), "covariances": 9 * np.eye(2)}.items():
+        found = recover(KEY, model, draws, 3.0, sites=sites).derived["mu"][0, 0]
+        np.testing.assert_allclose(found, right, atol=1e-12)
 
 
 # --- bad input ------------------------------------------------------------------------------------

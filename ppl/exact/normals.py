@@ -433,6 +433,7 @@ def eliminate(
     limit.spend([v.address], _flops(prior, data))
     together = gathered(data, v.plates, v, limit).without_unit(limit)
     alone = not slopes_of(prior.mean) and slopes_of(together.rows).keys() == {v}
+    alone = alone and together.rows.shape[-1] > 0  # a table of no data has no rows
     integrate = _settled if alone else _turned
     integrate = _without_root if prior.root is None else integrate
     found, new, mean = integrate(together, prior, limit)
