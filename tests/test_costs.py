@@ -134,14 +134,14 @@ def test_groups_of_rows_cost_what_sums_cost(densities):
 
 
 def test_groups_of_known_mean_cost_what_sums_cost():
-    """Lines of groups whose law is known, data that are constants, and the derivative by the scale of the noise."""
+    """Lines of groups whose law is known; data and an index of NumPy's that are constants; by the noise's scale."""
     cov, rng, g = (
         np.array([[0.5, -0.3], [-0.3, 0.4]]),
         np.random.default_rng(5),
         np.arange(300) % 20,
     )
     x, y = jnp.array(rng.normal(size=(2, 300)), jnp.float32)
-    g, precision = jnp.array(g), np.linalg.inv(cov)
+    precision = np.linalg.inv(cov)
 
     @gen
     def lines(sigma):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.extend
 import jaxlib
+import numpy as np
 from jax._src.core import get_opaque_trace_state
 from jax._src.xla_bridge import backends_are_initialized
 from jax.core import ShapedArray as ShapedArray
@@ -112,16 +113,43 @@ def open_jaxpr(x: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def consts_first(closed: Any) -> tuple[Any, list[Any]]:
-    """The jaxpr with its constants as leading arguments, and the constants themselves."""
+    """The jaxpr with its constants as leading arguments, and the constants themselves.
+
+    Equal indices become one. Each time a NumPy array is an index, JAX makes the constants anew that it derives from it:
+    two reads of one row of a table would look like reads of two.
+    """
     opened, consts = open_jaxpr(closed)
     if not consts:
         return opened, []
+    first: dict[Any, Any] = {}
+    same = {
+        v: first.setdefault(_content(c), v) for v, c in zip(opened.constvars, consts, strict=True)
+    }
+    kept = [(v, c) for v, c in zip(opened.constvars, consts, strict=True) if same[v] is v]
+
+    def renamed(variables: Sequence[Any]) -> list[Any]:
+        return [v if isinstance(v, Literal) else same.get(v, v) for v in variables]
+
+    eqns = opened.eqns
+    if len(kept) < len(consts):
+        eqns = [e.replace(invars=renamed(e.invars)) for e in eqns]
     info = opened.debug_info
-    names = None if info.arg_names is None else ("",) * len(consts) + tuple(info.arg_names)
-    invars = [*opened.constvars, *opened.invars]
-    return opened.replace(
-        constvars=[], invars=invars, debug_info=info._replace(arg_names=names)
-    ), list(consts)
+    names = None if info.arg_names is None else ("",) * len(kept) + tuple(info.arg_names)
+    jaxpr = opened.replace(
+        constvars=[],
+        invars=[*(v for v, _ in kept), *opened.invars],
+        eqns=eqns,
+        outvars=renamed(opened.outvars),
+        debug_info=info._replace(arg_names=names),
+    )
+    return jaxpr, [c for _, c in kept]
+
+
+def _content(const: Any) -> Any:
+    """What tells constants apart: for NumPy's integers and booleans what they hold, else which object it is."""
+    if isinstance(const, np.ndarray) and const.dtype.kind in "iub":
+        return const.dtype, const.shape, const.tobytes()
+    return id(const)
 
 
 def needed(jaxpr: Any) -> Any:
