@@ -27,7 +27,7 @@ from weft.ppl.stage.errors import AddressError, ModelError, WeftError
 
 from bruteforce import anything, posterior
 from summed import CASES, means, move, start
-from weft import condition, deterministic, gen, marginalize, observed, recover, sample
+from weft import condition, deterministic, gen, marginalize, observed, recover, sample, scale
 
 lax = jax.lax
 Normal = dist.Normal
@@ -172,6 +172,38 @@ def test_a_chain_in_steps_of_a_chain_and_lanes_that_are_none(parallel: bool) -> 
         terms.append(prior + stats.norm.logpdf(y, means).sum())
     target = marginalize(model, "z", "none", parallel=parallel)().given({"y": jnp.array(y)})
     same(target.log_density({}), np.logaddexp.reduce(terms))
+
+
+@gen
+def two_states():
+    def step(carry, _):
+        x, z = carry
+        z = sample("z", dist.Bernoulli(jnp.where(z == 1, 0.9, 0.2)))
+        x = sample("x", Normal(0.9 * x, 0.8))
+        sample("y", Normal(x, 0.5))
+        sample("w", Normal(1.0 * z, 1.0))
+        return (x, z), None
+
+    lax.scan(step, (0.0, 0), length=3)
+
+
+@gen
+def power_of_two_states(power):
+    sample("s", scale(two_states, power)())
+
+
+@pytest.mark.parametrize("sites", ["covariances", "sample"])
+def test_a_scale_does_not_change_the_law(sites: Any) -> None:
+    """It multiplies the log of a sum, and the law of the choices given the rest is the same."""
+    model = marginalize(power_of_two_states, "s.x", "s.z")
+    y, w = jnp.array([1.0, -2.0, 0.5]), jnp.array([0.2, 1.0, -0.3])
+
+    def found(power: float) -> dict[str, Any]:
+        draws = copies(model(power).given({"s": {"y": y, "w": w}}), {}, 1, 2)
+        return recover(KEY, model, draws, power, sites=sites).derived
+
+    right = found(1.0)
+    jax.tree.map(same, found(0.4), right)
 
 
 def test_hidden_markov_model_of_reference() -> None:

@@ -49,6 +49,8 @@ def recover(
       For a chain these are the smoothing covariances. Other choices are left out.
     - `"filtered_covariances"`: the same, given the data that `"filtered"` means are given.
 
+    `scale` multiplies the log of a sum over $z$. It does not change the law of $z$.
+
     Args:
         key: a random key. Only draws are random.
         model: the marginalised model.

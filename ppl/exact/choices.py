@@ -156,7 +156,7 @@ def _finite(region: Region, eqn: Any, site: Site, context: Context) -> Table:
             extra = jnp.sum(extra.reshape(-1, copies)[index, np.arange(copies)], -1)
             extra = extra.reshape(-1, *(1,) * len(shape))
             extra = extra * (np.arange(copies) == 0).reshape(shape)
-        region.weigh(Table(extra, {variable: axes}), site.address)
+        region.weigh(Table(extra, {variable: axes}), site.address, _unscaled(site)[0])
     return value
 
 
@@ -207,7 +207,7 @@ def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table
         extra = weights.log_weights * family.statistic(points)
         own = extra.reshape(len(points), *copies, -1) if family.event else extra
         own = jnp.sum(own, -1) if family.event else own
-        region.weigh(Table(own, {variable: axes}), (PROBE,))
+        region.weigh(Table(own, {variable: axes}), (PROBE,), _unscaled(site)[0])
     return value
 
 

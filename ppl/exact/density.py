@@ -58,6 +58,7 @@ def score(
     semiring: Semiring = log_sum,
     filtering: bool = False,
     plans: list[Plan] | None = None,
+    scaled: bool = True,
 ) -> tuple[list[Any], Records, jax.Array]:
     """The outputs, records and log density of a program with choices summed out.
 
@@ -68,6 +69,7 @@ def score(
         semiring: the kind of sum.
         filtering: whether derivatives are those of filtering.
         plans: a list to which the plan is added.
+        scaled: whether a sum counts as often as its sites are scaled.
     """
     options: Options = eqn.params["options"]
     targets = frozenset((*context.prefix, *a) for a in eqn.params["addresses"])
@@ -78,7 +80,7 @@ def score(
             Plan(targets, options, limit, semiring, filtering, together), context.handler
         )
         outs, records = region.walk(eqn.params["jaxpr"], ins, context)
-        density = region.log_density()
+        density = region.log_density(scaled)
         return outs, region.distribute(records, len(context.prefix)), density, region.plan
 
     outs, records, density, plan = untangled(attempt)
@@ -117,8 +119,9 @@ class Posterior(Handler):
     def equation(self, eqn: Any, ins: list[Any], context: Context) -> Result | None:
         if eqn.primitive is not marginal_p:
             return None
+        # How often a sum counts is no part of the law of its choices.
         settings = self.semiring, self.filtering, self.plans
-        outs, records, density = score(eqn, ins, context, *settings)
+        outs, records, density = score(eqn, ins, context, *settings, scaled=False)
         return outs, records, {"log_density": density}
 
 

@@ -40,10 +40,10 @@ class Factor:
         order = sorted(range(n), key=lambda i: self.variables[i].number)
         return Table(jnp.transpose(self.table, [*order, *range(n, self.table.ndim)]), axes)
 
-    def total(self) -> jax.Array:
+    def total(self, scaled: bool = True) -> jax.Array:
         """Its log density, after all variables are summed out."""
         log_density = jnp.sum(self.table)
-        return log_density if self.scale is None else log_density * self.scale
+        return log_density * self.scale if scaled and self.scale is not None else log_density
 
 
 PROBE = "~probe"

@@ -201,7 +201,8 @@ def choice(region: Region, site: Site, context: Context, weights: Any) -> Table:
     root = None if handed else root
     region.priors[variable] = Prior(variable, mean, root, covariance, scale)
     if weights is not None:
-        region.evidence.append(_probe(region, weights, value, variable, flat, spread))
+        probe = _probe(region, weights, value, variable, flat, spread)
+        region.evidence.append(dataclasses.replace(probe, scale=scale))
     return value
 
 

@@ -209,10 +209,10 @@ class Region(Handler):
         self.factors += [f.factor(limit) for f in self.evidence if not f.variables]
         self.evidence = [f for f in self.evidence if f.variables]
 
-    def log_density(self) -> jax.Array:
-        """The log density, after everything is summed out."""
+    def log_density(self, scaled: bool = True) -> jax.Array:
+        """The log density, after everything is summed out. Without scales, its sums count once."""
         self.finish()
-        return self.constant + sum((f.total() for f in self.factors), 0.0)
+        return self.constant + sum((f.total(scaled) for f in self.factors), 0.0)
 
     def distribute(self, records: Records, prefix: int) -> Records:
         """The records with the densities of sites that share a choice, each at the last of these sites.
