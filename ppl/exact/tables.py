@@ -282,6 +282,7 @@ class Limit:
         self.lanes: tuple[int, ...] = ()
         self.indices = Indices()
         self._times = 1
+        self._around: tuple[Any, ...] = ()
 
     @contextlib.contextmanager
     def repeated(self, times: int, lanes: tuple[int, ...] = ()) -> Iterator[None]:
@@ -292,6 +293,21 @@ class Limit:
             yield
         finally:
             self._times, self.lanes = before
+
+    @contextlib.contextmanager
+    def inside(self, call: Any) -> Iterator[None]:
+        """Name the line of a call where an equation inside, in a library's own jit, has none."""
+        before = self._around
+        self._around = (call, *before)
+        try:
+            yield
+        finally:
+            self._around = before
+
+    def named(self, eqn: Any) -> str:
+        """The name of an equation and its line in the user's code."""
+        line = next(filter(None, map(where_in_source, (eqn, *self._around))), "")
+        return f"{eqn.primitive.name!r}{line}"
 
     def count(self, address: str, joint: Sequence[Variable], entries: int) -> None:
         """Enter a sum over a choice in the account."""
@@ -350,11 +366,12 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
             "values only. Write it with .at[...].set, or keep the choice"
         )
     if is_call(eqn):
-        return evaluate(inner_jaxprs(eqn)[0], ins, functools.partial(equation, limit=limit))
+        with limit.inside(eqn):
+            return evaluate(inner_jaxprs(eqn)[0], ins, functools.partial(equation, limit=limit))
     if any(map(slopes_of, ins)):
         return _affine(eqn, ins, limit)
-    limit.check(variables, f"the equation {eqn.primitive.name!r}{where_in_source(eqn)}")
-    out_axes = _plate_axes(eqn, ins, variables)
+    limit.check(variables, f"the equation {limit.named(eqn)}")
+    out_axes = _plate_axes(eqn, ins, variables, limit)
     f: Callable[..., Any] = functools.partial(_bind, eqn)
     for variable in reversed(variables):
         f = jax.vmap(f, [0 if variable in axes_of(x) else None for x in ins])
@@ -363,7 +380,9 @@ def equation(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     return [_trim(out, variables, axes, forms) for out, axes in zip(outs, out_axes, strict=True)]
 
 
-def _plate_axes(eqn: Any, ins: list[Any], variables: list[Variable]) -> list[PlateAxes]:
+def _plate_axes(
+    eqn: Any, ins: list[Any], variables: list[Variable], limit: Limit
+) -> list[PlateAxes]:
     """For each result of an equation, the variables it depends on, and the positions of their plates."""
     out_axes: list[PlateAxes] = [{} for _ in eqn.outvars]
     for variable in variables:
@@ -373,7 +392,7 @@ def _plate_axes(eqn: Any, ins: list[Any], variables: list[Variable]) -> list[Pla
             try:
                 found = align(eqn, places)
             except Unaligned as e:
-                raise _entangled(variable, plate, eqn, str(e)) from None
+                raise _entangled(variable, plate, limit.named(eqn), str(e)) from None
             for out, place in zip(aligned, found, strict=True):
                 out.append(place)
         for axes, places in zip(out_axes, aligned, strict=True):
@@ -390,7 +409,7 @@ def _affine(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
     values = [at_zero(x) for x in ins]
     curved = next((ins[i].curved for i in read if ins[i].curved), None)
     if curved is None and not is_linear(eqn, read):
-        curved = f"{eqn.primitive.name!r}{where_in_source(eqn)}"
+        curved = limit.named(eqn)
     outs = equation(eqn, values, limit)
     places, picks = _normal_axes(eqn, ins, normal, limit)
     if curved is not None:
@@ -418,7 +437,7 @@ def _normal_axes(
     picks: dict[Variable, Variable] = {}
     for v in normal:
         try:
-            found = _plate_axes(eqn, ins, [v])
+            found = _plate_axes(eqn, ins, [v], limit)
         except Entangled as error:
             pick = _picked(eqn, ins, v, limit)
             if pick is None:
@@ -541,10 +560,10 @@ def _trim(array: Any, variables: list[Variable], axes: PlateAxes, forms: Forms) 
     return Table(array, axes, {v: f for v, f in forms.items() if v in axes}) if axes else array
 
 
-def _entangled(variable: Variable, plate: Plate, eqn: Any, why: str) -> Entangled:
+def _entangled(variable: Variable, plate: Plate, eqn: str, why: str) -> Entangled:
     error = Entangled(
         f"the {plate.size} copies of {variable.address!r} along {plate.name} are not independent: the equation "
-        f"{eqn.primitive.name!r}{where_in_source(eqn)} {why}. Exact summing goes copy by copy, and must see that each "
+        f"{eqn} {why}. Exact summing goes copy by copy, and must see that each "
         f"number reads one copy only; where copies do meet, marginalize(model, {variable.address!r}, joint=True) sums "
         f"over all {variable.num_values}^{plate.size} joint values"
     )
