@@ -19,6 +19,7 @@ from weft.ppl.stage.errors import ModelError
 from .factors import roots_of
 from .normals import Evidence, Joint, Law, Prior, unit_slope
 from .region import Region, addresses
+from .semirings import log_sum
 from .tables import (
     Entangled,
     Plate,
@@ -34,6 +35,9 @@ from .tables import (
 )
 
 Blocks = dict[tuple[int, int], Any]
+
+HANDED = "handed on"
+"""The name of the choice through which a step of a filter reads the law of the carry (``messages``)."""
 
 
 @dataclasses.dataclass
@@ -125,6 +129,21 @@ def hand_on(
     return new, after
 
 
+def integrate_message(region: Region) -> None:
+    """Integrate over the message that a step of a filter reads, and over the other choices of the step.
+
+    This is done as the step's own message is made. So a compiler that sees both computes it once.
+    """
+    read = any(v.address == HANDED for v in region.priors)
+    if not read or region.plan.semiring is not log_sum:
+        return
+    region.finish({v for v in region.priors if v.plates})
+    terms = (*region.priors.values(), *region.evidence)
+    together = not any(v.plates for v in region.priors) and all(f.scale is None for f in terms)
+    if together:
+        hand_on(region, [], set(region.priors), Carried())
+
+
 def fold(
     region: Region, slots: list[Any], outside: Collection[Variable]
 ) -> tuple[list[Any], Carried]:
@@ -173,7 +192,8 @@ def unfold(
         for i, size in zip(numbers, sizes, strict=True):
             own = slopes_of(slots[i])[carried.variables[i]]
             pad = [(0, 0)] * (own.value.ndim - 1) + [(at, sum(sizes) - at - size)]
-            slope = Slope(jnp.pad(own.value, pad), own.places, len(numbers) == 1)
+            one = len(numbers) == 1
+            slope = Slope(jnp.pad(own.value, pad), own.places, one, one)
             new[i] = affine(at_zero(new[i]), {**slopes_of(new[i]), v: slope})
             at += size
     return new
@@ -245,7 +265,8 @@ def copies_of(x: Any, places: Sequence[int], limit: Any) -> Any:
     if not is_table(found):
         return found
     kept = {  # the order of the numbers of one copy is still that of the slot
-        v: s._replace(unit=slopes_of(x)[v].unit) for v, s in slopes_of(found).items()
+        v: slopes_of(x)[v]._replace(value=s.value, places=s.places)
+        for v, s in slopes_of(found).items()
     }
     return affine(at_zero(found), kept, found.curved)
 

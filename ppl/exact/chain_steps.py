@@ -264,7 +264,7 @@ def _one_step(x: Any) -> Any:
             raise error
         moved[v] = tuple(p - 1 for p in places)
     slopes = {
-        v: Slope(None if s.value is None else _one_step(s.value), moved[v], s.unit)
+        v: s._replace(value=None if s.value is None else _one_step(s.value), places=moved[v])
         for v, s in x.slopes.items()
     }
     return Table(x.array, {v: moved[v] for v in x.axes}, x.forms, slopes, x.curved)

@@ -22,6 +22,7 @@ from weft.ppl.stage.sites import Site
 from weft.ppl.stage.structure import site_table
 
 from . import branches, chains, choices, lanes  # noqa: F401  (their rules)
+from .chain_laws import integrate_message
 from .choices import IMPOSSIBLE
 from .plan import Address, Options, Plan
 from .region import Lost, Region, addresses
@@ -80,6 +81,7 @@ def score(
             Plan(targets, options, limit, semiring, filtering, together), context.handler
         )
         outs, records = region.walk(eqn.params["jaxpr"], ins, context)
+        integrate_message(region)
         density = region.log_density(scaled)
         return outs, region.distribute(records, len(context.prefix)), density, region.plan
 

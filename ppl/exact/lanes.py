@@ -299,7 +299,7 @@ class Slices:
         for v, slope in x.slopes.items():
             inside, places = moved[v]
             value = None if slope.value is None else self._entered(slope.value, at)
-            slopes[inside] = Slope(value, places, slope.unit)
+            slopes[inside] = slope._replace(value=value, places=places)
         return Table(x.array, axes, forms, slopes, x.curved)
 
     def _place(
@@ -364,7 +364,9 @@ class Slices:
             return self.whole[v][0] if v in self.whole else self.promoted.get(v, v)
 
         slopes = {
-            out(v): Slope(None if s.value is None else self._left(s.value, more), axes[v], s.unit)
+            out(v): s._replace(
+                value=None if s.value is None else self._left(s.value, more), places=axes[v]
+            )
             for v, s in old.slopes.items()
         }
         forms: Forms = {out(v): f for v, f in old.forms.items()}

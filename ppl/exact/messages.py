@@ -35,7 +35,7 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.structure import site_table
 
-from .chain_laws import Carried, hand_on
+from .chain_laws import HANDED, Carried, hand_on
 from .density import untangled
 from .factors import Factor, multiply
 from .normal_sites import Centred
@@ -43,9 +43,6 @@ from .plan import Options, Plan
 from .region import Lost, Region
 from .scores import Score
 from .tables import Entangled, Limit, Meeting, Variable, at_zero, is_table, slopes_of, variables_of
-
-HANDED = "handed on"
-"""The name of the choice through which a step reads the message of the step before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +111,10 @@ class Form:
 
     def _apart(self, vector: jax.Array) -> list[jax.Array]:
         parts = np.cumsum([math.prod(s) for s, _ in self.leaves])[:-1]
+        each = jnp.split(vector, parts) if parts.size else [vector]  # a whole keeps its structure
         return [
             x.reshape(*s, *x.shape[1:]).astype(d)
-            for x, (s, d) in zip(jnp.split(vector, parts), self.leaves, strict=True)
+            for x, (s, d) in zip(each, self.leaves, strict=True)
         ]
 
 

@@ -22,7 +22,7 @@ from . import gaussian
 from .factors import Factor, roots_of, same_scale
 from .gaussian import Block, Copies, Quadratic, compress, times, update
 from .semirings import Semiring, best
-from .small import inverse_lower
+from .small import diagonal, inverse_lower
 from .tables import (
     Entangled,
     Limit,
@@ -189,7 +189,7 @@ def unit_slope(shape: Sequence[int], places: Sequence[int], dtype: Any) -> Slope
     full = np.broadcast_to(
         eye, (*(max(a, b) for a, b in zip(one, outer, strict=True)), eye.shape[-1])
     )
-    return Slope(full, tuple(places), True)
+    return Slope(full, tuple(places), True, True)
 
 
 def without(x: Any, gone: Iterable[Variable]) -> Any:
@@ -806,7 +806,11 @@ class Joint:
 
 def product(slope: Slope, x: Any, limit: Limit) -> Any:
     """A slope times a matrix."""
-    return x if slope.unit else apply(jnp.matmul, limit, slope.value, x)
+    if slope.unit:
+        return x
+    if slope.diagonal:
+        return apply(lambda s, x: diagonal(s)[..., None] * x, limit, slope.value, x)
+    return apply(jnp.matmul, limit, slope.value, x)
 
 
 def plus(x: Any, y: Any, limit: Limit) -> Any:
@@ -953,7 +957,11 @@ class Law:
         """Covariances with a choice, as those with a value that has this slope."""
         if along is None or slope.unit:
             return along
-        return apply(lambda a, s: a @ jnp.swapaxes(s, -1, -2), self.limit, along, slope.value)
+        if slope.diagonal:
+            turn = lambda a, s: a * diagonal(s)[..., None, :]  # noqa: E731
+        else:
+            turn = lambda a, s: a @ jnp.swapaxes(s, -1, -2)  # noqa: E731
+        return apply(turn, self.limit, along, slope.value)
 
     def _before(self, slopes: Mapping[Variable, Slope], v: Variable) -> Any:
         """The covariance of a value that has these slopes with a choice, without the evidence."""

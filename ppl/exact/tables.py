@@ -37,6 +37,7 @@ from weft.ppl.analysis.independence import Unaligned, align
 from weft.ppl.stage.compat import bind, inner_jaxprs, reads_ref, where_in_source
 from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.jaxprs import evaluate
+from weft.ppl.stage.primitives import ELEMENTWISE
 from weft.ppl.stage.wiring import is_call
 
 from .picks import Indices, Pick, read_plates, reading
@@ -123,11 +124,13 @@ class Slope(NamedTuple):
         value: an array or a table. The value's own axes are followed by one for the numbers of one copy of the choice.
         places: the positions of the choice's plates among the value's own axes.
         unit: whether the value's numbers are those of the choice, in order: the derivative is an identity matrix.
+        diagonal: whether each of them depends on the number of the choice in its place only.
     """
 
     value: Any
     places: tuple[int, ...]
     unit: bool = False
+    diagonal: bool = False
 
 
 class Made(NamedTuple):
@@ -228,7 +231,7 @@ def rebuilt(x: Any, arrays: Iterator[Any]) -> Any:
         return next(arrays)
     array = next(arrays)
     slopes = {
-        v: s if s.value is None else s._replace(value=rebuilt(s.value, arrays))
+        v: s if s.value is None else Slope(rebuilt(s.value, arrays), s.places)
         for v, s in x.slopes.items()
     }
     return Table(array, x.axes, x.forms, slopes, x.curved)
@@ -417,15 +420,19 @@ def _affine(eqn: Any, ins: list[Any], limit: Limit) -> list[Any]:
             _curved(out, axes, curved, Made(eqn, ins, k))
             for k, (out, axes) in enumerate(zip(outs, places, strict=True))
         ]
-    unit = len(read) == 1 and keeps_numbers(eqn) and _size(eqn.invars[read[0]]) == _size(outs[0])
+    as_large = all(_size(eqn.invars[i]) == _size(outs[0]) for i in read)
+    keeps = len(read) == 1 and keeps_numbers(eqn) and as_large
+    in_place = keeps or (eqn.primitive.name in ELEMENTWISE and as_large)
     slopes: list[dict[Variable, Slope]] = [{} for _ in outs]
     for v in normal:
         mine = [i for i in read if v in ins[i].slopes]
         found = _slopes(eqn, values, {i: ins[i].slopes[v].value for i in mine}, limit)
-        u = picks.get(v, v)
+        u, old = picks.get(v, v), [ins[i].slopes[v] for i in mine]
+        unit = keeps and old[0].unit
+        diagonal = in_place and all(s.diagonal for s in old)
         for out, axes, slope in zip(slopes, places, found, strict=True):
             if u in axes:
-                out[u] = Slope(slope, axes[u], unit and ins[mine[0]].slopes[v].unit)
+                out[u] = Slope(slope, axes[u], unit, diagonal)
     return [affine(out, found) for out, found in zip(outs, slopes, strict=True)]
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-from weft.ppl.exact.messages import HANDED, Form
+from weft.ppl.exact.chain_laws import HANDED
+from weft.ppl.exact.messages import Form
 from weft.ppl.programs.programs import Program
 from weft.ppl.stage.compat import Literal
 from weft.ppl.stage.control import eqn_holds_sites, eqn_site_names
