@@ -13,6 +13,11 @@ from weft.ppl.stage.jaxprs import flow, inputs, read, run
 
 from .constants import folded, known_integers
 
+PRODUCT = "product"
+"""The name of a product of matrices that is written out."""
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(PRODUCT)
+)
 
 def scan_without_invariants(
     body: Any,
@@ -62,7 +67,7 @@ def scan_without_invariants(
         return [a for a, done in zip(after, settled, strict=True) if not done], ys
 
     if products_only:
-        step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+        step = jax.checkpoint(step, prevent_cse=False, policy=_PRODUCTS)
     before = [a for a, done in zip(entry, settled, strict=True) if not done]
     after, ys = jax.lax.scan(step, before, xs, length, unroll=unroll)
     moved = iter(after)

@@ -22,7 +22,7 @@ from . import gaussian
 from .factors import Factor, roots_of, same_scale
 from .gaussian import Block, Copies, Quadratic, compress, times, update
 from .semirings import Semiring, best
-from .small import diagonal, inverse_lower
+from .small import diagonal, inverse_lower, matmul
 from .tables import (
     Entangled,
     Limit,
@@ -810,7 +810,7 @@ def product(slope: Slope, x: Any, limit: Limit) -> Any:
         return x
     if slope.diagonal:
         return apply(lambda s, x: diagonal(s)[..., None] * x, limit, slope.value, x)
-    return apply(jnp.matmul, limit, slope.value, x)
+    return apply(matmul, limit, slope.value, x)
 
 
 def plus(x: Any, y: Any, limit: Limit) -> Any:
@@ -824,8 +824,8 @@ def less(x: Any, a: Any, b: Any, limit: Limit) -> Any:
     if a is None or b is None:
         return x
     if x is None:
-        return apply(lambda a, b: -(a @ b), limit, a, b)
-    return apply(lambda x, a, b: x - a @ b, limit, x, a, b)
+        return apply(lambda a, b: -matmul(a, b), limit, a, b)
+    return apply(lambda x, a, b: x - matmul(a, b), limit, x, a, b)
 
 
 def one_block(f: Evidence, order: Sequence[Plate], limit: Limit) -> tuple[Any, Quadratic]:
@@ -960,7 +960,7 @@ class Law:
         if slope.diagonal:
             turn = lambda a, s: a * diagonal(s)[..., None, :]  # noqa: E731
         else:
-            turn = lambda a, s: a @ jnp.swapaxes(s, -1, -2)  # noqa: E731
+            turn = lambda a, s: matmul(a, jnp.swapaxes(s, -1, -2))  # noqa: E731
         return apply(turn, self.limit, along, slope.value)
 
     def _before(self, slopes: Mapping[Variable, Slope], v: Variable) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from weft.ppl.analysis.invariants import PRODUCT
 
 Array = jax.Array
 SMALL = 4
@@ -198,6 +200,25 @@ def product(a: Array, b: Array) -> Array:
     columns, entries = _columns(a), _entries(b)
     found = [sum(columns[i] * entries[i][j] for i in range(d)) for j in range(b.shape[-1])]
     return jnp.concatenate(found, -1)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """$A B$. If all sizes are small it is written out: XLA would call a library for every matrix."""
+    sizes = *a.shape[-2:], b.shape[-1]
+    if max(sizes) > FEW or min(sizes) == 1:
+        return a @ b
+    return checkpoint_name(_matmul(a, b), PRODUCT)
+
+
+@jax.custom_jvp
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.sum(a[..., :, :, None] * b[..., None, :, :], -2)
+
+
+@_matmul.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, b), (da, db) = primals, tangents
+    return _matmul(a, b), da @ b + a @ db
 
 
 def sums(a: Array, x: Array) -> Array:
