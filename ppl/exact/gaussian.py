@@ -539,6 +539,15 @@ def _joseph(joint: Any, one: Side, other: Side, precision: Any) -> Any:
     return _sum(found)
 
 
+def sides(root: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """A root of a covariance in two parts, and the rows times the first: times the second they are zero."""
+    seen = jax.lax.stop_gradient(swap(rows @ root))
+    size = jnp.max(jnp.abs(seen), -2, keepdims=True)
+    turned = root @ swap(reflection(seen / jnp.where(size > 0, size, 1)))
+    read, unread = jnp.split(turned, [rows.shape[-2]], -1)
+    return read, unread, rows @ read
+
+
 def _sum(terms: Sequence[Any]) -> Any:
     there = [t for t in terms if t is not None]
     return _total(there) if there else None

@@ -886,6 +886,7 @@ class Law:
         self.noise = self.gains  # the part of each value that the rows' noise makes
         self.precision: Any = None  # of the rows
         self.given: dict[tuple[int, Variable], Any] = {}
+        self.sides: dict[Variable, tuple[Any, Any, Any]] = {}  # of noise, of which rows read a part
         self.errors: dict[int, Any] = {}
         if data:
             self._condition(data, roots, semiring)
@@ -945,6 +946,9 @@ class Law:
             conditioned, limit, form, spread, offset, crosses, self.means
         )
         self.precision = form.precision
+        for v, slope in reads.items():
+            if n < (v.dimension or 0) and self._is_noise(v):
+                self.sides[v] = apply(gaussian.sides, limit, self.joint.priors[v].root, slope.value)
         names = [v.address for v in self.joint.members]
         k = sum(v.dimension or 0 for v in wanted)
         copies = math.prod(p.size for p in plates)
@@ -952,6 +956,12 @@ class Law:
         scale = same_scale([f.scale for f in data], names)
         sites = tuple(dict.fromkeys(s for f in data for s in f.sites))
         self.left.append(Evidence(offset, left, plates, scale, sites))
+
+    def _is_noise(self, v: Variable) -> bool:
+        """Whether a choice is independent of all others, and a root of its covariance is known."""
+        prior, members = self.joint.priors.get(v), self.joint.members
+        alone = prior is not None and prior.root is not None and not members & {*prior.parents}
+        return alone and not any(v in f.parents for f in self.joint.priors.values())
 
     def _turned(self, along: Any, slope: Slope) -> Any:
         """Covariances with a choice, as those with a value that has this slope."""
@@ -972,11 +982,22 @@ class Law:
         return total
 
     def _given(self, i: int, v: Variable) -> Any:
-        """The covariance of a value with a choice, given the evidence."""
+        """The covariance of a value with a choice, or with what the rows read of it, given the evidence."""
         if (i, v) not in self.given:
-            before = self._before(self.slopes[i], v)
-            self.given[i, v] = less(before, self.gains[i], self.along.get(v), self.limit)
+            slope, along = self.slopes[i].get(v), self.along.get(v)
+            if v in self.sides:
+                read, _, along = self.sides[v]
+                before = None if slope is None else product(slope, read, self.limit)
+            else:
+                before = self._before(self.slopes[i], v)
+            self.given[i, v] = less(before, self.gains[i], along, self.limit)
         return self.given[i, v]
+
+    def _shared(self, i: int, v: Variable, slope: Slope) -> Any:
+        """The covariance of a value with another that has this slope, by a choice, given the evidence."""
+        if v in self.sides:
+            slope = Slope(product(slope, self.sides[v][0], self.limit), slope.places)
+        return self._turned(self._given(i, v), slope)
 
     def _error(self, i: int) -> Any:
         """The covariance of a value with the rows given the evidence, less what it is without rounding."""
@@ -984,7 +1005,7 @@ class Law:
             noise = self.noise[i]
             total = None if noise is None else apply(jnp.negative, self.limit, noise)
             for v, slope in self.reads.items():
-                total = plus(self._turned(self._given(i, v), slope), total, self.limit)
+                total = plus(self._shared(i, v, slope), total, self.limit)
             self.errors[i] = total
         return self.errors[i]
 
@@ -993,11 +1014,18 @@ class Law:
 
         Of values $S_i z$ and $S_j z$ and rows $A z$ it is $M S_j^\top - (M A^\top - Z_i) K_j^\top$, if $C$ is the
         covariance of $z$ and $M = (S_i - K_i A) C$. This is Joseph's form. What is subtracted is due to rounding only,
-        and so that of $M$ does not stay.
+        and so that of $M$ does not stay. Noise is turned until the rows read as few of its numbers as there are rows:
+        what the others add is the same in every step of a chain.
         """
         total, limit, gain = None, self.limit, self.gains[j]
         for v, slope in self.slopes[j].items():
-            total = plus(self._turned(self._given(i, v), slope), total, limit)
+            total = plus(self._shared(i, v, slope), total, limit)
+            if v in self.sides and v in self.slopes[i]:
+                unread = (
+                    product(s, self.sides[v][1], limit) for s in (self.slopes[i][v], slope)
+                )
+                turn = lambda a, b: matmul(a, jnp.swapaxes(b, -1, -2))  # noqa: E731
+                total = plus(apply(turn, limit, *unread), total, limit)
         if gain is not None:
             back = apply(lambda k: jnp.swapaxes(k, -1, -2), limit, gain)
             total = less(total, self._error(i), back, limit)

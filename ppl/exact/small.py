@@ -153,7 +153,8 @@ def reflection(matrix: Array) -> Array:
         first = column[..., :1]
         v = jnp.concatenate([first + jnp.where(first < 0, -size, size), column[..., 1:]], -1)
         v = jnp.concatenate([jnp.zeros_like(matrix[..., :i, 0]), v], -1)[..., None]
-        v = v / jnp.sqrt(jnp.sum(v**2, -2, keepdims=True))
+        norm = jnp.sqrt(jnp.sum(v**2, -2, keepdims=True))
+        v = v / jnp.where(norm > 0, norm, 1)
         turn = turn - 2 * v @ (jnp.swapaxes(v, -1, -2) @ turn)
         matrix = matrix - 2 * v @ (jnp.swapaxes(v, -1, -2) @ matrix)
     return turn
