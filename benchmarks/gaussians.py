@@ -372,27 +372,42 @@ def factor_of(covariance: Any, least: float) -> Any:
 
 
 def bank_filters(num_steps: int) -> dict[str, Operation]:
-    """The log evidence by the filter of the marginalised program, with two particles."""
+    """The log evidence of the marginalised program: its density, and by filters. All particles of these are alike."""
     y, (decay, noise, start, w) = bank_data(num_steps)
     factors = factor_of(noise, 1e-9), factor_of(start, 1e-12)
     everything = jax.tree.map(jnp.float32, (y, (decay, noise, start, w), factors))
-
-    def by_hand(key, y, system, factors):
-        return bank_filter(Bank(*system, SEEN), y)
 
     def target(y, system, factors):
         decay, _, _, w = system
         return marginalize(bank, "start", "noise")(decay, *factors, w, len(y)).given({"y": y})
 
-    def weft(key, *args):
-        return smc(filtering(), 2).run(key, target(*args), progress=False).log_evidence
+    def by_hand(num_copies):
+        def run(key, y, system, factors):
+            e, Q, P, w = system
+            P = jnp.broadcast_to(P, (num_copies, *P.shape))
+            return jax.vmap(lambda P: bank_filter(Bank(e, Q, P, w, SEEN), y))(P).mean()
 
-    versions = {
-        "Kalman by hand": by_hand,
-        "weft, smc(filtering(), 2)": weft,
-        "weft, log density": lambda key, *args: target(*args).log_density({}),
+        return run
+
+    def weft(num_particles):
+        def run(key, *args):
+            found = smc(filtering(), num_particles).run(key, target(*args), progress=False)
+            return found.log_evidence
+
+        return run
+
+    single = {
+        "Kalman by hand": lambda key, y, system, factors: bank_filter(Bank(*system, SEEN), y),
+        "weft": lambda key, *args: target(*args).log_density({}),
     }
-    return {"log evidence": Operation((jax.random.key(0), *everything), versions)}
+    args = jax.random.key(0), *everything
+    filters = {
+        f"{n} particles": Operation(
+            args, {f"{n} filters by hand": by_hand(n), "weft, smc(filtering())": weft(n)}
+        )
+        for n in (2, 100)
+    }
+    return {"log density": Operation(args, single), **filters}
 
 
 # ---- counts and times ------------------------------------------------------------------------------------------------

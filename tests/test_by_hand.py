@@ -145,7 +145,8 @@ SMALL = {
     "groups": lambda: gaussians.group_densities(3, 4)["log density"],
     "slopes": lambda: gaussians.slope_densities(3, 4)["log density"],
     "trend": lambda: gaussians.trend_densities(3)["log density"],
-    "filter": lambda: gaussians.bank_filters(2)["log evidence"],
+    "bank": lambda: gaussians.bank_filters(2)["log density"],
+    "filter": lambda: gaussians.bank_filters(2)["2 particles"],
 }
 
 

@@ -9,7 +9,8 @@ A loop's body is counted once by XLA, so the state-space model is taken unrolled
 Choices that are summed out cost at most 1.1 times what the sum costs when written by hand with `factor` in the same
 model. There each step of a loop counts, at what its body costs in a loop. A chain of normal choices costs at most 1.5
 times a Kalman filter by hand that loses digits where a start is vague. With its derivative, that of Joseph's form, it
-costs 2.2 times. Rows that read their group by an index cost at most ten times sums by hand: those square what they sum.
+costs 2.2 times. A Rao-Blackwellised filter costs at most three times a Kalman filter by hand for each of its particles.
+Rows that read their group by an index cost at most ten times sums by hand: those square what they sum.
 """
 
 import jax
@@ -19,7 +20,13 @@ import numpyro.distributions as dist
 import pytest
 
 from benchmarks.costs import count_equations, counts
-from benchmarks.gaussians import chain_densities, group_densities, slope_densities, trend_densities
+from benchmarks.gaussians import (
+    bank_filters,
+    chain_densities,
+    group_densities,
+    slope_densities,
+    trend_densities,
+)
 from benchmarks.marginals import (
     chain,
     chain_data,
@@ -124,6 +131,14 @@ def test_chains_of_normal_choices_cost_what_filters_cost(model):
             in_full(op.versions[k], op.args)["flops"] for k in ("Kalman by hand", "weft")
         )
         assert weft <= limit * by_hand, (weft, by_hand)
+
+
+@pytest.mark.parametrize(("part", "limit"), [("log density", 2.1), ("100 particles", 3.0)])
+def test_noise_that_drives_states_costs_what_a_filter_costs(part, limit):
+    """A bank of five states, by a filter that knows that its matrix is diagonal. With particles, a filter for each."""
+    op = bank_filters(64)[part]
+    by_hand, weft = (in_full(f, op.args)["flops"] for f in op.versions.values())
+    assert weft <= limit * by_hand, (weft, by_hand)
 
 
 @pytest.mark.parametrize("densities", [group_densities, slope_densities])

@@ -22,9 +22,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.scipy.stats import multivariate_normal as stats_of_jax
 from numpyro.distributions import MultivariateNormal, Normal
 from scipy import stats
-from weft.inference import Draws
+from weft.inference import Draws, filtering, smc
 from weft.ppl import ModelError
 
 from linear_gaussian import CASES, Case, all_three, single
@@ -489,6 +490,55 @@ def test_factors_that_are_no_squares_are_refused(f: Any) -> None:
 
     with pytest.raises(ModelError, match=r"'g' .* is not quadratic in 't'.*test_normal_algebra"):
         marginalize(model, "t")().log_density({})
+
+
+# --- noise of which an observation reads a part ---------------------------------------------------
+
+
+@gen
+def driven(root, decay, watched):
+    """Three states that three numbers of noise drive."""
+
+    def step(x, _):
+        x = decay * x + root @ sample("u", Normal(jnp.zeros(3), 1.0).to_event(1))
+        sample("y", Normal(watched @ x, 0.1).to_event(1))
+        return x, None
+
+    lax.scan(step, jnp.zeros(3), length=4)
+
+
+@jax.jit
+@jax.value_and_grad
+def driven_exactly(root: Any, decay: Any, watched: Any, y: Any) -> Any:
+    power = lambda t: jnp.diag(decay**t)  # noqa: E731
+    rows = [
+        jnp.concatenate([watched @ power(t - s) @ root * (s <= t) for s in range(4)], 1)
+        for t in range(4)
+    ]
+    reads = jnp.concatenate(rows)
+    spread = reads @ reads.T + 0.01 * jnp.eye(y.size)
+    return stats_of_jax.logpdf(y.ravel(), jnp.zeros(y.size), spread)
+
+
+def test_noise_of_which_rows_read_a_part() -> None:
+    """The filter, and the density with its gradient. Noise may be large, or none at all, or none that is seen."""
+    rng = np.random.default_rng(0)
+    watched, decay = np.array([[1.0, 2.0, 0.0], [0.0, 1.0, 0.0]]), np.array([0.9, 0.5, 0.1])
+    y, root = rng.normal(size=(4, 2)), np.eye(3) + 0.3 * rng.normal(size=(3, 3))
+
+    def target(root: Any) -> Any:
+        return marginalize(driven, "u")(root, decay, watched).given({"y": y})
+
+    both = jax.jit(jax.value_and_grad(lambda root: target(root).log_density({})))
+    run = lambda root: smc(filtering(), 2).run(KEY, target(root), progress=False)  # noqa: E731
+    filtered = jax.jit(lambda root: run(root).log_evidence)
+    for r in (root, 1e3 * root, root * [1, 1, 0], root * [[0], [0], [1]], 0 * root):
+        value, gradient = driven_exactly(r, decay, watched, y)
+        found = both(r)
+        size = max(1.0, abs(value), np.abs(gradient).max())
+        near(found[0], value, 1e-9, size)
+        near(found[1], gradient, 1e-9, size)
+        near(filtered(r), value, 1e-9, size)
 
 
 # --- no data --------------------------------------------------------------------------------------
