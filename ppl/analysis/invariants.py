@@ -19,6 +19,7 @@ _PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(PRODUCT)
 )
 
+
 def scan_without_invariants(
     body: Any,
     carry: Any,

@@ -20,7 +20,6 @@ from .region import Lost, Region, addresses
 from .tables import (
     Entangled,
     PlateAxes,
-    Slope,
     Table,
     Variable,
     axes_of,

@@ -26,7 +26,6 @@ from .tables import (
     Forms,
     Plate,
     PlateAxes,
-    Slope,
     Table,
     Variable,
     apply,

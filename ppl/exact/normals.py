@@ -1021,9 +1021,7 @@ class Law:
         for v, slope in self.slopes[j].items():
             total = plus(self._shared(i, v, slope), total, limit)
             if v in self.sides and v in self.slopes[i]:
-                unread = (
-                    product(s, self.sides[v][1], limit) for s in (self.slopes[i][v], slope)
-                )
+                unread = (product(s, self.sides[v][1], limit) for s in (self.slopes[i][v], slope))
                 turn = lambda a, b: matmul(a, jnp.swapaxes(b, -1, -2))  # noqa: E731
                 total = plus(apply(turn, limit, *unread), total, limit)
         if gain is not None:
