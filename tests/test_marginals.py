@@ -174,6 +174,49 @@ def test_scale_multiplies_the_marginal() -> None:
         same(model(x).log_density(y), exact)
 
 
+@gen
+def forked():
+    """Branches that a sum decides between; some of what they hold depends on no other choice."""
+    z = sample("z", dist.Bernoulli(0.3))
+    a = sample("a", dist.Normal(0.0, 1.5))
+
+    def first(a):
+        sample("w", dist.Normal(0.0, 2.0))
+        return a + sample("b", dist.Normal(a, 1.0))
+
+    def second(a):
+        sample("w", dist.Normal(0.0, 1.0))
+        return a - sample("c", dist.Bernoulli(0.4))
+
+    sample("y", dist.Normal(jax.lax.cond(z == 1, first, second, a), 0.5))
+
+
+@gen
+def chained():
+    def step(x, _):
+        x = sample("x", dist.Normal(x, 1.0))
+        sample("y", dist.Normal(x, 0.5))
+        return x, None
+
+    jax.lax.scan(step, 0.0, length=3)
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "data"),
+    [
+        (forked, "zabc", {"y": 0.3, "w": 1.2}),
+        (chained, "x", {"y": jnp.array([0.3, 1.0, -2.0])}),
+    ],
+)
+def test_scales_of_scales_in_branches_and_steps(model: Any, names: str, data: Any) -> None:
+    def twice(c):
+        scaled = scale(scale(model, c), {"**": 0.5})
+        return marginalize(scaled, *names)().log_density(data)
+
+    right = marginalize(model, *names)().log_density(data)
+    same(jax.jit(twice)(3.0), 1.5 * right)
+
+
 def test_of_a_marginal() -> None:
     """One choice after the other, in either order, equals both at once."""
     this = CASES["global_beside_lanes"]

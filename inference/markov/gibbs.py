@@ -139,11 +139,11 @@ class _Fold(Rewrite):
     """Make the scale of a site part of its density. Summing out first and scaling then would give another law."""
 
     def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
-        scale = payload.pop("scale", None)
-        if scale is not None and site.spec.kind == "factor":
-            payload["weight"] = payload["weight"] * scale
-        elif scale is not None:
-            payload["d"] = Scaled(payload["d"], scale)
+        scale = payload.pop("scale", ())
+        if site.spec.kind == "factor":
+            payload["weight"] = math.prod(scale, start=payload["weight"])
+        elif scale:
+            payload["d"] = Scaled(payload["d"], math.prod(scale))
         return payload
 
 

@@ -272,7 +272,7 @@ class _Power(Rewrite):
 
     def payload(self, site: Site, payload: dict[str, Any], given: Any) -> dict[str, Any]:
         if given is not None:
-            payload["scale"] = payload.get("scale", 1.0) * given
+            payload["scale"] = (*payload.get("scale", ()), given)
             payload["where"] = jnp.logical_and(payload.get("where", True), given > 0)
         return payload
 

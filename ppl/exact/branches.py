@@ -21,7 +21,7 @@ from weft.ppl.stage.keys import count_anonymous
 from weft.ppl.stage.records import Records, is_site_record, look_up, recorded
 
 from .choices import IMPOSSIBLE
-from .factors import Factor
+from .factors import Factor, Scale
 from .region import Lost, Region, addresses, rule
 from .tables import Limit, Variable, apply, is_table, pieces, rebuilt, variables_of
 
@@ -34,7 +34,8 @@ def branches(
     index, *operands = ins
     limit, last = region.plan.limit, len(eqn.params["branches"]) - 1
     index = apply(lambda i: jnp.clip(i, 0, last), limit, index)
-    operands = [rebuilt(x, iter([finite_cotangents(a) for a, _ in pieces(x)])) for x in operands]
+    guarded = [rebuilt(x, iter([finite_cotangents(a) for a, _ in pieces(x)])) for x in operands]
+    plain = {id(g): x for g, x in zip(guarded, operands, strict=True) if not is_table(x)}
     outside, known, anonymous = region.read_later(context), {}, context.anonymous
     outs: list[list[Any]] = []
     records: list[Records] = []
@@ -42,8 +43,9 @@ def branches(
     for branch in eqn.params["branches"]:
         inner = Region(region.plan, region.kept, outside, known)
         inner.keys, inner.placements = region.keys, region.placements
-        found = inner.walk(branch, operands, dataclasses.replace(context, anonymous=anonymous))
+        found = inner.walk(branch, guarded, dataclasses.replace(context, anonymous=anonymous))
         inner.refuse_shared("a branch")
+        _name_scales(inner, plain)
         anonymous += count_anonymous(branch)
         outs.append(found[0])
         records.append(found[1])
@@ -51,12 +53,24 @@ def branches(
     _check_idle(region, eqn, context)
     created = [v for inner in regions for v in inner.created]
     _merge_priors(region, index, regions)
+    scales = {v: f.scale for inner in regions for f in inner.factors for v in f.variables}
     for number, inner in enumerate(regions):
-        _count(region, context, index, number, inner, created)
+        _count(region, context, index, number, inner, created, scales)
     region.created += created
     return [_select(limit, index, values) for values in zip(*outs, strict=True)], _records(
         limit, index, records
     )
+
+
+def _name_scales(inner: Region, plain: dict[int, Any]) -> None:
+    """Scales as they were before the branch: those of sites that meet must be the same."""
+
+    def named(x: Any) -> Any:
+        return dataclasses.replace(x, scale=tuple(plain.get(id(s), s) for s in x.scale))
+
+    inner.factors = [named(f) for f in inner.factors]
+    inner.evidence = [named(f) for f in inner.evidence]
+    inner.priors = {v: named(p) for v, p in inner.priors.items()}
 
 
 def _count(
@@ -66,6 +80,7 @@ def _count(
     number: int,
     inner: Region,
     created: list[Variable],
+    scales: dict[Variable, Scale],
 ) -> None:
     """Count the density of a branch where it is taken."""
     limit = region.plan.limit
@@ -79,8 +94,9 @@ def _count(
 
     for factor in inner.factors:
         weigh(factor)
-    constant = apply(here, limit, index, jnp.asarray(inner.constant))
-    region.weigh(constant, (*context.prefix, "a branch"))
+    if not isinstance(inner.constant, float):  # else nothing was added, of no scale
+        constant = apply(here, limit, index, jnp.asarray(inner.constant))
+        region.weigh(constant, (*context.prefix, "a branch"))
     for evidence in (f.without_unit(limit) for f in inner.evidence):
         parts = [None if x is None else apply(here, limit, index, x) for x, _ in evidence.parts()]
         parts[1] = evidence.form.precision  # rows that are zero give nothing
@@ -91,7 +107,8 @@ def _count(
             rest = jnp.where(jnp.arange(variable.num_values) == 0, 0.0, IMPOSSIBLE)
             rest = rest.reshape(-1, *(1,) * len(variable.plates))
             shape = (variable.num_values, *(p.size for p in variable.plates))
-            weigh(Factor(jnp.broadcast_to(rest, shape), (variable,), variable.plates))
+            scale = scales.get(variable, ())
+            weigh(Factor(jnp.broadcast_to(rest, shape), (variable,), variable.plates, scale))
 
 
 def _merge_priors(region: Region, index: Any, regions: list[Region]) -> None:

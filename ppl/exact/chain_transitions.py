@@ -18,7 +18,7 @@ import numpy as np
 
 from .chain_laws import Blocks, Carried, at_zero_of, copies_of, uncopied
 from .chain_state import State
-from .factors import PROBE, roots_of, same_scale
+from .factors import PROBE, Scale, roots_of, same_scale
 from .gaussian import Block, Quadratic, Transition, compose
 from .normals import Evidence, gathered, one_block
 from .plan import Plan
@@ -78,7 +78,7 @@ class Group:
         self.outer: dict[
             Variable, tuple[int, ...]
         ] = {}  # the others, and the places of their plates
-        self.scale: Any = None
+        self.scale: Scale = ()
         self.sites: tuple[str, ...] = ()
         self.law = self._mean(state), self._covariance(state.carried)
 

@@ -20,7 +20,7 @@ from .chain_state import State, Step, renamed
 from .chain_steps import Steps
 from .chain_transitions import arrays_of, groups_of, idle, with_arrays, with_unknowns
 from .elimination import sum_out
-from .factors import Factor, in_terms, less, multiply, ones, ordered, top_of
+from .factors import Factor, Scale, in_terms, less, multiply, ones, ordered, top_of
 from .tables import Variable, variables_of
 
 
@@ -98,7 +98,7 @@ class _Links:
             for p, q in zip(v.plates, u.plates, strict=True):
                 p.merge(q)
         factors = [] if after.alpha is None else [in_terms(after.alpha, names)]
-        scale = factors[0].scale if factors else None
+        scale = factors[0].scale if factors else ()
         for v in self.old:  # a choice that only grows older is the same before and after
             if self.ages[v] in self.by_label:
                 factors.append(_unchanged(v, self.by_label[self.ages[v]], scale))
@@ -233,7 +233,7 @@ def _transitions(part: Part) -> list[Any]:
     return [with_arrays(f, a) for f, a in zip(part.form[1], part.arrays[1], strict=True)]
 
 
-def _unchanged(v: Variable, u: Variable, scale: Any = None) -> Factor:
+def _unchanged(v: Variable, u: Variable, scale: Scale = ()) -> Factor:
     """The factor of a choice that is the same as another."""
     return Factor(jnp.where(jnp.eye(v.num_values, dtype=bool), 0.0, -jnp.inf), (v, u), (), scale)
 

@@ -18,7 +18,7 @@ from weft.ppl.stage.records import Records
 from weft.ppl.stage.sites import Site, site_p
 
 from .conjugacy import certify, family_of
-from .factors import PROBE, labels_of
+from .factors import PROBE, Scale, labels_of
 from .families import Family
 from .normal_sites import choice, is_normal, observe
 from .placements import placed
@@ -113,13 +113,11 @@ def _unknown_value(site: Site, axes: PlateAxes) -> str:
     )
 
 
-def _unscaled(site: Site) -> tuple[Any, Site]:
+def _unscaled(site: Site) -> tuple[Scale, Site]:
     """The scale of a site, and the site with scale one. Sums come before scaling."""
-    place = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("scale")
-    if place is None:
-        return None, site
-    operands = [jnp.ones_like(x) if i == place else x for i, x in enumerate(site.operands)]
-    return site.operands[place], site.at(operands)
+    places = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("scale", ())
+    operands = [jnp.ones_like(x) if i in places else x for i, x in enumerate(site.operands)]
+    return tuple(site.operands[i] for i in places), site.at(operands)
 
 
 # --- choices that are summed out --------------------------------------------------------------------------------------

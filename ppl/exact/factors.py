@@ -7,6 +7,7 @@ several of it (Obermeyer et al. 2019, "Tensor variable elimination for plated fa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from weft.ppl.stage.compat import Tracer
 from weft.ppl.stage.errors import ModelError
 
 from .tables import Entangled, Plate, Table, Variable
+
+Scale = tuple[Any, ...]
+"""How often a sum counts: the product of these numbers. Those of sites that meet must be the same ones."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class Factor:
     table: jax.Array
     variables: tuple[Variable, ...]
     plates: tuple[Plate, ...] = ()
-    scale: Any = None
+    scale: Scale = ()
     sites: tuple[str, ...] = ()
 
     def as_table(self) -> Table:
@@ -43,7 +47,7 @@ class Factor:
     def total(self, scaled: bool = True) -> jax.Array:
         """Its log density, after all variables are summed out."""
         log_density = jnp.sum(self.table)
-        return log_density * self.scale if scaled and self.scale is not None else log_density
+        return math.prod(self.scale, start=log_density) if scaled else log_density
 
 
 PROBE = "~probe"
@@ -62,7 +66,7 @@ def labels_of(term: Table) -> list[Plate | None]:
     return labels
 
 
-def factor_of(term: Table, name: str, scale: Any) -> Factor:
+def factor_of(term: Table, name: str, scale: Scale) -> Factor:
     """A density term as a factor. Axes along which no variable has copies are summed.
 
     Raises:
@@ -112,7 +116,7 @@ def multiply(factors: Sequence[Factor]) -> Factor:
     return Factor(table, tuple(variables), tuple(plates), scale, sites)
 
 
-def same_scale(scales: Sequence[Any], names: Iterable[str]) -> Any:
+def same_scale(scales: Sequence[Scale], names: Iterable[str]) -> Scale:
     """The scale of terms that meet in a sum over some choices."""
     if not all(_same(s, scales[0]) for s in scales):
         names = sorted(set(names))
@@ -120,12 +124,16 @@ def same_scale(scales: Sequence[Any], names: Iterable[str]) -> Any:
             f"the sites that meet in the sum over {', '.join(map(repr, names))} are scaled differently: scale all of "
             "them, the choice that is summed out among them, or none"
         )
-    return scales[0] if scales else None
+    return scales[0] if scales else ()
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two scales are known to be the same number."""
-    if a is None or b is None or isinstance(a, Tracer) or isinstance(b, Tracer):
+def _same(a: Scale, b: Scale) -> bool:
+    """Whether two scales are known to be the same numbers."""
+    return len(a) == len(b) and all(map(_same_number, a, b))
+
+
+def _same_number(a: Any, b: Any) -> bool:
+    if isinstance(a, Tracer) or isinstance(b, Tracer):
         return a is b
     return bool(np.array_equal(a, b))
 
@@ -165,7 +173,7 @@ def less(alpha: Factor, top: Factor) -> Factor:
     )
 
 
-def ones(variable: Variable, scale: Any) -> Factor:
+def ones(variable: Variable, scale: Scale) -> Factor:
     """A factor that is one everywhere."""
     shape = (variable.num_values, *(p.size for p in variable.plates))
     return Factor(jnp.zeros(shape), (variable,), tuple(p.root() for p in variable.plates), scale)

@@ -152,7 +152,7 @@ class Walked:
         )
         left = [f for f in region.factors if f.variables]
         alpha = multiply(left) if left else Factor(jnp.zeros(()), ())  # nothing is: one joint value
-        if alpha.scale is not None:
+        if alpha.scale:
             raise _scaled(names)
         if any(v.family is not None for v in chosen):
             raise _mixed(names)
@@ -163,7 +163,7 @@ class Walked:
         form = Form(tuple((tuple(x.shape), np.dtype(x.dtype)) for x in values), None)
         used = {v for x in values for v in slopes_of(x)}
         region.finish(region.priors.keys() - used)
-        if any(f.scale is not None for f in (*region.evidence, *region.priors.values())):
+        if any(f.scale for f in (*region.evidence, *region.priors.values())):
             raise _scaled(names)
         values, carried = hand_on(region, values, set(region.priors), Carried())
         joined = form._join([at_zero(x) for x in values])

@@ -18,7 +18,7 @@ from weft.ppl.stage.errors import ModelError
 from weft.ppl.stage.interpreter import Context
 from weft.ppl.stage.sites import Site
 
-from .factors import PROBE
+from .factors import PROBE, Scale
 from .families import base_of
 from .gaussian import Quadratic, times
 from .normals import NOISE, Evidence, Prior, unit_slope
@@ -289,7 +289,7 @@ def _probe(
         rows = apply(jnp.subtract, limit, rows, flat(weights.centre))
         precision = -2 * spread(weights.squares, weights.squares.ndim - weights.centre.ndim)
     form = Quadratic(precision, linear, jnp.zeros(linear.shape[:-1], linear.dtype))
-    return Evidence(rows, form, plates, None, (PROBE,), True)
+    return Evidence(rows, form, plates, (), (PROBE,), True)
 
 
 # --- choices that are kept --------------------------------------------------------------------------------------------
@@ -313,13 +313,13 @@ def observe(
     _expanded(region, site, value, term, scale, context)
 
 
-def _scale(region: Region, site: Site, variables: Any) -> Any:
-    place = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("scale")
-    return None if place is None else _checked_scale(site, site.operands[place], variables)
+def _scale(region: Region, site: Site, variables: Any) -> Scale:
+    places = site.skeleton.unpack(range(site.skeleton.num_arrays)).get("scale", ())
+    return _checked_scale(site, tuple(site.operands[i] for i in places), variables)
 
 
-def _checked_scale(site: Site, scale: Any, variables: Any) -> Any:
-    if scale is not None and jnp.ndim(scale):
+def _checked_scale(site: Site, scale: Scale, variables: Any) -> Scale:
+    if any(map(jnp.ndim, scale)):
         raise ModelError(
             f"site {_named(site)!r} depends on {addresses(variables)} and has a scale for each of its elements: a sum "
             "over choices can be scaled as a whole only"

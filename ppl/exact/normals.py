@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import gaussian
-from .factors import Factor, roots_of, same_scale
+from .factors import Factor, Scale, roots_of, same_scale
 from .gaussian import Block, Copies, Quadratic, compress, times, update
 from .semirings import Semiring, best
 from .small import diagonal, inverse_lower, matmul
@@ -57,7 +57,7 @@ class Prior:
     mean: Any
     root: Any
     covariance: Any = None
-    scale: Any = None
+    scale: Scale = ()
 
     def spread(self, limit: Limit) -> Any:
         """The covariance."""
@@ -102,7 +102,7 @@ class Evidence:
     rows: Any
     form: Quadratic
     plates: tuple[Plate, ...]
-    scale: Any = None
+    scale: Scale = ()
     sites: tuple[str, ...] = ()
     probe: bool = False
     unit: Any = None

@@ -12,6 +12,7 @@ The rules stand in files of their own: sites in ``choices``, ``jax.vmap`` in ``l
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,7 +27,7 @@ from weft.ppl.stage.sites import site_p
 from weft.ppl.stage.wiring import described, is_call
 
 from .elimination import sum_out
-from .factors import Factor, factor_of
+from .factors import Factor, Scale, factor_of
 from .families import Placement
 from .normals import (
     Evidence,
@@ -134,19 +135,25 @@ class Region(Handler):
 
     # --- the density ---
 
-    def weigh(self, term: Any, address: Address, scale: Any = None) -> None:
+    def weigh(self, term: Any, address: Address, scale: Scale = ()) -> None:
         """Count a density term."""
-        if not is_table(term):
-            self.constant = self.constant + jnp.sum(term if scale is None else term * scale)
+        each = any(map(jnp.ndim, scale))
+        if not is_table(term) and (each or not scale):
+            self.constant = self.constant + jnp.sum(math.prod(scale, start=term))
             return
-        if scale is not None and jnp.ndim(scale):
+        if not is_table(
+            term
+        ):  # not in the constant: in a branch it meets what decides between branches
+            self.factors.append(Factor(jnp.sum(term), (), (), scale, (".".join(address),)))
+            return
+        if each:
             raise ModelError(
                 f"site {'.'.join(address)!r} depends on {addresses(term.axes)} and has a scale for each of its "
                 "elements: a sum over choices can be scaled as a whole only"
             )
         self.factors.append(factor_of(term, ".".join(address), scale))
 
-    def weigh_copies(self, term: Any, variable: Variable, address: Address, scale: Any) -> None:
+    def weigh_copies(self, term: Any, variable: Variable, address: Address, scale: Scale) -> None:
         """Count a density term with one entry for each copy of a variable."""
         axes = term.axes if is_table(term) else {}
         array = term.array if is_table(term) else term
@@ -227,7 +234,7 @@ class Region(Handler):
             own = [p.root() for p in factor.plates]
             order = [own.index(p) for p in labels if p in own]
             table = jnp.transpose(factor.table, order)
-            table = table if factor.scale is None else table * factor.scale
+            table = math.prod(factor.scale, start=table)
             at = tuple(slice(None) if p in own else 0 for p in labels)
             records = _added(records, sites[-1][prefix:], at, table)
         return records

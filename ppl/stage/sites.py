@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +109,10 @@ def lane_shape(lanes: tuple[Lane, ...]) -> tuple[int, ...]:
 
 
 def bind_site(spec: SiteSpec, payload: dict[str, Any]) -> Any:
-    """Stage a site whose payload is given as a dict with ``"d"``, ``"grad"``, ``"scale"``, ``"value"``, ``"where"``."""
+    """Stage a site whose payload is given as a dict with ``"d"``, ``"grad"``, ``"scale"``, ``"value"``, ``"where"``.
+
+    The scale is a tuple of numbers, one for each time that the site was scaled.
+    """
     arrays, skeleton = pack(payload, is_number)
     # A primitive without operands is never batched, so this one has a zero.
     return site_p.bind(*arrays, jnp.zeros(()), spec=spec, skeleton=skeleton, lanes=())[0]
@@ -264,6 +268,6 @@ class Site:
         def one(payload: Any, lp: Any) -> Any:
             if payload.get("where") is not None:
                 lp = jnp.where(payload["where"], lp, 0)
-            return lp * payload["scale"] if payload.get("scale") is not None else lp
+            return math.prod(payload.get("scale") or (), start=lp)
 
         return self.over_lanes(one, log_prob)

@@ -286,8 +286,8 @@ class _Multiply(Rewrite):
         if site.spec.kind == "deterministic":
             return payload
         for value in self.matching(".".join(site.address), site.axis_names):
-            # One value for all sites, not a product each: marginalize must see that they share it.
-            payload["scale"] = payload["scale"] * value if "scale" in payload else value
+            # The same values for all sites, not a product each: marginalize must see that they share them.
+            payload["scale"] = (*payload.get("scale", ()), value)
         return payload
 
     def matching(self, address: str, axes: set[str]) -> list[Any]:
