@@ -595,6 +595,21 @@ for _name, _prior in {
     case("c", p=SLOPES, x=ROWS)(_model)(_oracle)
 
 
+@case("c", p=SLOPES, x={k: v for k, v in ROWS.items() if k != "h"})
+def slopes_of_low_rank(p, x):
+    factor, rest = jnp.stack([p["s"], p["r"]])[:, None], jnp.stack([1.0, p["t"] ** 2])
+    law = dist.LowRankMultivariateNormal(jnp.zeros(2), factor, rest)
+    c = repeat(lambda: sample("c", law), 4)
+    jax.vmap(lambda g, u: sample("y", Normal(c[g, 0] + c[g, 1] * u, p["noise"])))(x["g"], x["u"])
+
+
+@slopes_of_low_rank
+def _(j, p, x):
+    root = np.array([[p["s"], 1.0, 0.0], [p["r"], 0.0, p["t"]]])
+    c = np.array([j.vector("c", exact(np.zeros(2)), root) for _ in range(4)], object)
+    j.normal("y", c[x["g"], 0] + c[x["g"], 1] * x["u"], p["noise"])
+
+
 @case("m", "c", p={"spread": 10.0, **SLOPES}, x={"u": RNG.normal(size=(3, 4))})
 def slopes_of_a_common_mean(p, x):
     """Groups as lanes, rows as lanes in them; vectors of unknown mean."""

@@ -182,8 +182,8 @@ def _continuous(region: Region, eqn: Any, site: Site, context: Context) -> Table
     if family is None:
         raise DensityError(
             f"the choice {name!r} ({spec.label}) cannot be integrated out: priors of which a closed form is known "
-            "are Normal, MultivariateNormal, Beta, Gamma, Exponential, InverseGamma, Dirichlet, Wishart and "
-            "InverseWishart"
+            "are Normal, MultivariateNormal, LowRankMultivariateNormal, Beta, Gamma, Exponential, InverseGamma, "
+            "Dirichlet, Wishart and InverseWishart"
         )
     if "value" in site.parts:
         raise ModelError(

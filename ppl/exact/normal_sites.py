@@ -72,17 +72,20 @@ class Centred(dist.Distribution):
         return -jnp.sum(along**2 / values / 2 + constant, -1)
 
 
+VECTORS = dist.MultivariateNormal, dist.LowRankMultivariateNormal, Centred
+
+
 def is_normal(d: Any) -> bool:
     """Whether a distribution has a normal law: by the density that its class states, not by its name."""
     base = base_of(d)
     return any(
         isinstance(base, known) and type(base).log_prob is known.log_prob
-        for known in (dist.Normal, dist.MultivariateNormal, Centred)
+        for known in (dist.Normal, *VECTORS)
     )
 
 
 def _is_vector(d: Any) -> bool:
-    return isinstance(base_of(d), (dist.MultivariateNormal, Centred))
+    return isinstance(base_of(d), VECTORS)
 
 
 def _parameters(d: Any) -> tuple[Any, Any]:
