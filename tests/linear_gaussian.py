@@ -595,6 +595,33 @@ for _name, _prior in {
     case("c", p=SLOPES, x=ROWS)(_model)(_oracle)
 
 
+CROSSED_ROWS = {  # a group without rows, one of one row, one of equal rows
+    "g": np.array([0, 0, 0, 0, 1, 1, 1, 3, 3, 3, 4, 4, 4, 5]),
+    "h": np.array([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0, 3, 2]),
+    "u": np.arange(14) % 5 / 4 - 0.5,
+}
+CROSSED_ROWS["u"][CROSSED_ROWS["g"] == 4] = 0.25
+
+
+@case("mu", "c", "d", p={"spread": 3.0, "a": 0.6, **SLOPES}, x=CROSSED_ROWS)
+def crossed_slopes(p, x):
+    """Lines of groups beside levels, and a slope that is a parameter."""
+    mu = sample("mu", Normal(0.0, 10.0))
+    c = repeat(lambda: sample("c", MVN(jnp.zeros(2), scale_tril=_root(p, jnp.array))), 6)
+    d = sample("d", Normal(mu, p["spread"]).expand([5]))
+    u = p["a"] + x["u"]
+    sample("y", Normal(c[x["g"], 0] + u * c[x["g"], 1] + d[x["h"]], p["noise"]))
+
+
+@crossed_slopes
+def _(j, p, x):
+    mu = j.normal("mu", 0.0, 10.0)
+    c = np.array([j.vector("c", exact(np.zeros(2)), _root(p, np.array)) for _ in range(6)], object)
+    d = j.normal("d", np.full(5, mu), p["spread"])
+    u = p["a"] + x["u"]
+    j.normal("y", c[x["g"], 0] + u * c[x["g"], 1] + d[x["h"]], p["noise"])
+
+
 @case("c", p=SLOPES, x={k: v for k, v in ROWS.items() if k != "h"})
 def slopes_of_low_rank(p, x):
     factor, rest = jnp.stack([p["s"], p["r"]])[:, None], jnp.stack([1.0, p["t"] ** 2])

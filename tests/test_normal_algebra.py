@@ -87,6 +87,7 @@ def test_the_oracle_is_of_the_same_program(name: str) -> None:
 CURVED = {  # whose Hessian is compared, too, beside all that hypothesis tries below
     "plate_of_known_mean",
     "crossed_grid",
+    "crossed_slopes",
     "slopes_by_precision",
     "collinear_columns",
     "companion",
@@ -127,6 +128,7 @@ def test_means_of_what_is_integrated_out(name: str, sites: str) -> None:
 
 COVARIANCES = [  # several numbers to an element, elements read by an index, gaps, finite choices beside
     "nested_plates",
+    "crossed_slopes",
     "seen_in_part",
     "companion",
     "series_of_a_common_mean",
@@ -193,6 +195,7 @@ DRAWN = [
     "nested_plates",
     "seen_in_part",
     "crossed_by_index",
+    "crossed_slopes",
     "regression_of_30",
     "gathering_carry",
     "bank_of_states",

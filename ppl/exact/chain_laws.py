@@ -139,7 +139,7 @@ def integrate_message(region: Region) -> None:
         return
     region.finish({v for v in region.priors if v.plates})
     terms = (*region.priors.values(), *region.evidence)
-    together = not any(v.plates for v in region.priors) and all(f.scale is None for f in terms)
+    together = not any(v.plates for v in region.priors) and not any(f.scale for f in terms)
     if together:
         hand_on(region, [], set(region.priors), Carried())
 

@@ -10,7 +10,7 @@ singular: nothing is inverted that can be singular, and no large numbers are sub
 
 - ``eliminate`` integrates over $u \sim N(0, I)$ where $e$ is affine in $u$; ``integrate`` over $u \sim N(0, Q)$ of
   which only the covariance is known.
-- ``compress`` writes many rows as few.
+- ``compress`` writes many rows as few. ``part`` frees most rows of one choice.
 - ``update`` conditions a normal law on evidence (Kalman 1960, "A new approach to linear filtering and prediction
   problems").
 - ``compose`` makes one step of two (Särkkä and García-Fernández 2021, "Temporal parallelization of Bayesian
@@ -199,6 +199,85 @@ def _coordinates(information: Array) -> tuple[Array, Array]:
     shifted = information + shift[..., None]
     factor = cholesky(jnp.where(_identity(information) > 0, shifted, information))
     return swap(factor), swap(inverse_lower(factor))
+
+
+class Parts(NamedTuple):
+    """Rows on choices $(v, w)$ in two parts, whose evidence adds up to that of the rows (``part``).
+
+    Attributes:
+        sums: a few rows for each copy of $v$.
+        free: as many rows as there were. They do not depend on $v$, but their derivative does.
+        slopes: their slopes by $v$: zero, with a derivative.
+    """
+
+    sums: Block
+    free: Block
+    slopes: Array
+
+
+def part(block: Block, d: int, copies: Copies) -> Parts:
+    r"""What a mean, and deviations from it, are to the data of a group: to rows on choices $(v, w)$.
+
+    For rows $x = S v + e$, where $e$ is affine in $w$, let $C$ be near an orthogonal basis of what $S$ reaches,
+    $P = I - C C^\top$ and $E = I - C^\top C$. Then for any constant $C$
+
+    $$|x|^2 = m^\top (I + E) (I + E^2) m + |P^2 x|^2, \qquad m = C^\top x.$$
+
+    $P^2 S$ is zero up to rounding, and is taken to be zero, but its derivative is not. A second $P$ frees the rows of
+    $v$ up to rounding (Giraud, Langou and Rozložník 2005, "The loss of orthogonality in the Gram-Schmidt
+    orthogonalization process").
+
+    Args:
+        block: the rows. Their precision is the identity, and nothing is linear.
+        d: how many numbers $v$ has.
+        copies: which rows belong to a copy of $v$.
+    """
+    own, rest = block.rows[..., :d], block.rows[..., d:]
+    rest = jnp.concatenate([block.offset[..., None], rest], -1)
+    still = jax.lax.stop_gradient(own)
+    _, back = _coordinates(copies.total(gram(still)))
+    basis = product(still, copies.spread(back))
+
+    def along(x: Array) -> Array:
+        return copies.total(swap(basis) @ x)
+
+    def free(x: Array) -> Array:
+        for _ in range(2):
+            x = x - product(basis, copies.spread(along(x)))
+        return x
+
+    left, slopes = free(rest), free(own)
+    mean, lack = along(rest), _identity(still) - copies.total(gram(basis))
+    eye = _identity(lack)
+    form = Quadratic((eye + lack) @ (eye + lack @ lack), None, jnp.zeros_like(mean[..., 0, 0]))
+    return Parts(
+        Block(jnp.concatenate([along(own), mean[..., 1:]], -1), mean[..., 0], form),
+        Block(left[..., 1:], left[..., 0], block.evidence),
+        slopes - jax.lax.stop_gradient(slopes),
+    )
+
+
+def bend(
+    rows: Array, slopes: Array, mean: Array, covariance: Array, copies: Copies
+) -> tuple[Array, Array]:
+    r"""Rows $r + R v$ once $v \sim N(\hat v, \Sigma)$ is integrated out, to second order in $R$, which is zero.
+
+    $$\log E\, e^{-|r + R v|^2 / 2} = -\tfrac12 |r + R \hat v - \tfrac12 R \Sigma R^\top r|^2
+      - \tfrac12 \operatorname{tr}(R \Sigma R^\top) + O(R^3).$$
+
+    Args:
+        rows: $r$, of which the last axis has the columns of an affine function.
+        slopes: $R$.
+        mean: $\hat v$ for each copy, with the same columns.
+        covariance: $\Sigma$ for each copy.
+        copies: which rows belong to a copy.
+
+    Returns:
+        The rows, and what is added to the constant of each block.
+    """
+    turned = covariance @ copies.total(swap(slopes) @ rows)
+    loss = jnp.sum(slopes @ copies.spread(covariance) * slopes, (-1, -2)) / 2
+    return rows + slopes @ copies.spread(mean - turned / 2), -loss
 
 
 class Eliminated(NamedTuple):

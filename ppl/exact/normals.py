@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from . import gaussian
 from .factors import Factor, Scale, roots_of, same_scale
 from .gaussian import Block, Copies, Quadratic, compress, times, update
 from .semirings import Semiring, best
-from .small import diagonal, inverse_lower, matmul
+from .small import SMALL, diagonal, inverse_lower, matmul
 from .tables import (
     Entangled,
     Limit,
@@ -270,32 +270,118 @@ def _ordered(values: Sequence[Any], first: Variable | None) -> list[Variable]:
 
 def _summed(f: Evidence, order: Sequence[Plate], first: Variable | None, limit: Limit) -> Evidence:
     """Evidence with axes for some plates only. There are no more rows than numbers of its choices."""
-    at, (read, *_) = len(order), [first] if first is None else read_by(f, first, limit)
     d = sum(v.dimension or 0 for v in f.variables)
     if first is not None:
         limit.spend([first.address], 2 * math.prod(f.rows.shape) * d * (d + 2))
-    constant = None
-    if read is not first:
-        assert first is not None
-        assert read is not None
-        rows, form = _by_index(f, order, first, read, limit)
-        if f.unit is not None:
-            constant = _constant_by_index(f, order, first, read, limit)
+    rows, form, copies, plates = _by_copy(f, order, first, limit)
+    at, variables = len(plates), _ordered([rows], first)
+    many = math.prod(rows.shape[at:]) > sum(v.dimension or 0 for v in variables)
+    if plates != [*order] or rows.shape[at] > 1 or many:
+        rows, form = _compressed(rows, form, variables, copies, limit)
     else:
-        ((rows, form),) = _blocks([f], order, limit)
-        variables = _ordered([rows], first)
-        many = math.prod(rows.shape[at:]) > sum(v.dimension or 0 for v in variables)
-        if rows.shape[at] > 1 or many:
-            rows, form = _compressed(rows, form, variables, _copies(at), limit)
-        else:
-            rows, form = apply(
-                lambda r, q: jax.tree.map(lambda x: jnp.squeeze(x, at), (r, q)), limit, rows, form
-            )
-        if f.unit is not None:
-            constant = _arranged(f.constant, 0, f.plates, order, limit)
-            constant = apply(lambda x: jnp.sum(x, -1), limit, constant)
+        rows, form = _one_block(rows, form, at, limit)
+    constant = None
+    if f.unit is not None:
+        constant = apply(copies.total, limit, _arranged(f.constant, 0, f.plates, plates, limit))
     plates = tuple(order)
     return dataclasses.replace(f, rows=rows, form=form, plates=plates, constant=constant)
+
+
+def _one_block(rows: Any, form: Quadratic, at: int, limit: Limit) -> tuple[Any, Quadratic]:
+    """The same without the axis of blocks, if there is one block."""
+    return apply(lambda *xs: jax.tree.map(lambda x: jnp.squeeze(x, at), xs), limit, rows, form)
+
+
+def _is_wide(f: Evidence, v: Variable, limit: Limit) -> bool:
+    """Whether evidence, summed by copy of a choice, would have many rows for each: as many as other choices have
+    numbers. So it is where the copies of one are joined, as those of crossed groups are.
+    """
+    read, d = read_by(f, v, limit), v.dimension or 0
+    others = [u for u in f.variables if u not in read]
+    many = sum(u.dimension or 0 for u in others) > max(SMALL, 2 * d)
+    plain = f.form.precision is None and f.form.linear is None and not f.probe
+    return many and plain and len(read) == 1 and not any(u.plates for u in others)
+
+
+class Freed(NamedTuple):
+    """Rows free of a choice but for their derivative, with an axis of blocks before the rows.
+
+    Attributes:
+        evidence: what they are evidence of; its rows and form are these.
+        slopes: their slopes by the choice: zero, with a derivative.
+        copies: to which copies of the choice blocks belong.
+    """
+
+    evidence: Evidence
+    slopes: Any
+    copies: Copies
+
+
+def _parted(f: Evidence, v: Variable, limit: Limit) -> tuple[Evidence, Freed]:
+    """Evidence as that of a few rows for each copy of a choice, and that of rows free of it (``gaussian.part``)."""
+    order = [p.root() for p in v.plates]
+    rows, form, copies, plates = _by_copy(f, order, v, limit)
+    variables = _ordered([rows], v)
+    sizes = [u.dimension or 0 for u in variables]
+    limit.spend([v.address], 10 * math.prod(rows.shape) * sizes[0] * sum(sizes))
+
+    def part(offset: Any, slopes: Any, form: Quadratic) -> Any:
+        sums, free, own = gaussian.part(_block(offset, slopes, sizes, form), sizes[0], copies)
+        free = free._replace(rows=_columns(free.rows, sizes[1:]))
+        return sums._replace(rows=_columns(sums.rows, sizes)), free, own
+
+    slopes = [slopes_of(rows)[u].value for u in variables]
+    few, rest, own = apply(part, limit, at_zero(rows), slopes, form)
+    places = dict.fromkeys(variables[1:], ()) | {v: tuple(range(len(order)))}
+    slopes = {u: Slope(a, places[u]) for u, a in zip(variables, few.rows, strict=True)}
+    rows, form, constant = affine(few.offset, slopes), few.evidence, few.evidence.constant
+    sums = dataclasses.replace(f, rows=rows, form=form, plates=tuple(order), constant=constant)
+    slopes = {u: Slope(a, ()) for u, a in zip(variables[1:], rest.rows, strict=True)}
+    rows, form, constant = affine(rest.offset, slopes), rest.evidence, f.constant
+    if f.unit is not None:
+        constant = _arranged(constant, 0, f.plates, plates, limit)
+        constant = apply(lambda x: jnp.sum(x, -1), limit, constant)
+    free = dataclasses.replace(f, rows=rows, form=form, plates=tuple(plates), constant=constant)
+    return sums, Freed(free, own, copies)
+
+
+def _left_free(freed: Freed, mean: Any, covariance: Any, limit: Limit) -> Evidence:
+    """Evidence on rows free of a choice, once the choice is integrated out (``gaussian.bend``)."""
+    f, at = freed.evidence, len(freed.evidence.plates)
+    variables = list(dict.fromkeys([*slopes_of(f.rows), *slopes_of(mean)]))
+    sizes = [u.dimension or 0 for u in variables]
+
+    def columns(x: Any) -> list[Any]:
+        slopes = slopes_of(x)
+        return [at_zero(x), *(slopes[u].value if u in slopes else None for u in variables)]
+
+    def bent(rows: Any, form: Any, own: Any, mean: Any, covariance: Any, unit: Any) -> Any:
+        rows, mean = (_side_by_side(x, [1, *sizes]) for x in (rows, mean))
+        covariance = covariance if unit is None else covariance / unit**2
+        rows, more = gaussian.bend(rows, own, mean, covariance, freed.copies)
+        if unit is not None:
+            more = more * unit**2
+        form = form._replace(constant=form.constant + more)
+        return jax.tree.map(lambda x: jnp.squeeze(x, at), (_columns(rows, [1, *sizes]), form))
+
+    found, form = apply(
+        bent, limit, columns(f.rows), f.form, freed.slopes, columns(mean), covariance, f.unit
+    )
+    slopes = {u: Slope(a, ()) for u, a in zip(variables, found[1:], strict=True)}
+    offset = apply(lambda x: x[..., 0], limit, found[0])
+    return dataclasses.replace(f, rows=affine(offset, slopes), form=form)
+
+
+def _side_by_side(columns: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The value and the slopes of an affine function as one matrix; zero where there is none."""
+    first, *rest = columns
+    wide = [
+        jnp.zeros((*first.shape, n), first.dtype)
+        if x is None
+        else jnp.broadcast_to(x, (*first.shape, n))
+        for x, n in zip(rest, sizes[1:], strict=True)
+    ]
+    return jnp.concatenate([first[..., None], *wide], -1)
 
 
 def summed(
@@ -310,7 +396,9 @@ def summed(
         if waits(v, priors, found, limit) is None:
             order = [p.root() for p in v.plates]
             found = [
-                _summed(f, order, v, limit) if not f.probe and read_by(f, v, limit) else f
+                f
+                if f.probe or not read_by(f, v, limit) or _is_wide(f, v, limit)
+                else _summed(f, order, v, limit)
                 for f in found
             ]
     return found
@@ -351,11 +439,7 @@ def _compressed(
     sizes = [v.dimension or 0 for v in variables]
 
     def together(offset: Any, slopes: Any, form: Quadratic) -> Any:
-        slopes = [
-            jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)
-        ]
-        block = Block(jnp.concatenate(slopes, -1), offset, form)
-        way, centre, found = compress([(block, copies)])
+        way, centre, found = compress([(_block(offset, slopes, sizes, form), copies)])
         return -times(way, centre), _columns(way, sizes), found
 
     own = slopes_of(rows)
@@ -363,6 +447,11 @@ def _compressed(
     offset, ways, found = apply(together, limit, at_zero(rows), slopes, form)
     new = {v: Slope(w, own[v].places) for v, w in zip(variables, ways, strict=True)}
     return affine(offset, new), found
+
+
+def _block(offset: Any, slopes: Any, sizes: Sequence[int], form: Quadratic) -> Block:
+    slopes = [jnp.broadcast_to(s, (*offset.shape, d)) for s, d in zip(slopes, sizes, strict=True)]
+    return Block(jnp.concatenate(slopes, -1), offset, form)
 
 
 def _columns(x: Any, sizes: Sequence[int]) -> list[Any]:
@@ -376,26 +465,22 @@ def _copies(at: int) -> Copies:
     return Copies(lambda x: jnp.expand_dims(x, at), lambda x: jnp.sum(x, at))
 
 
-def _by_index(
-    f: Evidence, order: Sequence[Plate], v: Variable, u: Variable, limit: Limit
-) -> tuple[Any, Quadratic]:
-    """The same for evidence that reads a choice by an index: it is summed by the copy that it reads."""
-    pick = limit.indices.picks[u]
+def _by_copy(
+    f: Evidence, order: Sequence[Plate], first: Variable | None, limit: Limit
+) -> tuple[Any, Quadratic, Copies, list[Plate]]:
+    """Rows and forms of evidence, with an axis of blocks before the rows; to which copies of a choice blocks belong;
+    and the plates before that axis. In place of a pick the rows depend on the choice that it reads.
+    """
+    if first is None or (read := read_by(f, first, limit)[0]) is first:
+        ((rows, form),) = _blocks([f], order, limit)
+        return rows, form, _copies(len(order)), [*order]
+    pick = limit.indices.picks[read]
     others = [p for i, p in enumerate(order) if i != pick.along]
-    row_plates = [p.root() for p in u.plates[: len(u.plates) - len(others)]]
-    ((rows, form),) = _blocks([f], [*row_plates, *others], limit)
-    slopes = {(v if w is u else w): s for w, s in slopes_of(rows).items()}
-    copies = _copies_by_index(pick, len(row_plates), order)
-    rows = affine(at_zero(rows), slopes)
-    return _compressed(rows, form, _ordered([rows], v), copies, limit)
-
-
-def _constant_by_index(f: Evidence, order: Sequence[Plate], v: Any, u: Any, limit: Limit) -> Any:
-    pick = limit.indices.picks[u]
-    others = [p for i, p in enumerate(order) if i != pick.along]
-    row_plates = [p.root() for p in u.plates[: len(u.plates) - len(others)]]
-    constant = _arranged(f.constant, 0, f.plates, [*row_plates, *others], limit)
-    return apply(_copies_by_index(pick, len(row_plates), order).total, limit, constant)
+    of_index = [p.root() for p in read.plates[: len(read.plates) - len(others)]]
+    ((rows, form),) = _blocks([f], [*of_index, *others], limit)
+    slopes = {(first if u is read else u): s for u, s in slopes_of(rows).items()}
+    copies = _copies_by_index(pick, len(of_index), order)
+    return affine(at_zero(rows), slopes), form, copies, [*of_index, *others]
 
 
 def _copies_by_index(pick: Any, num_rows: int, order: Sequence[Plate]) -> Copies:
@@ -430,8 +515,13 @@ def eliminate(
     if not data:
         spread = prior.spread(limit) if probes else None
         return [_probe_left(f, prior, prior.mean, spread, limit) for f in probes], prior.mean
-    limit.spend([v.address], _flops(prior, data))
+    others = {*prior.parents, *(u for f in data for u in f.variables)} - {v}
+    others -= {u for f in data for u in read_by(f, v, limit)}
+    wide = [] if any(u.plates for u in others) else [f for f in data if _is_wide(f, v, limit)]
+    parts = [_parted(f, v, limit) for f in wide]
+    data = [*(f for f in data if f not in wide), *(sums for sums, _ in parts)]
     together = gathered(data, v.plates, v, limit).without_unit(limit)
+    limit.spend([v.address], _flops(prior, together))
     alone = not slopes_of(prior.mean) and slopes_of(together.rows).keys() == {v}
     alone = alone and together.rows.shape[-1] > 0  # a table of no data has no rows
     integrate = _settled if alone else _turned
@@ -447,7 +537,8 @@ def eliminate(
     sites = tuple(dict.fromkeys(s for f in data for s in f.sites))
     evidence = Evidence(new, left, tuple(p.root() for p in v.plates), scale, sites)
     probed = [_probe_left(f, prior, mean, found.covariance, limit) for f in probes]
-    return [evidence, *probed], mean
+    freed = [_left_free(f, mean, found.covariance, limit) for _, f in parts]
+    return [evidence, *freed, *probed], mean
 
 
 def _turned(data: Evidence, prior: Prior, limit: Limit) -> Any:
@@ -594,11 +685,12 @@ def around(f: Any, known: Mapping[Variable, Any], limit: Limit) -> Any:
     return f.with_parts([first, *rest])
 
 
-def _flops(prior: Prior, data: Sequence[Evidence]) -> int:
+def _flops(prior: Prior, data: Evidence) -> int:
     """About how many operations it takes to integrate a choice out, once the evidence on it is summed."""
     v = prior.variable
-    d = sum(u.dimension or 0 for u in _ordered([prior.mean, *(f.rows for f in data)], v))
-    return 4 * math.prod(p.size for p in v.plates) * d**3
+    d = sum(u.dimension or 0 for u in _ordered([prior.mean, data.rows], v))
+    rows = min(d, data.rows.shape[-1] + (v.dimension or 0))
+    return 4 * math.prod(p.size for p in v.plates) * rows**2 * d
 
 
 def _probe_left(f: Evidence, prior: Prior, mean: Any, covariance: Any, limit: Limit) -> Evidence:
